@@ -1,0 +1,48 @@
+"""Finds the recipes, in a checkout as well as in an installed wheel, and loads one of them.
+
+Recipes are scripts that a user copies and edits, so the library never imports them as a package: a wheel
+carries them as plain files under `surgeon/recipes` and puts no `recipes` package into site-packages.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from surgeon.errors import SurgeonError
+
+_HERE = Path(__file__).resolve().parent
+
+
+def locate() -> Path:
+    """The folder that holds the recipes: `surgeon/recipes` in a wheel, `recipes` in a checkout.
+
+    Raises:
+        SurgeonError: If neither is there, because the package was installed without its recipes.
+    """
+    places = (_HERE / "recipes", _HERE.parent / "recipes")
+    for place in places:
+        if (place / "finetune.py").is_file():
+            return place
+    raise SurgeonError(
+        f"cannot find the recipes: no finetune.py in {' or '.join(map(str, places))}. "
+        "Install surgeon again (pip install --force-reinstall surgeon) or work in a checkout."
+    )
+
+
+def load(name: str = "finetune") -> ModuleType:
+    """The recipe `name` as a module; changes nothing but `sys.path`, as running the script would.
+
+    A recipe's parts (`finetune_config.py` and so on) lie beside it and are imported by their plain names,
+    which is what lets a user copy the folder anywhere and run it there.
+
+    Raises:
+        SurgeonError: If there is no such recipe; the message lists those there are.
+    """
+    folder = locate()
+    if not (folder / f"{name}.py").is_file():
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.py") if "_" not in path.stem))
+        raise SurgeonError(f"there is no recipe named {name!r}. Recipes: {known}.")
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    return importlib.import_module(name)
