@@ -1,0 +1,247 @@
+"""Checkpoints: what is in one, whether it fits a model, and how one is written.
+
+A surgeon checkpoint is a safetensors file with the model's stock keys and string metadata (model, schedule,
+drop rate, scaling, unit, versions), so that stock timm and torchvision models load it. Files of torch are
+read with ``weights_only=True``: no code in them is ever run.
+"""
+
+import json
+import os
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon._files import beside, settle
+from surgeon._version import __version__
+from surgeon.errors import CheckpointError
+
+Path_ = str | os.PathLike[str]
+
+# In timm's order of preference: averaged weights before raw ones.
+_NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_SHOWN = 4
+
+
+def save_checkpoint(model: nn.Module, path: Path_, metadata: Mapping[str, object] | None = None) -> Path:
+    """Writes the model's weights and string metadata to a safetensors file; the model is only read.
+
+    Tensors that share memory are written once per key, so that every stock key is there. The file
+    appears in one step: an interruption leaves the old file, or none.
+
+    Args:
+        model: The model; its ``state_dict`` keys are written as they are.
+        path: The file; an existing one is replaced.
+        metadata: What to remember: ``model``, ``schedule``, ``drop_rate``, ``scaling``, ``unit``, ... Strings are
+            kept, ``None`` is left out, anything else is written as JSON.
+
+    Returns:
+        The absolute path of the file.
+
+    Raises:
+        CheckpointError: The file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    place = Path(path).resolve()
+    # A clone per key: safetensors refuses views and shared memory, and tied weights share theirs.
+    state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
+    try:
+        with beside(place) as folder:
+            save_file(state, folder / place.name, {**strings(metadata or {}), "surgeon": __version__, "format": "pt"})
+            settle(folder / place.name, place)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the checkpoint {path}: {error}") from error
+    return place
+
+
+def strings(metadata: Mapping[str, object]) -> dict[str, str]:
+    """Metadata as safetensors and ONNX keep it: strings as they are, ``None`` left out, the rest as JSON."""
+    return {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in metadata.items()
+        if value is not None
+    }
+
+
+def read_metadata(path: Path_) -> dict[str, str]:
+    """The string metadata of a checkpoint; empty for files of torch, which carry none.
+
+    Raises:
+        CheckpointError: The file is missing or is no safetensors file although it is named one.
+    """
+    place = _existing(path)
+    return _read_safetensors(place, tensors=False)[1] if place.suffix == ".safetensors" else {}
+
+
+def read_state(path: Path_) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors by name, freed from nesting in a training checkpoint, and the metadata.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, of another kind, holds code, or holds no tensors.
+    """
+    place = _existing(path)
+    if place.suffix == ".safetensors":
+        return _read_safetensors(place, tensors=True)
+    return _tensors_only(_unnest(_read_torch(place)), place), {}
+
+
+def load_checkpoint(model: nn.Module, path: Path_) -> dict[str, str]:
+    """Loads a checkpoint into the model, in place, and returns the checkpoint's metadata.
+
+    Everything is checked first; on an error the model is as it was.
+
+    Raises:
+        CheckpointError: The file cannot be read or does not fit, see `read_state` and `check_state`.
+    """
+    state, metadata = read_state(path)
+    state = _fitting_keys(model, state)
+    check_state(model, state, path, metadata.get("model"))
+    model.load_state_dict(state)
+    return metadata
+
+
+def check_state(model: nn.Module, state: Mapping[str, Tensor], path: Path_, trained: str | None = None) -> None:
+    """Checks that a state fits a model: the same keys and shapes, all values finite; nothing is changed.
+
+    Args:
+        model: The model that the state is for.
+        state: Tensors by name.
+        path: The file they come from, for the message.
+        trained: What the file says it holds, for the message.
+
+    Raises:
+        CheckpointError: Keys are missing or unexpected, shapes differ, or values are NaN or infinite.
+    """
+    own = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    # PyTorch makes up this counter when an old file lacks it.
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in own]
+    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
+    kind = type(model).__name__
+    faults = [
+        *([f"{len(missing)} missing: {_some(missing)}"] if missing else []),
+        *([f"{len(unexpected)} unexpected: {_some(unexpected)}"] if unexpected else []),
+        *([f"{len(shapes)} of another shape: {_some(_shape_lines(shapes, state, own))}"] if shapes else []),
+    ]
+    if faults:
+        hint = _hint(own, state, missing, shapes, trained)
+        raise CheckpointError(f"{path} does not fit {kind}: {'; '.join(faults)}. {hint}Nothing was loaded.")
+    if bad := non_finite(state):
+        raise CheckpointError(f"{path} holds values that are not finite: {_some(bad)}. Nothing was loaded.")
+
+
+def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The tensors that hold NaN or infinite values, each with the count of them."""
+    found = []
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not (finite := torch.isfinite(tensor)).all():
+            found.append(f"{name} ({int((~finite).sum())} of {tensor.numel()})")
+    return found
+
+
+def _existing(path: Path_) -> Path:
+    place = Path(path)
+    if not place.is_file():
+        what = "is a directory" if place.is_dir() else "does not exist"
+        raise CheckpointError(f"cannot read the checkpoint {path}: it {what}")
+    if place.stat().st_size == 0:
+        raise CheckpointError(f"cannot read the checkpoint {path}: the file is empty")
+    return place
+
+
+def _read_safetensors(place: Path, *, tensors: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(place, framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()} if tensors else {}  # noqa: SIM118
+            return state, dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read the checkpoint {place}: it is truncated or no safetensors file ({error})"
+        ) from error
+
+
+def _read_torch(place: Path) -> Any:
+    try:
+        return torch.load(place, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise CheckpointError(
+                f"will not read the checkpoint {place}: it is no file of tensors alone, and loading it could run "
+                "code from it. Load it where you trust it, and save the state_dict as safetensors."
+            ) from error
+        raise CheckpointError(f"cannot read the checkpoint {place}: it is no checkpoint ({error})") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"cannot read the checkpoint {place}: it is truncated or no file of torch ({first})"
+        ) from error
+
+
+def _unnest(loaded: Any) -> Any:
+    for key in _NESTS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            return loaded[key]
+    return loaded
+
+
+def _tensors_only(loaded: Any, place: Path) -> dict[str, Tensor]:
+    if not isinstance(loaded, Mapping) or not any(isinstance(value, Tensor) for value in loaded.values()):
+        raise CheckpointError(
+            f"cannot use the checkpoint {place}: it holds a {type(loaded).__name__} and no tensors by name, neither "
+            f"at its top nor under {', '.join(_NESTS)}"
+        )
+    other = [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]
+    if other:
+        raise CheckpointError(f"cannot use the checkpoint {place}: not all of it are tensors: {_some(other)}")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def _fitting_keys(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state without the prefixes of DDP and torch.compile, unless the keys fit as they are.
+
+    A model may have a child that is called ``module``; only keys that do not fit are shortened.
+    """
+    from timm.models import clean_state_dict
+
+    own = model.state_dict().keys()
+    if all(key in own for key in state):
+        return state
+    cleaned: dict[str, Tensor] = clean_state_dict(state)
+    gained = sum(key in own for key in cleaned) > sum(key in own for key in state)
+    return cleaned if gained and len(cleaned) == len(state) else state
+
+
+def _shape_lines(keys: list[str], state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    return [f"{key} is {_shape(state[key])}, the model's is {_shape(own[key])}" for key in keys]
+
+
+def _hint(
+    own: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    missing: list[str],
+    shapes: list[str],
+    trained: str | None,
+) -> str:
+    if len(missing) + len(shapes) > len(own) // 2:
+        return f"It holds {f'the model {trained}' if trained else 'another architecture'}. "
+    heads = [key for key in shapes if own[key].shape[1:] == state[key].shape[1:]]
+    sizes = {state[key].shape[0] for key in heads if state[key].ndim}
+    if not missing and len(heads) == len(shapes) and len(sizes) == 1:
+        return f"Make the model with num_classes={sizes.pop()}. "
+    return ""
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a scalar"
+
+
+def _some(items: Iterable[str]) -> str:
+    listed = list(items)
+    more = len(listed) - _SHOWN
+    return ", ".join(listed[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,168 @@
+"""Whether two forms of a model agree: their outputs compared, one row per output and batch size."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surgeon._hygiene import GraphFinding
+from surgeon.errors import ParityError
+
+Array = NDArray[Any]
+
+
+class OutputsDifferError(ParityError):
+    """The outputs of two forms of a model differ by more than the tolerance.
+
+    Attributes:
+        report: The whole `ParityReport`.
+    """
+
+    def __init__(self, message: str, report: "ParityReport") -> None:
+        super().__init__(message)
+        self.report = report
+
+
+@dataclass(frozen=True, slots=True)
+class ParityRow:
+    """One output at one batch size.
+
+    Attributes:
+        output: The output's name.
+        batch: Size of the batch.
+        shape: The output's shape in PyTorch.
+        absolute: Largest absolute difference.
+        relative: ``absolute`` over the largest absolute value in PyTorch.
+        top1: Share of the rows, 0 to 1, whose largest value is at the same place; None unless rows are scores.
+        note: What makes numbers meaningless: other shapes, values that are not finite; else empty.
+        ok: Whether the row is within the tolerance.
+    """
+
+    output: str
+    batch: int
+    shape: tuple[int, ...]
+    absolute: float
+    relative: float
+    top1: float | None
+    note: str
+    ok: bool
+
+    def __str__(self) -> str:
+        where = f"output {self.output!r} at batch {self.batch}"
+        if self.note:
+            return f"{where}: {self.note}"
+        agree = "" if self.top1 is None else f", top-1 agrees on {self.top1:.0%} of the rows"
+        return f"{where} differs by {self.absolute:.3g} (relative {self.relative:.3g}{agree})"
+
+
+@dataclass(frozen=True, slots=True)
+class ParityReport:
+    """How an ONNX file compares with a PyTorch model.
+
+    Attributes:
+        path: The ONNX file.
+        rows: One per output and batch size.
+        findings: Nodes that do not belong in an evaluating graph.
+        tolerance: Largest relative error that counts as agreement.
+        seed: Seed of the random inputs.
+    """
+
+    path: str
+    rows: tuple[ParityRow, ...]
+    findings: tuple[GraphFinding, ...]
+    tolerance: float
+    seed: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether every output agrees and the graph holds nothing that it must not hold."""
+        return not self.findings and all(row.ok for row in self.rows)
+
+    @property
+    def worst(self) -> ParityRow:
+        """The row that is furthest from agreement."""
+        return max(self.rows, key=lambda row: (not row.ok, bool(row.note), row.relative))
+
+    def require(self) -> "ParityReport":
+        """Returns the report itself if it is ok.
+
+        Raises:
+            ParityError: It is not; the message names the worst output with its numbers, or the first finding.
+        """
+        if self.ok:
+            return self
+        raise OutputsDifferError(f"{self.path} does not match the PyTorch model: {self.fault}", self)
+
+    @property
+    def fault(self) -> str:
+        """What is wrong in one sentence; empty if nothing is."""
+        failed = sum(not row.ok for row in self.rows)
+        if failed:
+            count = f"{failed} of {len(self.rows)} comparisons failed"
+            return f"{self.worst}; the tolerance is {self.tolerance:g} relative, {count}"
+        if self.findings:
+            first, more = self.findings[0], len(self.findings) - 1
+            others = f"; {more} more such nodes" if more else ""
+            return f"node {first.node} ({first.op_type}) does not belong in the graph: {first.reason}{others}"
+        return ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report for JSON; numbers that are not finite become None."""
+        rows = [{**asdict(row), "absolute": _json(row.absolute), "relative": _json(row.relative)} for row in self.rows]
+        return {**asdict(self), "rows": rows, "ok": self.ok}
+
+    def __str__(self) -> str:
+        lines = [f"{'ok  ' if row.ok else 'FAIL'} {row}" for row in self.rows]
+        lines += [f"FAIL node {found.node} ({found.op_type}): {found.reason}" for found in self.findings]
+        return "\n".join(lines)
+
+
+def compare(
+    names: Sequence[str], reference: Sequence[Array], other: Sequence[Array], *, batch: int, tolerance: float
+) -> list[ParityRow]:
+    """Compares outputs one by one; the reference is PyTorch's."""
+    pairs = zip(names, reference, other, strict=True)
+    return [_row(name, mine, theirs, batch, tolerance) for name, mine, theirs in pairs]
+
+
+def _row(name: str, reference: Array, other: Array, batch: int, tolerance: float) -> ParityRow:
+    note = _incomparable(reference, other)
+    if note:
+        return ParityRow(name, batch, reference.shape, math.nan, math.nan, None, note, ok=False)
+    absolute, relative = _distance(reference, other)
+    return ParityRow(
+        name, batch, reference.shape, absolute, relative, _top1(reference, other), "", ok=relative <= tolerance
+    )
+
+
+def _incomparable(reference: Array, other: Array) -> str:
+    if reference.shape != other.shape:
+        return f"the shape is {reference.shape} in PyTorch and {other.shape} in ONNX Runtime"
+    for where, values in (("PyTorch", reference), ("ONNX Runtime", other)):
+        wrong = int(np.size(values) - np.isfinite(values).sum())
+        if wrong:
+            first = np.asarray(values).ravel()[~np.isfinite(values).ravel()][0]
+            return f"{wrong} of {np.size(values)} values are not finite in {where} (the first is {first})"
+    return ""
+
+
+def _distance(reference: Array, other: Array) -> tuple[float, float]:
+    if reference.size == 0:
+        return 0.0, 0.0
+    wide = reference.astype(np.float64)
+    absolute = float(np.abs(wide - other.astype(np.float64)).max())
+    largest = float(np.abs(wide).max())
+    return absolute, absolute / largest if largest else absolute
+
+
+def _top1(reference: Array, other: Array) -> float | None:
+    if reference.ndim != 2 or reference.shape[1] < 2 or reference.dtype.kind != "f" or not len(reference):
+        return None
+    return float((reference.argmax(1) == other.argmax(1)).mean())
+
+
+def _json(number: float) -> float | None:
+    return number if math.isfinite(number) else None

@@ -1,0 +1,150 @@
+"""Compares an ONNX file with a PyTorch model: the same random inputs, one in each runtime."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon._hygiene import graph_findings
+from surgeon._onnx_file import OnnxFile, OnnxFileError, first_line, open_onnx, run
+from surgeon._parity import Array, ParityReport, ParityRow, compare
+from surgeon._signature import Signature, evaluating_copy, flatten, signature
+from surgeon.errors import UsageError
+
+
+def verify(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    example: Any = None,
+    batch_sizes: Sequence[int] = (1, 3),
+    tolerance: float = 1e-4,
+    seed: int = 0,
+) -> ParityReport:
+    """Compares an ONNX file with a PyTorch model and returns the report; the model is only read.
+
+    Both run in evaluation mode on the CPU, on the same random inputs; gates in the model stay, with their
+    evaluation scale. The report is returned whether or not the two agree: see `ParityReport.ok`, and
+    `ParityReport.require`, which raises.
+
+    Args:
+        model: The model that the file should match.
+        path: The ONNX file.
+        example: A tensor, a tuple of arguments or a dict of keyword arguments; only types and shapes matter.
+            Without it, the shape comes from the file where the file fixes it, else from the model.
+        batch_sizes: Sizes to compare at. A file with a fixed batch is compared at that size alone.
+        tolerance: Largest relative error, ``max|d| / max|y|`` per output, that counts as agreement.
+        seed: Seed of the random inputs.
+
+    Raises:
+        OnnxFileError: The file is missing, empty, truncated, not ONNX, or ONNX Runtime cannot run it.
+        UsageError: The inputs or outputs of file and model do not match, or an argument is out of range.
+
+    Example:
+        >>> report = verify(model, "model.onnx")  # doctest: +SKIP
+        >>> report.ok, report.worst.relative  # doctest: +SKIP
+        (True, 3.1e-07)
+    """
+    check_comparison(batch_sizes, tolerance)
+    file = open_onnx(path)
+    plain = evaluating_copy(model)
+    called = signature(plain, example if example is not None else _example_like(file, plain))
+    _check_inputs(file, called)
+    rows = compare_runs(plain, called, file, batch_sizes, tolerance, seed)
+    return ParityReport(str(path), tuple(rows), graph_findings(file.model), tolerance, seed)
+
+
+def check_comparison(batch_sizes: Sequence[int], tolerance: float) -> None:
+    """Checks the arguments of a comparison.
+
+    Raises:
+        UsageError: There is no batch size, one is not positive, or the tolerance is not a positive number.
+    """
+    if not batch_sizes or any(not isinstance(size, int) or size < 1 for size in batch_sizes):
+        raise UsageError(f"batch_sizes is {batch_sizes!r}; give at least one size, each 1 or more")
+    if not 0 < tolerance < float("inf"):
+        raise UsageError(f"tolerance is {tolerance!r}; give a positive number, such as 1e-4")
+
+
+def compare_runs(
+    model: nn.Module,
+    called: Signature,
+    file: OnnxFile,
+    batch_sizes: Sequence[int],
+    tolerance: float,
+    seed: int,
+) -> list[ParityRow]:
+    """Runs an evaluating model and an ONNX file on the same random inputs at each batch size.
+
+    Raises:
+        OnnxFileError: ONNX Runtime cannot load the file or fails on the inputs.
+        UsageError: The model fails on the inputs, or returns another number of outputs.
+    """
+    session = file.session()
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[ParityRow] = []
+    for batch in _possible_sizes(file, batch_sizes):
+        tensors = called.draw(batch, generator)
+        reference = _evaluate(model, called, tensors)
+        other = run(session, tensors)
+        if len(other) != len(reference):
+            theirs = ", ".join(output.name for output in session.get_outputs())
+            raise UsageError(
+                f"{file.path} has {len(other)} outputs ({theirs}), {type(model).__name__} has {len(reference)} "
+                f"({', '.join(reference)})"
+            )
+        rows += compare(list(reference), list(reference.values()), other, batch=batch, tolerance=tolerance)
+    return rows
+
+
+def _evaluate(model: nn.Module, called: Signature, tensors: Sequence[Tensor]) -> dict[str, Array]:
+    try:
+        with torch.no_grad():
+            result = called.call(model, tensors)
+    except Exception as error:  # Whatever the user's forward raises.
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(called.names, tensors, strict=True))
+        raise UsageError(f"{type(model).__name__} cannot run on {shapes}: {first_line(error)}") from error
+    return {name: tensor.numpy() for name, tensor in flatten(result)}
+
+
+def _fixed_batch(file: OnnxFile) -> int | None:
+    shapes = [given.shape for given in file.model.graph.inputs]
+    first = shapes[0][0] if shapes and shapes[0] is not None and len(shapes[0]) else None
+    return first if isinstance(first, int) else None
+
+
+def _possible_sizes(file: OnnxFile, batch_sizes: Sequence[int]) -> Sequence[int]:
+    fixed = _fixed_batch(file)
+    return batch_sizes if fixed is None else (fixed,)
+
+
+def _example_like(file: OnnxFile, model: nn.Module) -> Tensor | None:
+    """The model's default example in the size that the file's only input fixes; None where that is not one."""
+    from surgeon._example import default_input
+
+    inputs = file.model.graph.inputs
+    own = default_input(model)
+    if len(inputs) != 1 or inputs[0].shape is None or len(inputs[0].shape) != own.ndim:
+        return None
+    sizes = [size if isinstance(size, int) else fallback for size, fallback in zip(inputs[0].shape, own.shape, strict=True)]
+    return own.new_zeros(sizes)
+
+
+def _check_inputs(file: OnnxFile, called: Signature) -> None:
+    inputs = file.model.graph.inputs
+    mine = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(called.names, called.tensors, strict=True))
+    theirs = ", ".join(f"{given.name} {given.shape}" for given in inputs)
+    if len(inputs) != len(called.tensors):
+        raise UsageError(f"{file.path} takes {len(inputs)} inputs ({theirs}), the model {len(called.tensors)} ({mine})")
+    for given, tensor in zip(inputs, called.tensors, strict=True):
+        if given.shape is not None and not _fits(given.shape, tensor):
+            raise UsageError(f"the inputs of {file.path} ({theirs}) do not fit the example's ({mine}); pass example=")
+
+
+def _fits(shape: Any, tensor: Tensor) -> bool:
+    if len(shape) != tensor.ndim:
+        return False
+    pairs = zip(list(shape)[1:], tensor.shape[1:], strict=True)
+    return all(not isinstance(size, int) or size == own for size, own in pairs)
