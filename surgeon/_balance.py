@@ -1,0 +1,392 @@
+"""Solving the laws of the fold: the cheapest exponents that push one gate's scale into parameters.
+
+``Balance`` holds the laws of a whole flat model. Most of them are equalities and zeros, so they are
+first merged into classes of values that must share one exponent, with one class for everything that must
+stay. What is left are the few products, and the gates.
+
+``solve`` then asks for exponent 1 on the branch of a gate (or of several gates of equal scale that share
+weights) and 0 behind it. Everything else counts as 0 until a law forces it. Where a product leaves a
+choice, the parameter takes the scale before an activation does, which finds the absorbers nearest to the
+gate; a dead end goes back to the last choice. Only values that lead to the gate may be scaled: what else
+the model computes keeps every number it had.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from surgeon._algebra import Law, laws
+from surgeon._flat import Call, Flat, Value
+
+MARK = "surgeon.mark"
+_STAYS = -1  # root of the class of everything that must keep exponent 0
+_MOST = 4  # the largest power of a scale worth writing into a weight
+_CHOICES = 2000  # tries per gate; real branches need fewer than ten
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why no exponents exist, and which parameters were tried on the way."""
+
+    reason: str
+    tried: frozenset[Value]
+
+
+Exponents = Mapping[Value, int]
+"""Of the parameters that change; all others have exponent 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pin:
+    """A value that must stay, by which call (none for a source), and why."""
+
+    call: Call | None
+    why: str
+
+
+class Balance:
+    """The laws of one flat model, merged."""
+
+    def __init__(self, flat: Flat) -> None:
+        self.flat = flat
+        self.marks: dict[int, list[Call]] = {}
+        for call in flat.calls:
+            if call.name == MARK:
+                self.marks.setdefault(int(call.arguments["gate"]), []).append(call)
+        self.reach = _reach(flat)
+        self.fixed = _independent_of_inputs(flat)
+        self.readers: dict[Value, list[Call]] = {}
+        self.producer: dict[Value, Call] = {}
+        for call in flat.calls:
+            self.producer.update(dict.fromkeys(call.outputs, call))
+            for value in dict.fromkeys(call.inputs):
+                self.readers.setdefault(value, []).append(call)
+        self.pins: dict[Value, _Pin] = {}
+        self.near: dict[Value, list[tuple[Value, Call]]] = {}
+        self._root: dict[Value, int] = {}
+        self._parent: dict[int, int] = {}
+        self.kept: list[tuple[Law, Call]] = []
+        self._merge(list(self._laws()))
+        self.members: dict[int, list[Value]] = {}
+        for value in self.reach:
+            self.members.setdefault(self.root(value), []).append(value)
+
+    def root(self, value: Value) -> int:
+        """The class of a value."""
+        return self._find(value.number)
+
+    def terms(self, law: Law) -> dict[int, int]:
+        """A law in terms of classes; what must stay and what cancels is gone."""
+        found: dict[int, int] = {}
+        for value, coefficient in law.terms:
+            root = self.root(value)
+            if root != _STAYS:
+                found[root] = found.get(root, 0) + coefficient
+        return {root: coefficient for root, coefficient in found.items() if coefficient}
+
+    def _find(self, number: int) -> int:
+        while (above := self._parent.get(number, number)) != number:
+            self._parent[number] = self._parent.get(above, above)
+            number = above
+        return number
+
+    def _laws(self) -> Iterator[tuple[Law, Call]]:
+        """Every law between values that matter; pins are noted on the way."""
+        for call in self.flat.calls:
+            if call.name == MARK or not any(self.reach.get(value) for value in call.outputs):
+                continue
+            for law in laws(call):
+                if not all(self.reach.get(value) for value, _ in law.terms):
+                    continue
+                if len(law.terms) == 1:
+                    self.pins.setdefault(law.terms[0][0], _Pin(call, law.why))
+                else:
+                    yield law, call
+        for value in self.reach:
+            if (source := self._source(value)) is not None:
+                self.pins[value] = source
+
+    def _source(self, value: Value) -> _Pin | None:
+        """Why a value must stay whatever reads it; None where that is for the laws to say."""
+        if value in self.flat.outputs:
+            return _Pin(None, "is an output of the model")
+        if name := self.flat.buffers.get(value):
+            return _Pin(None, f"is the buffer {name!r}, or shares its memory, and must not be written")
+        if not value.scalable:
+            return _Pin(self.producer.get(value), "holds no real numbers")
+        if value not in self.producer and value not in self.flat.parameters:
+            return _Pin(None, "comes from outside of the model's parameters")
+        return None
+
+    def _merge(self, found: list[tuple[Law, Call]]) -> None:
+        """Join classes until only laws with a choice are left."""
+        for value in self.pins:
+            self._parent[self._find(value.number)] = _STAYS
+        for law, call in found:
+            for value, _ in law.terms:
+                others = [(other, call) for other, _ in law.terms if other != value]
+                self.near.setdefault(value, []).extend(others)
+        while True:
+            self.kept = [(law, call) for law, call in found if not self._joined(law)]
+            if len(self.kept) == len(found):
+                return
+            found = self.kept
+
+    def _joined(self, law: Law) -> bool:
+        """Whether a law is done with: empty, a zero, or an equality, which are carried out here."""
+        terms = self.terms(law)
+        match list(terms.items()):
+            case []:
+                return True
+            case [(root, _)]:
+                self._parent[root] = _STAYS
+                return True
+            case [(one, a), (other, b)] if a == -b:
+                self._parent[one] = other
+                return True
+        return False
+
+
+def _reach(flat: Flat) -> dict[Value, int]:
+    """For each value that matters a set of bits: 1 an output of the model, ``2 << gate`` that gate."""
+    reach = dict.fromkeys(flat.outputs, 1)
+    for call in reversed(flat.calls):
+        bits = 0
+        for value in call.outputs:
+            bits |= reach.get(value, 0)
+        if call.name == MARK:
+            bits |= 2 << int(call.arguments["gate"])
+        if bits:
+            for value in call.inputs:
+                reach[value] = reach.get(value, 0) | bits
+    return reach
+
+
+def _independent_of_inputs(flat: Flat) -> frozenset[Value]:
+    """Values made of parameters and buffers alone."""
+    fixed = {*flat.parameters, *flat.buffers}
+    for call in flat.calls:
+        if fixed.issuperset(call.inputs):
+            fixed.update(call.outputs)
+    return frozenset(fixed)
+
+
+@dataclass(slots=True)
+class _Search:
+    """One solve: exponents found so far, and how to take them back."""
+
+    balance: Balance
+    gates: frozenset[int]
+    equations: list[tuple[dict[int, int], Law, Call]]
+    touching: dict[int, list[int]]
+    exponents: dict[int, int] = field(default_factory=dict)
+    depth: dict[int, int] = field(default_factory=dict)
+    trail: list[int] = field(default_factory=list)
+    open: list[int] = field(default_factory=list)
+    """Laws that were seen broken with more than one way to mend them."""
+    tried: set[Value] = field(default_factory=set)
+    reasons: list[tuple[int, str]] = field(default_factory=list)
+    choices: int = 0
+
+    def run(self) -> Exponents | Refusal:
+        """Exponents of the parameters, or the reason nearest to the gate."""
+        marks = [call for gate in sorted(self.gates) for call in self.balance.marks[gate]]
+        seeds = [(call.outputs[0], 0) for call in marks] + [(call.inputs[0], 1) for call in marks]
+        for value, exponent in seeds:
+            if not self._assign(self.balance.root(value), exponent, value, 0):
+                return self._refusal()
+        if not self._settle([self.balance.root(value) for value, _ in seeds]) or not self._choose():
+            return self._refusal()
+        found = {v: self.exponents.get(self.balance.root(v), 0) for v in self.balance.flat.parameters}
+        changed = {value: exponent for value, exponent in found.items() if exponent}
+        return changed or Refusal("the branch is always zero, or no parameter leads to it", frozenset())
+
+    def _refusal(self) -> Refusal:
+        if self.choices >= _CHOICES:
+            self.reasons.append((0, f"the search for a place to put the scale was cut after {_CHOICES} tries"))
+        _, reason = min(self.reasons, key=lambda one: one[0])
+        return Refusal(reason, frozenset(self.tried))
+
+    def _assign(self, root: int, exponent: int, entry: Value, depth: int) -> bool:
+        """Give a class its exponent; on a contradiction note why."""
+        known = self.exponents.get(root)
+        if known == exponent or (root == _STAYS and not exponent):
+            return True
+        if known is None and (not exponent or self._allowed(root, exponent)):
+            self.exponents[root], self.depth[root] = exponent, depth
+            self.trail.append(root)
+            if exponent:
+                self.tried.update(v for v in self.balance.members[root] if v in self.balance.flat.parameters)
+            return True
+        self.reasons.append(self._why(root, entry, depth))
+        return False
+
+    def _allowed(self, root: int, exponent: int) -> bool:
+        return root != _STAYS and abs(exponent) <= _MOST and all(map(self._inside, self.balance.members[root]))
+
+    def _inside(self, value: Value) -> bool:
+        """Whether a value leads to one of the gates."""
+        bits = self.balance.reach[value]
+        return any(bits & 2 << gate for gate in self.gates)
+
+    def _settle(self, roots: list[int]) -> bool:
+        """Follow every consequence of new exponents; False on a contradiction."""
+        queue = deque(roots)
+        while queue:
+            for index in self.touching.get(queue.popleft(), ()):
+                terms, law, _ = self.equations[index]
+                rest, unknown = self._state(terms)
+                if not rest:
+                    continue
+                if not unknown:
+                    self._broken(index)
+                    return False
+                if len(unknown) > 1:
+                    self.open.append(index)
+                elif not self._mend(index, unknown[0], rest, queue):
+                    return False
+        return True
+
+    def _state(self, terms: Mapping[int, int]) -> tuple[int, list[int]]:
+        """What the known exponents of a law add up to, and the classes not known yet."""
+        rest = sum(c * self.exponents[root] for root, c in terms.items() if root in self.exponents)
+        return rest, [root for root in terms if root not in self.exponents]
+
+    def _mend(self, index: int, root: int, rest: int, queue: deque[int]) -> bool:
+        """Give one class of a law the exponent that makes it hold."""
+        terms, law, call = self.equations[index]
+        depth = 1 + max(self.depth.get(other, 0) for other in terms if other in self.exponents)
+        exponent, remainder = divmod(-rest, terms[root])
+        if remainder:
+            self.reasons.append((depth, f"only a root of the scale would do before {described(call)}"))
+            return False
+        entry = next(value for value, _ in law.terms if self.balance.root(value) == root)
+        if not self._assign(root, exponent, entry, depth):
+            return False
+        queue.append(root)
+        return True
+
+    def _broken(self, index: int) -> None:
+        terms, _, call = self.equations[index]
+        depth = 1 + max(self.depth[root] for root in terms)
+        self.reasons.append((depth, f"{described(call)} would receive the scale on more sides than it passes on"))
+
+    def _choose(self) -> bool:
+        """Mend the oldest broken law that leaves a choice, and all after it; undo what fails."""
+        for index in self.open:
+            rest, unknown = self._state(self.equations[index][0])
+            if rest:
+                break
+        else:
+            return True
+        for root in sorted(unknown, key=self._is_activation):
+            self.choices += 1
+            if self.choices >= _CHOICES:
+                return False
+            at, pending, queue = len(self.trail), list(self.open), deque[int]()
+            if self._mend(index, root, rest, queue) and self._settle(list(queue)) and self._choose():
+                return True
+            self.open = pending
+            while len(self.trail) > at:
+                self.exponents.pop(self.trail.pop())
+        return False
+
+    def _is_activation(self, root: int) -> bool:
+        """Whether a class holds anything that depends on the model's input."""
+        return any(value not in self.balance.fixed for value in self.balance.members.get(root, ()))
+
+    # Words for what went wrong.
+
+    def _why(self, root: int, entry: Value, depth: int) -> tuple[int, str]:
+        """Distance and reason for a class that cannot have the exponent asked of it."""
+        queue = deque([(entry, 0, True)])
+        seen = {entry}
+        while queue:
+            value, steps, backward = queue.popleft()
+            if (reason := self._blame(value, not depth and backward)) is not None:
+                return depth + steps, reason
+            for other, call in self.balance.near.get(value, ()):
+                if other in seen or self.balance.root(other) != root or self._is_given(other):
+                    continue
+                seen.add(other)
+                if self._is_shortcut(call):
+                    return depth + steps, self._reaches_shortcut(value)
+                if not self._inside(other):
+                    return depth + steps, self._outside(value, call)
+                goes_back = value in call.outputs and other in call.inputs
+                queue.append((other, steps + 1, backward and goes_back))
+        return depth, "no parameter of the branch can take the scale without changing something else"
+
+    def _is_given(self, value: Value) -> bool:
+        """A constant beside the data of a product is never the one to blame."""
+        return value in self.balance.flat.buffers
+
+    def _is_shortcut(self, call: Call) -> bool:
+        behind = {mark.outputs[0] for gate in self.gates for mark in self.balance.marks[gate]}
+        return not behind.isdisjoint(call.inputs)
+
+    def _reaches_shortcut(self, value: Value) -> str:
+        return "the branch reaches its own shortcut without passing a parameter that could take the scale"
+
+    def _outside(self, value: Value, call: Call) -> str:
+        source = self.balance.flat.parameters.get(value)
+        if source is not None:
+            return f"the parameter {source.names[0]!r} is also used outside of the branch, by {described(call)}"
+        return f"a value inside the branch is also read outside of it, by {described(call)}"
+
+    def _blame(self, value: Value, ends: bool) -> str | None:
+        pin = self.balance.pins.get(value)
+        if pin is None:
+            return None
+        if pin.call is None:
+            return f"the scale would have to go into a value that {pin.why}"
+        if ends and value in pin.call.outputs:
+            return f"the branch ends in {described(pin.call)}, which {pin.why}"
+        return f"the scale would have to pass {described(pin.call)}, which {pin.why}"
+
+
+def solve(balance: Balance, gates: frozenset[int]) -> Exponents | Refusal:
+    """Push the common scale of some gates into parameters.
+
+    Args:
+        balance: The merged laws.
+        gates: One gate, or several whose scales are the same number.
+    """
+    linear = [
+        (Law(((call.outputs[0], 1), (call.inputs[0], -1))), call)
+        for gate, calls in balance.marks.items()
+        if gate not in gates
+        for call in calls
+        if balance.reach.get(call.outputs[0])
+    ]
+    equations = [(balance.terms(law), law, call) for law, call in (*balance.kept, *linear)]
+    touching: dict[int, list[int]] = {}
+    for index, (terms, _, _) in enumerate(equations):
+        for root in terms:
+            touching.setdefault(root, []).append(index)
+    return _Search(balance, gates, equations, touching).run()
+
+
+_SPOKEN = {
+    "native_batch_norm": "batch_norm",
+    "_native_batch_norm_legit_no_training": "batch_norm",
+    "cudnn_batch_norm": "batch_norm",
+    "native_layer_norm": "layer_norm",
+    "native_group_norm": "group_norm",
+    "_fused_rms_norm": "rms_norm",
+    "_softmax": "softmax",
+    "_safe_softmax": "softmax",
+    "linalg_vector_norm": "norm",
+    "mm": "matmul",
+    "bmm": "matmul",
+    "addmm": "linear",
+}
+
+
+def described(call: Call) -> str:
+    """An operator as a user knows it, with the module it ran in."""
+    name = call.name.split(".", 1)[1] if call.name.startswith("aten.") else call.name
+    name = _SPOKEN.get(name, name.removeprefix("_"))
+    if name == "hardtanh" and (call.arguments["min_val"], call.arguments["max_val"]) == (0, 6):
+        name = "relu6"
+    return f"{name} in {call.module!r}" if call.module else name

@@ -1,0 +1,206 @@
+"""The fold: evaluation scales written into the branches' own parameters, exactly.
+
+Under ``scaling="paper"`` every gate evaluates ``shortcut + c * branch(x)`` with a constant ``c > 0``.
+``plan`` finds, without touching the model, which parameters to multiply by which power of ``c`` so that
+each branch yields ``c * branch(x)`` by itself; ``commit`` multiplies them. The laws behind the plan are
+those of ``surgeon._algebra``.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon._balance import Balance, Exponents, Refusal, solve
+from surgeon._flat import Flat, flatten
+from surgeon.errors import FoldError
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Multiply one parameter by ``scale[gate] ** exponent``."""
+
+    parameter: str
+    """The parameter's name; the first of them if it is tied."""
+    gate: int
+    exponent: int
+    rows: tuple[int, int] | None = None
+    """First row and the row after the last, counted along ``dim``; None for the whole parameter."""
+    dim: int = 0
+
+    def __str__(self) -> str:
+        rows = "" if self.rows is None else f"[{':, ' * self.dim}{self.rows[0]}:{self.rows[1]}]"
+        power = "" if self.exponent == 1 else f" ** {self.exponent}"
+        return f"gate {self.gate}: {self.parameter}{rows} *= scale{power}"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A gate whose scale no parameter can take; it keeps its multiplication."""
+
+    gate: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"gate {self.gate}: kept, {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class FoldPlan:
+    """What a fold would do to a model's parameters, gate by gate."""
+
+    steps: tuple[Step, ...]
+    kept: tuple[Kept, ...]
+    together: tuple[tuple[int, ...], ...] = ()
+    """Gates that share parameters and fold only because their scales are the same number."""
+
+    @property
+    def folded(self) -> tuple[int, ...]:
+        """The gates that the steps take out, in order."""
+        shared = [gate for group in self.together for gate in group]
+        return tuple(sorted({*shared, *(step.gate for step in self.steps)}))
+
+    def __str__(self) -> str:
+        head = f"{len(self.folded)} gates fold into {len(self.steps)} parameters, {len(self.kept)} keep a factor"
+        return "\n".join([head, *map(str, self.steps), *map(str, self.kept)])
+
+
+def plan(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], scales: Mapping[int, float]
+) -> FoldPlan:
+    """Find the parameters that can take each gate's scale; the model is not changed.
+
+    Args:
+        model: A model whose gates pass their branch results through ``torch.ops.surgeon.mark``.
+        args: Positional arguments of one call of the model; no arithmetic is done on them.
+        kwargs: Keyword arguments of the same call.
+        scales: For each gate to fold its scale, finite and above 0. The plan holds for any other scales
+            as well, as long as gates that fold together keep equal ones.
+
+    Raises:
+        FoldError: A scale is not a positive number, or the model cannot run on the arguments.
+    """
+    for gate, scale in scales.items():
+        if not (math.isfinite(scale) and scale > 0):
+            raise FoldError(f"gate {gate} has the scale {scale}; only a finite scale above 0 can be folded")
+    return analyse(flatten(model, args, kwargs), scales)
+
+
+def analyse(flat: Flat, scales: Mapping[int, float]) -> FoldPlan:
+    """The plan for a model already flattened."""
+    balance = Balance(flat)
+    found: dict[int, Exponents | Refusal] = {}
+    for gate in sorted(scales):
+        if gate in balance.marks:
+            found[gate] = solve(balance, frozenset([gate]))
+        else:
+            found[gate] = Refusal("the model's forward did not pass it", frozenset())
+    together = []
+    for group in _related(found, scales):
+        result = solve(balance, frozenset(group))
+        if not isinstance(result, Refusal):
+            found.update({gate: {} for gate in group} | {group[0]: result})
+            together.append(group)
+    steps = [
+        step for gate, one in found.items() if not isinstance(one, Refusal) for step in _steps(flat, gate, one)
+    ]
+    kept = [Kept(gate, one.reason) for gate, one in found.items() if isinstance(one, Refusal)]
+    return FoldPlan(tuple(steps), tuple(kept), tuple(together))
+
+
+def _related(
+    found: Mapping[int, Exponents | Refusal], scales: Mapping[int, float]
+) -> list[tuple[int, ...]]:
+    """Refused gates of equal scale that tried to write the same parameters."""
+    groups: list[tuple[float, set[int], set[object]]] = []
+    for gate, result in found.items():
+        if not isinstance(result, Refusal) or not result.tried:
+            continue
+        gates, tried = {gate}, set[object](result.tried)
+        for other in [g for g in groups if g[0] == scales[gate] and not g[2].isdisjoint(tried)]:
+            groups.remove(other)
+            gates, tried = gates | other[1], tried | other[2]
+        groups.append((scales[gate], gates, tried))
+    return [tuple(sorted(gates)) for _, gates, _ in groups if len(gates) > 1]
+
+
+def _steps(flat: Flat, gate: int, exponents: Exponents) -> list[Step]:
+    sources = [(flat.parameters[value], exponent) for value, exponent in exponents.items()]
+    return [Step(source.names[0], gate, exponent, source.rows, source.dim) for source, exponent in sources]
+
+
+def commit(model: nn.Module, plan: FoldPlan, scales: Mapping[int, float]) -> None:
+    """Multiply the parameters of ``model`` in place, as the plan says; all of them or none.
+
+    The products are taken in float64 and rounded once to the parameter's own type. The Parameters stay
+    the objects they are.
+
+    Args:
+        model: The model the plan was made for, or a copy of it.
+        plan: From ``plan``.
+        scales: A scale above 0 for each gate in the plan's steps.
+
+    Raises:
+        FoldError: A scale or a parameter is missing, a parameter is not finite, or a product does not fit
+            the parameter's type. Nothing was changed.
+    """
+    _check_scales(plan, scales)
+    work = [(name, _parameter(model, name), steps) for name, steps in _by_parameter(plan).items()]
+    for name, parameter, steps in work:
+        _check_product(name, parameter.detach(), _scaled(parameter, steps, scales))
+    with torch.no_grad():
+        for _, parameter, steps in work:
+            parameter.copy_(_scaled(parameter, steps, scales))
+
+
+def _check_scales(plan: FoldPlan, scales: Mapping[int, float]) -> None:
+    for gate in plan.folded:
+        scale = scales.get(gate)
+        if scale is None:
+            raise FoldError(f"the plan folds gate {gate}, but no scale was given for it")
+        if not (math.isfinite(scale) and scale > 0):
+            raise FoldError(f"gate {gate} has the scale {scale}; only a finite scale above 0 can be folded")
+    for group in plan.together:
+        if len({scales[gate] for gate in group}) > 1:
+            raise FoldError(f"the gates {group} share weights and fold only with equal scales; make a new plan")
+
+
+def _by_parameter(plan: FoldPlan) -> dict[str, list[Step]]:
+    grouped: dict[str, list[Step]] = {}
+    for step in plan.steps:
+        grouped.setdefault(step.parameter, []).append(step)
+    return grouped
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter:
+    try:
+        parameter = model.get_parameter(name)
+    except AttributeError as error:
+        raise FoldError(f"the model has no parameter {name!r}; the plan was made for another one") from error
+    if parameter.is_meta or parameter.is_inference():
+        raise FoldError(f"the parameter {name!r} cannot be written: it is on the meta device or an inference tensor")
+    return parameter
+
+
+def _scaled(parameter: Tensor, steps: list[Step], scales: Mapping[int, float]) -> Tensor:
+    """The parameter times its factors, in float64 (complex128 for a complex one)."""
+    exact = parameter.detach().to(torch.complex128 if parameter.is_complex() else torch.float64, copy=True)
+    for step in steps:
+        part = exact if step.rows is None else exact.narrow(step.dim, step.rows[0], step.rows[1] - step.rows[0])
+        part.mul_(scales[step.gate] ** step.exponent)
+    return exact
+
+
+def _check_product(name: str, old: Tensor, exact: Tensor) -> None:
+    """Refuse what is not finite, overflows, or loses its digits to underflow as a whole."""
+    if not old.isfinite().all():
+        raise FoldError(f"the parameter {name!r} holds NaN or infinite values; a fold would spread them")
+    stored = exact.to(old.dtype).to(exact.dtype)
+    largest = exact.abs().max() if exact.numel() else torch.zeros(())
+    if not stored.isfinite().all():
+        raise FoldError(f"the parameter {name!r} overflows {old.dtype} when scaled; fold in a wider type first")
+    if old.numel() and (stored - exact).abs().max() > 2 * torch.finfo(old.dtype).eps * largest:
+        raise FoldError(f"the parameter {name!r} underflows {old.dtype} when scaled; fold in a wider type first")
