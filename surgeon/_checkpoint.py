@@ -35,8 +35,9 @@ def save_checkpoint(model: nn.Module, path: Path_, metadata: Mapping[str, object
     Args:
         model: The model; its ``state_dict`` keys are written as they are.
         path: The file; an existing one is replaced.
-        metadata: What to remember: ``model``, ``schedule``, ``drop_rate``, ``scaling``, ``unit``, ... Strings are
-            kept, ``None`` is left out, anything else is written as JSON.
+        metadata: What to remember: ``model``, ``schedule``, ``drop_rate``, ``scaling``, ``unit``, ...
+            Strings are kept, ``None`` is left out, anything else is written as JSON. Added are ``weights``,
+            ``"gated"`` or ``"plain"``, and surgeon's version.
 
     Returns:
         The absolute path of the file.
@@ -45,13 +46,17 @@ def save_checkpoint(model: nn.Module, path: Path_, metadata: Mapping[str, object
         CheckpointError: The file cannot be written.
     """
     from safetensors.torch import save_file
+    from surgeon._surgery import is_gated
 
     place = Path(path).resolve()
     # A clone per key: safetensors refuses views and shared memory, and tied weights share theirs.
     state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
+    # Gated weights still need their evaluation scales; plain ones must not get them a second time.
+    weights = "gated" if is_gated(model) else "plain"
+    noted = strings({**(metadata or {}), "weights": weights, "surgeon": __version__, "format": "pt"})
     try:
         with beside(place) as folder:
-            save_file(state, folder / place.name, {**strings(metadata or {}), "surgeon": __version__, "format": "pt"})
+            save_file(state, folder / place.name, noted)
             settle(folder / place.name, place)
     except OSError as error:
         raise CheckpointError(f"cannot write the checkpoint {path}: {error}") from error
@@ -104,7 +109,9 @@ def load_checkpoint(model: nn.Module, path: Path_) -> dict[str, str]:
     return metadata
 
 
-def check_state(model: nn.Module, state: Mapping[str, Tensor], path: Path_, trained: str | None = None) -> None:
+def check_state(
+    model: nn.Module, state: Mapping[str, Tensor], path: Path_, trained: str | None = None
+) -> None:
     """Checks that a state fits a model: the same keys and shapes, all values finite; nothing is changed.
 
     Args:
@@ -172,7 +179,7 @@ def _read_torch(place: Path) -> Any:
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise CheckpointError(
-                f"will not read the checkpoint {place}: it is no file of tensors alone, and loading it could run "
+                f"will not read the checkpoint {place}: it holds more than tensors, and loading it could run "
                 "code from it. Load it where you trust it, and save the state_dict as safetensors."
             ) from error
         raise CheckpointError(f"cannot read the checkpoint {place}: it is no checkpoint ({error})") from error
@@ -193,8 +200,8 @@ def _unnest(loaded: Any) -> Any:
 def _tensors_only(loaded: Any, place: Path) -> dict[str, Tensor]:
     if not isinstance(loaded, Mapping) or not any(isinstance(value, Tensor) for value in loaded.values()):
         raise CheckpointError(
-            f"cannot use the checkpoint {place}: it holds a {type(loaded).__name__} and no tensors by name, neither "
-            f"at its top nor under {', '.join(_NESTS)}"
+            f"cannot use the checkpoint {place}: it holds a {type(loaded).__name__} and no tensors by name, "
+            f"neither at its top nor under {', '.join(_NESTS)}"
         )
     other = [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]
     if other:

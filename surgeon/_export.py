@@ -164,8 +164,9 @@ class _Gates:
 
 def _without_gates(model: nn.Module) -> tuple[nn.Module, _Gates]:
     """A folded copy of a gated model; a plain model itself."""
-    import surgeon
     from surgeon._surgery import is_gated
+
+    import surgeon
 
     if not is_gated(model):
         return model, _Gates()
@@ -194,7 +195,9 @@ def _check_weights(model: nn.Module) -> None:
     bad = non_finite(dict(model.state_dict(keep_vars=True)))
     if bad:
         more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
-        raise ExportError(f"{type(model).__name__} holds values that are not finite: {', '.join(bad[:4])}{more}")
+        raise ExportError(
+            f"{type(model).__name__} holds values that are not finite: {', '.join(bad[:4])}{more}"
+        )
 
 
 def _check_graph(graph: ir.Model, kind: str) -> None:
@@ -202,8 +205,8 @@ def _check_graph(graph: ir.Model, kind: str) -> None:
     if findings:
         listed = "; ".join(f"{found.node} ({found.op_type}): {found.reason}" for found in findings[:3])
         raise ExportError(
-            f"the graph of {kind} holds {len(findings)} nodes that do not belong in an evaluating graph: {listed}. "
-            "Nothing was written"
+            f"the graph of {kind} holds {len(findings)} nodes that do not belong in an evaluating graph: "
+            f"{listed}. Nothing was written"
         )
 
 
@@ -255,7 +258,9 @@ def _class_name(model: nn.Module) -> str:
 
 def _save(graph: ir.Model, made: Path, place: Path) -> str | None:
     """Writes the graph; returns the name of the data file beside it, if it needs one."""
-    weights = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value)
+    weights = sum(
+        value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value
+    )
     data = None if weights <= _ONE_FILE_LIMIT else _free_name(place)
     try:
         ir.save(graph, made, external_data=data)
@@ -300,8 +305,8 @@ def _compare(
         raise ExportError(f"{error}. Nothing was written to {path}") from error
     report = ParityReport(str(path), tuple(rows), graph_findings(file.model), tolerance, _SEED)
     if not report.ok:
-        kind = _class_name(model)
-        raise OutputsDifferError(f"the ONNX graph of {kind} computes something else: {report.fault}. No file was written to {path}", report)
+        what = f"the ONNX graph of {_class_name(model)} computes something else"
+        raise OutputsDifferError(f"{what}: {report.fault}. No file was written to {path}", report)
     return report
 
 

@@ -5,7 +5,7 @@ Three things make it succeed, and its graphs smaller, on models where it otherwi
 * timm's fused attention is off while it runs. Below opset 23 the fused operator is decomposed into more nodes
   than timm's own plain arithmetic (85 against 67 nodes in a ViT of two blocks), and with a float bias (BEiT,
   relative positions) its decomposition fails;
-* any other ``scaled_dot_product_attention`` takes PyTorch's plain mathematical path, whose decomposition works;
+* any other ``scaled_dot_product_attention`` takes PyTorch's plain mathematical path, which decomposes well;
 * the example has a batch of two at least, because a size of one is taken for a constant.
 """
 
@@ -15,7 +15,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir as ir
 import torch
@@ -69,10 +69,10 @@ def to_onnx(model: nn.Module, called: Signature, *, opset: int | None, dynamic_b
         raise ExportError(_failure(model, error, dynamic_batch=dynamic_batch)) from error
     finally:
         drop_caches(model)
-    assert program is not None  # It is None for the old exporter only.
-    _check(program.model, model, opset, dynamic_batch=dynamic_batch)
-    _tidy(program.model)
-    return program.model
+    graph = cast("torch.onnx.ONNXProgram", program).model  # It is None for the old exporter only.
+    _check(graph, model, opset, dynamic_batch=dynamic_batch)
+    _tidy(graph)
+    return graph
 
 
 @contextlib.contextmanager
@@ -129,14 +129,14 @@ def _check(graph: ir.Model, model: nn.Module, opset: int | None, *, dynamic_batc
     made = graph.opset_imports.get("", 0)
     if opset is not None and made != opset:
         raise ExportError(
-            f"{kind} cannot be written in opset {opset}: the exporter made opset {made} and could not convert it. "
-            f"Leave opset out, or ask for {made}"
+            f"{kind} cannot be written in opset {opset}: the exporter made opset {made} and could not "
+            f"convert it. Leave opset out, or ask for {made}"
         )
     first = graph.graph.inputs[0]
     if dynamic_batch and first.shape is not None and isinstance(first.shape[0], int):
         raise ExportError(
-            f"{kind} fixes its batch to {first.shape[0]} in its own arithmetic, so no dynamic batch is possible; "
-            "pass dynamic_batch=False (--static-batch) to export for one batch size"
+            f"{kind} fixes its batch to {first.shape[0]} in its own arithmetic, so no dynamic batch is "
+            "possible; pass dynamic_batch=False (--static-batch) to export for one batch size"
         )
 
 

@@ -34,7 +34,9 @@ def _check_existing(place: Path, path: str | os.PathLike[str], *, overwrite: boo
     if not place.is_file():
         raise UsageError(f"cannot write {path}: it is not a regular file")
     if not overwrite:
-        raise UsageError(f"{path} exists; pass overwrite=True (--overwrite) to replace it, or name another file")
+        raise UsageError(
+            f"{path} exists; pass overwrite=True (--overwrite) to replace it, or name another file"
+        )
     if not os.access(place, os.W_OK):
         raise UsageError(f"cannot write {path}: the file is read-only")
 

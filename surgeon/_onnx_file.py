@@ -60,7 +60,9 @@ def open_onnx(path: str | os.PathLike[str]) -> OnnxFile:
     """
     place = Path(path)
     if not place.is_file():
-        raise OnnxFileError(f"cannot read {path}: it {'is a directory' if place.is_dir() else 'does not exist'}")
+        raise OnnxFileError(
+            f"cannot read {path}: it {'is a directory' if place.is_dir() else 'does not exist'}"
+        )
     if place.stat().st_size == 0:
         raise OnnxFileError(f"cannot read {path}: the file is empty")
     try:
@@ -68,8 +70,8 @@ def open_onnx(path: str | os.PathLike[str]) -> OnnxFile:
         return OnnxFile(place, ir.load(place))
     except Exception as error:  # protobuf, onnx and the operating system each raise their own.
         raise OnnxFileError(
-            f"{path} is no valid ONNX model; it may be truncated, of another kind, or miss its external data: "
-            f"{first_line(error)}"
+            f"{path} is no valid ONNX model; it may be truncated, of another kind, or without its external "
+            f"data: {first_line(error)}"
         ) from error
 
 

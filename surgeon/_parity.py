@@ -36,7 +36,7 @@ class ParityRow:
         shape: The output's shape in PyTorch.
         absolute: Largest absolute difference.
         relative: ``absolute`` over the largest absolute value in PyTorch.
-        top1: Share of the rows, 0 to 1, whose largest value is at the same place; None unless rows are scores.
+        top1: Share of rows, 0 to 1, with the largest value at the same place; None unless rows are scores.
         note: What makes numbers meaningless: other shapes, values that are not finite; else empty.
         ok: Whether the row is within the tolerance.
     """
@@ -111,7 +111,10 @@ class ParityReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The report for JSON; numbers that are not finite become None."""
-        rows = [{**asdict(row), "absolute": _json(row.absolute), "relative": _json(row.relative)} for row in self.rows]
+        rows = [
+            {**asdict(row), "absolute": _json(row.absolute), "relative": _json(row.relative)}
+            for row in self.rows
+        ]
         return {**asdict(self), "rows": rows, "ok": self.ok}
 
     def __str__(self) -> str:
@@ -134,7 +137,14 @@ def _row(name: str, reference: Array, other: Array, batch: int, tolerance: float
         return ParityRow(name, batch, reference.shape, math.nan, math.nan, None, note, ok=False)
     absolute, relative = _distance(reference, other)
     return ParityRow(
-        name, batch, reference.shape, absolute, relative, _top1(reference, other), "", ok=relative <= tolerance
+        name,
+        batch,
+        reference.shape,
+        absolute,
+        relative,
+        _top1(reference, other),
+        "",
+        ok=relative <= tolerance,
     )
 
 

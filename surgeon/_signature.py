@@ -100,7 +100,7 @@ class Flat(nn.Module):
 
 
 def evaluating_copy(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode on the CPU, without what earlier evaluations left behind; the model is only read.
+    """A copy in evaluation mode on the CPU, without what earlier evaluations left; the model is only read.
 
     LeViT and its kin keep a table of attention biases from their last evaluation. It goes stale when weights
     change, would be frozen into an export, and cannot be copied while it is part of an autograd graph.
@@ -145,7 +145,11 @@ def _leaf_names(name: str, value: Any) -> list[str]:
 
 
 def _distinct(names: list[str]) -> tuple[str, ...]:
-    return tuple(names) if len(set(names)) == len(names) else tuple(f"{name}_{i}" for i, name in enumerate(names))
+    return (
+        tuple(names)
+        if len(set(names)) == len(names)
+        else tuple(f"{name}_{i}" for i, name in enumerate(names))
+    )
 
 
 def _random(tensor: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:

@@ -19,7 +19,7 @@ from torch import nn
 from surgeon._checkpoint import load_checkpoint, read_metadata, save_checkpoint
 from surgeon.errors import UsageError
 
-__all__ = ["load_model", "read_metadata", "resolve", "save_checkpoint"]
+__all__ = ["load_model", "normalisation", "read_metadata", "resolve", "save_checkpoint"]
 
 LIBRARIES = ("timm", "torchvision")
 
@@ -87,6 +87,23 @@ def names(library: str) -> list[str]:
     return list(torchvision.models.list_models())
 
 
+def normalisation(spec: str) -> dict[str, list[float]]:
+    """Mean and standard deviation of the images that a torchvision model was trained on; empty where unknown.
+
+    Models of timm carry theirs in ``pretrained_cfg``.
+    """
+    library, _, name = spec.partition(":")
+    if library != "torchvision":
+        return {}
+    import torchvision
+
+    for weights in torchvision.models.get_model_weights(name):
+        preset = weights.transforms()
+        if hasattr(preset, "mean") and hasattr(preset, "std"):
+            return {"mean": list(preset.mean), "std": list(preset.std)}
+    return {}
+
+
 def _made_for_size(make: Callable[..., Any], size: int, kwargs: dict[str, Any]) -> Any:
     # timm and own models; torchvision's ViT; torchvision's MaxViT.
     for named in ({"img_size": size}, {"image_size": size}, {"input_size": (size, size)}):
@@ -136,14 +153,18 @@ def _imported(module: str, name: str) -> Callable[..., Any]:
             found: Any = importlib.import_module(module)
         except ImportError as error:
             libraries = f" Known prefixes: {', '.join(f'{library}:' for library in LIBRARIES)}."
-            raise UsageError(f"cannot import {module!r} for the model {module}:{name}: {error}.{libraries}") from error
+            raise UsageError(
+                f"cannot import {module!r} for the model {module}:{name}: {error}.{libraries}"
+            ) from error
     for part in name.split("."):
         if not hasattr(found, part):
             close = _close(part, [key for key in dir(found) if not key.startswith("_")])
             raise UsageError(f"{module} has no {name!r}. {_suggest(close)}".rstrip())
         found = getattr(found, part)
     if not callable(found) or isinstance(found, nn.Module):
-        raise UsageError(f"{module}:{name} is a {type(found).__name__}; name a function or class that makes a model")
+        raise UsageError(
+            f"{module}:{name} is a {type(found).__name__}; name a function or class that makes a model"
+        )
     made: Callable[..., Any] = found
     return made
 

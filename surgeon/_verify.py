@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon._hygiene import graph_findings
-from surgeon._onnx_file import OnnxFile, OnnxFileError, first_line, open_onnx, run
+from surgeon._onnx_file import OnnxFile, first_line, open_onnx, run
 from surgeon._parity import Array, ParityReport, ParityRow, compare
 from surgeon._signature import Signature, evaluating_copy, flatten, signature
 from surgeon.errors import UsageError
@@ -92,8 +92,8 @@ def compare_runs(
         if len(other) != len(reference):
             theirs = ", ".join(output.name for output in session.get_outputs())
             raise UsageError(
-                f"{file.path} has {len(other)} outputs ({theirs}), {type(model).__name__} has {len(reference)} "
-                f"({', '.join(reference)})"
+                f"{file.path} has {len(other)} outputs ({theirs}), {type(model).__name__} has "
+                f"{len(reference)} ({', '.join(reference)})"
             )
         rows += compare(list(reference), list(reference.values()), other, batch=batch, tolerance=tolerance)
     return rows
@@ -121,14 +121,17 @@ def _possible_sizes(file: OnnxFile, batch_sizes: Sequence[int]) -> Sequence[int]
 
 
 def _example_like(file: OnnxFile, model: nn.Module) -> Tensor | None:
-    """The model's default example in the size that the file's only input fixes; None where that is not one."""
+    """The model's default example in the size that the file's only input fixes; None where it cannot be."""
     from surgeon._example import default_input
 
     inputs = file.model.graph.inputs
     own = default_input(model)
     if len(inputs) != 1 or inputs[0].shape is None or len(inputs[0].shape) != own.ndim:
         return None
-    sizes = [size if isinstance(size, int) else fallback for size, fallback in zip(inputs[0].shape, own.shape, strict=True)]
+    sizes = [
+        size if isinstance(size, int) else fallback
+        for size, fallback in zip(inputs[0].shape, own.shape, strict=True)
+    ]
     return own.new_zeros(sizes)
 
 
@@ -137,10 +140,14 @@ def _check_inputs(file: OnnxFile, called: Signature) -> None:
     mine = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(called.names, called.tensors, strict=True))
     theirs = ", ".join(f"{given.name} {given.shape}" for given in inputs)
     if len(inputs) != len(called.tensors):
-        raise UsageError(f"{file.path} takes {len(inputs)} inputs ({theirs}), the model {len(called.tensors)} ({mine})")
+        raise UsageError(
+            f"{file.path} takes {len(inputs)} inputs ({theirs}), the model {len(called.tensors)} ({mine})"
+        )
     for given, tensor in zip(inputs, called.tensors, strict=True):
         if given.shape is not None and not _fits(given.shape, tensor):
-            raise UsageError(f"the inputs of {file.path} ({theirs}) do not fit the example's ({mine}); pass example=")
+            raise UsageError(
+                f"the inputs of {file.path} ({theirs}) do not fit the example's ({mine}); pass example="
+            )
 
 
 def _fits(shape: Any, tensor: Tensor) -> bool:

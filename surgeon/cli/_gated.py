@@ -1,0 +1,46 @@
+"""Puts the evaluation scales of a training by the paper's rule onto a command's model."""
+
+from dataclasses import replace
+
+from surgeon.cli._subject import Gating, Subject
+from surgeon.errors import UsageError
+
+
+def with_scales(subject: Subject, gating: Gating) -> Subject:
+    """Gates the subject's model, in place, where its weights need an evaluation scale; returns the subject.
+
+    They do when they were trained with ``scaling="paper"`` and nobody has folded them: the option says so, or
+    the checkpoint does. Weights trained with ``"inverted"`` are complete as they are.
+
+    Raises:
+        UsageError: The options ask for scales that the checkpoint has in its weights already, or leave open
+            whether there are any.
+        NoResidualsError: There is nothing to scale.
+    """
+    import surgeon
+
+    settings = gating.settings(subject.metadata)
+    plain = subject.metadata.get("weights") == "plain"
+    if plain and gating.scaling == "paper":
+        raise UsageError(
+            "the checkpoint's weights are plain: they hold their evaluation scales already, and --scaling "
+            "paper would apply them twice; leave it out"
+        )
+    if plain or settings["scaling"] != "paper":
+        return _noted(subject, gating)
+    surgeon.apply(subject.model, unit="batch", example=subject.example, **settings)
+    return subject
+
+
+def _noted(subject: Subject, gating: Gating) -> Subject:
+    """The subject with the options among what is known of it, for the record; there is nothing to fold."""
+    from surgeon._checkpoint import strings
+
+    given = gating.given()
+    if given and gating.scaling is None:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UsageError(
+            f"{names} without --scaling: give --scaling paper if the weights were trained by the paper's "
+            "rule and need their evaluation scales, --scaling inverted (surgeon's default) if they are complete"
+        )
+    return replace(subject, metadata={**subject.metadata, **strings({**given, "scaling": gating.scaling})})

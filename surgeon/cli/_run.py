@@ -1,0 +1,184 @@
+"""What all commands share: options, where output goes, and how an error becomes an exit code."""
+
+import contextlib
+import functools
+import inspect
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from surgeon.errors import NoResidualsError, ParityError, SurgeonError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+Body = Callable[..., int | None]
+
+DONE, FAILED, USAGE, PARITY, NOTHING = range(5)
+
+SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+EXIT_CODES = """\b
+Exit codes:
+  0  done
+  1  failed
+  2  usage: an argument is unknown, out of range or does not fit
+  3  PyTorch and ONNX do not agree
+  4  nothing to do: the model has no residual add"""
+
+MODEL_HELP = (
+    "MODEL is timm:NAME, torchvision:NAME, package.module:callable, or a bare name that only one of timm and "
+    "torchvision has."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where a command's words go: the result to stdout, the rest to stderr.
+
+    Attributes:
+        as_json: The result is one JSON object.
+        quiet: Nothing but errors on stderr.
+        verbose: 1 shows progress of the library, 2 its debugging.
+        debug: Errors come with their traceback.
+        stream: The real stdout; what libraries print meanwhile goes to stderr.
+    """
+
+    as_json: bool
+    quiet: bool
+    verbose: int
+    debug: bool
+    stream: IO[str] = field(default_factory=lambda: sys.stdout)
+
+    def result(self, found: dict[str, Any], *shown: "RenderableType") -> None:
+        """Prints the result: the dict as JSON, or else what is shown of it."""
+        if self.as_json:
+            self.stream.write(json.dumps(found, indent=2, default=str) + "\n")
+            return
+        for part in shown:
+            console = self.console(part)
+            console.print(part)
+
+    def console(self, shown: "RenderableType") -> "Console":
+        """A console as wide as the terminal; where there is none, as wide as what it shows needs."""
+        from rich.console import Console
+        from rich.measure import Measurement
+
+        console = Console(file=self.stream, highlight=False)
+        if not self.stream.isatty() and "COLUMNS" not in os.environ:
+            roomy = console.options.update(width=1000)
+            console.width = max(80, Measurement.get(console, roomy, shown).maximum)
+        return console
+
+    def note(self, text: str) -> None:
+        """Says something that is not the result."""
+        if not self.quiet:
+            click.echo(text, err=True)
+
+    @contextlib.contextmanager
+    def working(self, text: str) -> Iterator[None]:
+        """Shows that work goes on, where somebody watches."""
+        from rich.console import Console
+
+        console = Console(stderr=True, highlight=False)
+        if self.quiet or not console.is_terminal:
+            yield
+            return
+        with console.status(text):
+            yield
+
+
+def command(name: str, short: str, *, examples: str, more: str = "") -> Callable[[Body], click.Command]:
+    """Makes a command of a function ``(out, **arguments) -> exit code``.
+
+    It gets the options that all commands share, and a help page of the function's docstring, ``more``, the
+    examples and the exit codes.
+    """
+
+    def wrap(body: Body) -> click.Command:
+        @functools.wraps(body)
+        def call(*, as_json: bool, quiet: bool, verbose: int, debug: bool, **arguments: Any) -> None:
+            out = Output(as_json, quiet, verbose, debug)
+            sys.exit(_guarded(out, lambda: body(out, **arguments)))
+
+        made = click.command(
+            name,
+            context_settings=SETTINGS,
+            help=f"{inspect.cleandoc(body.__doc__ or '')}\n\n{more}",
+            short_help=short,
+            epilog=f"{example_block(examples)}\n\n{EXIT_CODES}",
+        )(call)
+        made.params.extend(_shared_options())
+        return made
+
+    return wrap
+
+
+def example_block(examples: str) -> str:
+    """Examples as click keeps them: line by line."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines())
+
+
+def _shared_options() -> list[click.Option]:
+    return [
+        click.Option(["--json", "as_json"], is_flag=True, help="Print the result as one JSON object."),
+        click.Option(["-q", "--quiet"], is_flag=True, help="Nothing but errors on stderr."),
+        click.Option(["-v", "--verbose"], count=True, help="Say more; twice for debugging."),
+        click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
+    ]
+
+
+def _guarded(out: Output, body: Callable[[], int | None]) -> int:
+    """Runs a command's body; says what went wrong and returns the exit code."""
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(), _logs(out):
+        if not out.verbose:
+            warnings.simplefilter("ignore")
+        try:
+            return body() or DONE
+        except SurgeonError as error:
+            return _failed(out, error, str(error))
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:  # noqa: BLE001 - the last resort: a bug, said in one line.
+            return _failed(out, error, f"unexpected {type(error).__name__}: {error}; --debug shows where")
+
+
+def _failed(out: Output, error: Exception, message: str) -> int:
+    code = _exit_code(error)
+    if out.debug:
+        traceback.print_exception(error)
+    click.echo(f"surgeon: {message}", err=True)
+    if out.as_json:
+        report = getattr(error, "report", None)
+        found = {"error": {"type": type(error).__name__, "message": message}, "exit_code": code}
+        out.result(found if report is None else {**found, "report": report.as_dict()})
+    return code
+
+
+def _exit_code(error: Exception) -> int:
+    kinds = {NoResidualsError: NOTHING, ParityError: PARITY, UsageError: USAGE}
+    return next((code for kind, code in kinds.items() if isinstance(error, kind)), FAILED)
+
+
+@contextlib.contextmanager
+def _logs(out: Output) -> Iterator[None]:
+    """Shows the library's log on stderr, as loud as was asked for, while the command runs."""
+    logger = logging.getLogger("surgeon")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("surgeon: %(message)s"))
+    before = logger.level
+    logger.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(out.verbose, 2)])
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)

@@ -1,0 +1,190 @@
+"""The model that a command works on, made from its MODEL argument and options."""
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgeon.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Body = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model and what is known about it.
+
+    Attributes:
+        spec: The full spelling of the MODEL argument.
+        model: The model.
+        example: What it is run on; None where the model says that itself.
+        metadata: What the checkpoint says of itself; empty without one.
+    """
+
+    spec: str
+    model: "nn.Module"
+    example: "Tensor | None"
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Making:
+    """The options that say how a model is made."""
+
+    checkpoint: str | None
+    num_classes: int | None
+    img_size: int | None
+    input_size: str | None
+    model_args: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Gating:
+    """The options that say which gates a model gets."""
+
+    schedule: str | None
+    drop_rate: float | None
+    scaling: str | None
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+
+    def given(self) -> dict[str, object]:
+        """The options that were given, but for ``scaling``."""
+        values = {name: getattr(self, name) for name in ("schedule", "drop_rate", "include", "exclude")}
+        return {name: value for name, value in values.items() if value not in (None, ())}
+
+    def settings(self, metadata: dict[str, str]) -> dict[str, Any]:
+        """The arguments for `surgeon.apply`: options, else what a checkpoint remembers, else defaults."""
+        noted_rate = metadata.get("drop_rate")
+        return {
+            "schedule": _schedule(self.schedule or metadata.get("schedule", "linear")),
+            "drop_rate": self.drop_rate if self.drop_rate is not None else float(noted_rate or 0.5),
+            "scaling": self.scaling or metadata.get("scaling", "inverted"),
+            "include": self.include or tuple(_json(metadata.get("include"), [])),
+            "exclude": self.exclude or tuple(_json(metadata.get("exclude"), [])),
+        }
+
+
+def model_options(body: Body) -> Body:
+    """Adds the options of `Making`, which the body gets as ``making``."""
+    options = (
+        click.option("--checkpoint", type=click.Path(), help="Weights: a safetensors file, or one of torch."),
+        click.option("--num-classes", type=click.IntRange(min=0), help="Size of the classifier."),
+        click.option("--img-size", type=click.IntRange(min=1), help="Side of the square images, in pixels."),
+        click.option("--input-size", metavar="CxHxW", help="Size of the input, as 1x28x28."),
+        click.option(
+            "--model-arg", "model_args", multiple=True, metavar="KEY=VALUE", help="For MODEL's maker."
+        ),
+    )
+    return _bundled("making", Making, options, body)
+
+
+def schedule_options(body: Body) -> Body:
+    """Adds the options of `Gating`, which the body gets as ``gating``."""
+    options = (
+        click.option("--schedule", help="linear, linear-from-zero, uniform, or drop rates as 0,0.1,0.2."),
+        click.option("--drop-rate", type=float, help="The last gate's drop rate, 0 to below 1. Default 0.5."),
+        click.option("--scaling", type=click.Choice(["inverted", "paper"]), help="Default inverted."),
+        click.option("--include", multiple=True, metavar="PATTERN", help="Gate only these; may be repeated."),
+        click.option(
+            "--exclude", multiple=True, metavar="PATTERN", help="Do not gate these; may be repeated."
+        ),
+    )
+    return _bundled("gating", Gating, options, body)
+
+
+def load_subject(model: str, making: Making) -> Subject:
+    """Makes the model, with the checkpoint's weights.
+
+    A checkpoint of surgeon remembers the arguments that its model was made with and its input size; options
+    win over both.
+
+    Raises:
+        UsageError: An option does not make sense, or the model is unknown.
+        CheckpointError: The checkpoint cannot be read or does not fit.
+    """
+    from surgeon._source import load_model, read_metadata, resolve
+
+    size = _size(making)
+    arguments = dict(_pair(text) for text in making.model_args)
+    spec = resolve(model)
+    metadata = read_metadata(making.checkpoint) if making.checkpoint else {}
+    arguments = {**_remembered(metadata, spec), **arguments}
+    if making.num_classes is not None:
+        arguments["num_classes"] = making.num_classes
+    side = size[-1] if size and size[-1] == size[-2] else None
+    made = load_model(spec, checkpoint=making.checkpoint, img_size=side, **arguments)
+    return Subject(spec, made, _example(made, size or _noted_size(metadata)), metadata)
+
+
+def _schedule(text: str) -> str | tuple[float, ...]:
+    if not text or text[0] not in "[.0123456789":
+        return text
+    try:
+        return tuple(float(rate) for rate in text.strip("[]").split(","))
+    except ValueError as error:
+        raise UsageError(f"--schedule is {text!r}; give a name, or drop rates separated by commas") from error
+
+
+def _size(making: Making) -> tuple[int, ...] | None:
+    """The size asked for: height and width, or channels too."""
+    if making.input_size is None:
+        return None if making.img_size is None else (making.img_size, making.img_size)
+    if making.img_size is not None:
+        raise UsageError("--img-size and --input-size say the same thing; give one of them")
+    parts = making.input_size.lower().split("x")
+    if len(parts) < 3 or not all(part.isdigit() and int(part) for part in parts):
+        raise UsageError(
+            f"--input-size is {making.input_size!r}; give channels, height and width, as 3x224x224"
+        )
+    return tuple(int(part) for part in parts)
+
+
+def _noted_size(metadata: dict[str, str]) -> tuple[int, ...] | None:
+    return tuple(_json(metadata.get("input_size"), [])) or None
+
+
+def _example(model: "nn.Module", size: tuple[int, ...] | None) -> "Tensor | None":
+    from surgeon._example import default_input
+
+    if size is None:
+        return None
+    usual = default_input(model)
+    known = usual.shape[:2] if len(size) == 2 else usual.shape[:1]
+    return usual.new_zeros(*known, *size)
+
+
+def _remembered(metadata: dict[str, str], spec: str) -> dict[str, Any]:
+    return dict(_json(metadata.get("model_args"), {})) if metadata.get("model") == spec else {}
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise UsageError(f"--model-arg is {text!r}; give KEY=VALUE, as img_size=96 or layers=[1,1,1,1]")
+    return key, _json(value, value)
+
+
+def _json(text: str | None, otherwise: Any) -> Any:
+    try:
+        return otherwise if text is None else json.loads(text)
+    except json.JSONDecodeError:
+        return otherwise
+
+
+def _bundled(name: str, kind: type, options: tuple[Callable[[Body], Body], ...], body: Body) -> Body:
+    """Adds options to a command; its body gets their values in one dataclass."""
+    keys = [held.name for held in fields(kind)]
+
+    @functools.wraps(body)
+    def call(*args: Any, **arguments: Any) -> Any:
+        bundle = kind(**{key: arguments.pop(key) for key in keys})
+        return body(*args, **arguments, **{name: bundle})
+
+    return functools.reduce(lambda made, option: option(made), reversed(options), call)

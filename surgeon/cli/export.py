@@ -1,0 +1,98 @@
+"""``surgeon export``: a model as one plain ONNX file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from surgeon.cli._gated import with_scales
+from surgeon.cli._run import MODEL_HELP, Output
+from surgeon.cli._run import command as surgeon_command
+from surgeon.cli._subject import Gating, Making, Subject, load_subject, model_options, schedule_options
+from surgeon.errors import UsageError
+
+_EXAMPLES = """
+surgeon export timm:resnet50 --checkpoint model.safetensors -o model.onnx
+surgeon export torchvision:vit_b_16 --checkpoint last.pt -o vit.onnx --opset 23 --labels classes.txt
+surgeon export timm:resnet50 --checkpoint paper.pt --scaling paper --drop-rate 0.5 -o model.onnx
+surgeon export my_networks:tiny -o tiny.onnx --input-size 1x28x28 --overwrite --json
+"""
+
+# What a checkpoint remembers and an ONNX file should say too.
+_CARRIED = ("mean", "std", "classes", "schedule", "drop_rate", "scaling", "unit")
+
+
+@surgeon_command("export", "Write one plain ONNX file, checked.", examples=_EXAMPLES, more=MODEL_HELP)
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=click.Path(), help="The ONNX file to write.")
+@model_options
+@schedule_options
+@click.option("--opset", type=int, help="Version of ONNX's operators; default is PyTorch's.")
+@click.option("--static-batch", is_flag=True, help="Fix the batch to one.")
+@click.option("--labels", type=click.Path(), help="A text file with one class name per line.")
+@click.option("--tolerance", type=float, default=1e-4, show_default=True, help="Largest relative error.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+def command(  # noqa: PLR0913 - one per argument and option of its own.
+    out: Output,
+    *,
+    model: str,
+    output: str,
+    making: Making,
+    gating: Gating,
+    opset: int | None,
+    static_batch: bool,
+    labels: str | None,
+    tolerance: float,
+    overwrite: bool,
+) -> None:
+    """Writes MODEL as one plain ONNX file, compared with PyTorch before it is in place.
+
+    Weights trained with surgeon's default scaling, or never gated, are exported as they are. Weights trained
+    by the paper's rule (--scaling paper, or a checkpoint that says so) get the schedule's evaluation scales
+    folded into them first; name the schedule and the drop rate of the training.
+    """
+    from surgeon import _table
+    from surgeon._export import export
+    from surgeon._files import destination
+
+    destination(output, overwrite=overwrite)
+    names = _labels(labels)
+    with out.working(f"exporting {model}"):
+        subject = with_scales(load_subject(model, making), gating)
+        report = export(
+            subject.model,
+            output,
+            example=_one_sample(subject.example) if static_batch else subject.example,
+            opset=opset,
+            overwrite=overwrite,
+            dynamic_batch=not static_batch,
+            metadata=_metadata(subject),
+            labels=names,
+            tolerance=tolerance,
+        )
+    out.result({"model": subject.spec, **report.as_dict()}, *_table.exported(subject.spec, report))
+
+
+def _one_sample(example: Any) -> Any:
+    return None if example is None else example[:1]
+
+
+def _labels(path: str | None) -> list[str] | None:
+    if path is None:
+        return None
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the labels in {path}: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _metadata(subject: Subject) -> dict[str, object]:
+    """What the ONNX file says of the model, beyond what the model knows of itself."""
+    from surgeon._source import normalisation
+
+    noted = {key: subject.metadata[key] for key in _CARRIED if key in subject.metadata}
+    if "classes" in noted:
+        noted["labels"] = json.dumps(json.loads(noted.pop("classes")))
+    return {"model": subject.spec, **normalisation(subject.spec), **noted}

@@ -1,0 +1,67 @@
+"""``surgeon verify``: an ONNX file against a PyTorch model."""
+
+import click
+
+from surgeon.cli._gated import with_scales
+from surgeon.cli._run import DONE, MODEL_HELP, PARITY, Output
+from surgeon.cli._run import command as surgeon_command
+from surgeon.cli._subject import Gating, Making, load_subject, model_options, schedule_options
+
+_EXAMPLES = """
+surgeon verify model.onnx timm:resnet50 --checkpoint model.safetensors
+surgeon verify model.onnx torchvision:vit_b_16 --checkpoint last.pt --tolerance 1e-5
+surgeon verify model.onnx my_networks:tiny --checkpoint tiny.safetensors --json
+"""
+
+
+@surgeon_command("verify", "Compare an ONNX file with a model.", examples=_EXAMPLES, more=MODEL_HELP)
+@click.argument("file", type=click.Path())
+@click.argument("model")
+@model_options
+@schedule_options
+@click.option(
+    "--batch-size",
+    "batch_sizes",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(1, 3),
+    show_default=True,
+)
+@click.option("--tolerance", type=float, default=1e-4, show_default=True, help="Largest relative error.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random inputs.")
+def command(
+    out: Output,
+    *,
+    file: str,
+    model: str,
+    making: Making,
+    gating: Gating,
+    batch_sizes: tuple[int, ...],
+    tolerance: float,
+    seed: int,
+) -> int:
+    """Compares the ONNX file FILE with MODEL on random inputs, and searches its graph.
+
+    Outputs have to agree at every batch size, and the graph may hold nothing random, no gate, no node in
+    training mode and no control flow. Weights come from --checkpoint; without it MODEL's are random, and
+    nothing can agree. The schedule's options are as for export.
+    """
+    from surgeon import _table
+    from surgeon._onnx_file import open_onnx
+    from surgeon._verify import verify
+
+    with out.working(f"comparing {file} with {model}"):
+        open_onnx(file)  # A bad file is said before a large model is made.
+        subject = with_scales(load_subject(model, making), gating)
+        report = verify(
+            subject.model,
+            file,
+            example=subject.example,
+            batch_sizes=batch_sizes,
+            tolerance=tolerance,
+            seed=seed,
+        )
+    out.result({"model": subject.spec, **report.as_dict()}, *_table.parity(report))
+    if not report.ok:
+        out.note(f"surgeon: {report.fault}")
+    return DONE if report.ok else PARITY
