@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from surgeon import SurgeonError
+from surgeon.errors import UsageError
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
@@ -133,21 +133,21 @@ def load_config(config: str, overrides: list[str]) -> Config:
     """Reads a YAML file, or one of `recipes/configs` by its bare name, and lays `key=value` on top.
 
     Raises:
-        SurgeonError: If there is no such file, it is not YAML, or a key is unknown or ill-typed.
+        UsageError: If there is no such file, it is not YAML, or a key is unknown or ill-typed.
     """
     path = _find(config)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SurgeonError(f"{path} is not YAML: {error}") from error
+        raise UsageError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise SurgeonError(f"{path} holds no settings: expected sections such as `model:` and `train:`.")
+        raise UsageError(f"{path} holds no settings: expected sections such as `model:` and `train:`.")
     for override in overrides:
         _override(tree, override)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise SurgeonError(
+        raise UsageError(
             f"{path.name}: " + "; ".join(_explain(problem) for problem in error.errors())
         ) from error
 
@@ -162,24 +162,24 @@ def _find(config: str) -> Path:
         if path.is_file():
             return path
     known = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-    raise SurgeonError(f"there is no config {config!r}: not a file, and not one of {', '.join(known)}.")
+    raise UsageError(f"there is no config {config!r}: not a file, and not one of {', '.join(known)}.")
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
     """Writes one `section.key=value` into the tree; the value is read as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise SurgeonError(f"cannot read the override {override!r}: write key=value, as in train.epochs=5.")
+        raise UsageError(f"cannot read the override {override!r}: write key=value, as in train.epochs=5.")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise SurgeonError(f"{key}: the value {text!r} is not YAML: {error}") from error
+        raise UsageError(f"{key}: the value {text!r} is not YAML: {error}") from error
     *sections, last = key.split(".")
     for section in sections:
         below = tree.get(section)
         tree[section] = below = {} if below is None else below
         if not isinstance(below, dict):
-            raise SurgeonError(f"{key}: {section} is a value, {below!r}, and has no keys below it.")
+            raise UsageError(f"{key}: {section} is a value, {below!r}, and has no keys below it.")
         tree = below
     tree[last] = value
 

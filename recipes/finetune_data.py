@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
-from surgeon import SurgeonError
+from surgeon.errors import SurgeonError, UsageError
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _folder(config: Data, model: nn.Module) -> Images:
     test = _split(config.root / config.test, "data.test", create_transform(**known))
     if train.classes != test.classes:
         differ = sorted(set(train.classes) ^ set(test.classes))
-        raise SurgeonError(
+        raise UsageError(
             f"data.root={config.root}: the splits must hold the same classes, or their numbers would mean "
             f"different ones; only in one of {config.train} and {config.test}: {', '.join(differ[:5])}."
         )
@@ -113,11 +113,11 @@ def _folder(config: Data, model: nn.Module) -> Images:
 
 def _split(folder: Path, key: str, transform: Any) -> ImageFolder:
     if not folder.is_dir():
-        raise SurgeonError(
+        raise UsageError(
             f"{key}: there is no folder {folder}; expected {folder}/CLASS/IMAGE. "
             "Say where with data.root=PATH."
         )
     try:
         return ImageFolder(str(folder), transform=transform)
     except FileNotFoundError as error:
-        raise SurgeonError(f"{key}: {folder} is not an image folder: {error}") from error
+        raise UsageError(f"{key}: {folder} is not an image folder: {error}") from error

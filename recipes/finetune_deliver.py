@@ -52,9 +52,16 @@ def deliver(
     if settings.deliver.onnx:
         place = output / "model.onnx"
         example = torch.zeros(2, *images.input_size)
-        surgeon.export(gated, place, example=example, overwrite=True, metadata=metadata)
-        report["parity"] = str(surgeon.verify(stock, place, example=example))
-        report["onnx"] = _compared(predict_onnx(place, images, settings.train.batch_size), plain, targets)
+        exported = surgeon.export(
+            gated, place, example=example, overwrite=True, metadata=metadata, labels=images.classes
+        )
+        report["parity"] = surgeon.verify(stock, place, example=example).require().as_dict()
+        report["onnx"] = {
+            "nodes": sum(exported.nodes.values()),
+            "gates_folded": len(exported.folded),
+            "gates_kept": len(exported.kept),
+            **_compared(predict_onnx(place, images, settings.train.batch_size), plain, targets),
+        }
         files.append(place)
     if settings.deliver.timing_steps:
         report["step_seconds"] = time_steps(gated, images, settings, device)
@@ -132,7 +139,6 @@ def _metadata(settings: Config, images: Images) -> dict[str, object]:
         "input_size": list(images.input_size),
         "mean": list(images.mean),
         "std": list(images.std),
-        "classes": list(images.classes),
         "schedule": gates.schedule if isinstance(gates.schedule, str) else list(gates.schedule),
         "drop_rate": gates.drop_rate,
         "unit": gates.unit,
@@ -155,10 +161,12 @@ def _lines(report: dict[str, Any], settings: Config) -> list[str]:
         f"                             logits by at most {stock['max_difference']:.1e}",
     ]
     if onnx := report.get("onnx"):
+        gates = f"{onnx['gates_folded']} gates folded, {onnx['gates_kept']} left as a Mul"
         lines += [
-            f"ONNX file   top-1 {onnx['top1']:6.2f} %   in ONNX Runtime:",
-            f"                             {onnx['disagree']} of {total} answers differ from PyTorch's,",
-            f"                             logits by at most {onnx['max_difference']:.1e}",
+            f"ONNX file   top-1 {onnx['top1']:6.2f} %   in ONNX Runtime, against that stock network:",
+            f"                             {onnx['disagree']} of {total} answers differ,",
+            f"                             logits by at most {onnx['max_difference']:.1e};",
+            f"                             {onnx['nodes']} nodes, {gates}",
         ]
     if seconds := report.get("step_seconds"):
         gated, plain = (1000 * seconds[name] for name in ("gated", "plain"))

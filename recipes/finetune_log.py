@@ -9,8 +9,8 @@ import torch
 from finetune_config import Config, dump_config
 from torch import nn
 
-from surgeon import SurgeonError
 from surgeon._version import __version__
+from surgeon.errors import SurgeonError, UsageError
 
 MAY_CHANGE = {
     "output",
@@ -26,7 +26,7 @@ def prepare_folder(config: Config) -> dict[str, Any] | None:
     """Makes the output folder; returns the state to resume from, if that is asked for.
 
     Raises:
-        SurgeonError: If the folder holds a run that is neither to be resumed nor replaced, if there is no
+        UsageError: If the folder holds a run that is neither to be resumed nor replaced, if there is no
             state to resume, or if the run that left it had other settings.
     """
     last = config.output / "last.pt"
@@ -35,7 +35,7 @@ def prepare_folder(config: Config) -> dict[str, Any] | None:
         _same_settings(json.loads(state["config"]), config, last)
         return state
     if last.exists() and not config.overwrite:
-        raise SurgeonError(
+        raise UsageError(
             f"{config.output} already holds a run: resume=true goes on with it, overwrite=true replaces it, "
             "output=PATH keeps both."
         )
@@ -46,7 +46,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise SurgeonError(
+        raise UsageError(
             f"resume=true, but there is no {path}: check output, or leave resume out."
         ) from error
     except Exception as error:  # torch.load raises whatever the damage leads to
@@ -58,7 +58,7 @@ def _same_settings(before: dict[str, Any], config: Config, path: Path) -> None:
     now = config.model_dump(mode="json")
     for section in now.keys() - MAY_CHANGE:
         if before.get(section) != now[section]:
-            raise SurgeonError(
+            raise UsageError(
                 f"{path} was left by a run with {section}: {before.get(section)}; now it is {now[section]}. "
                 "A resumed run needs the same settings; use another output=PATH for new ones."
             )

@@ -6,8 +6,8 @@ from typing import Any
 from finetune_config import Model
 from torch import nn
 
-from surgeon import SurgeonError
 from surgeon._source import load_model
+from surgeon.errors import SurgeonError
 
 
 def load_network(config: Model) -> nn.Module:

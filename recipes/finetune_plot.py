@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from surgeon import SurgeonError
+from surgeon.errors import SurgeonError
 
 INK, BAR, PALE = "#222222", "#2f6690", "#d8dee6"
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from surgeon.errors import SurgeonError
+from surgeon.errors import SurgeonError, UsageError
 
 _HERE = Path(__file__).resolve().parent
 
@@ -37,12 +37,19 @@ def load(name: str = "finetune") -> ModuleType:
     which is what lets a user copy the folder anywhere and run it there.
 
     Raises:
-        SurgeonError: If there is no such recipe; the message lists those there are.
+        UsageError: If there is no such recipe; the message lists those there are.
+        SurgeonError: If a package that the recipe needs is not installed.
     """
     folder = locate()
     if not (folder / f"{name}.py").is_file():
         known = ", ".join(sorted(path.stem for path in folder.glob("*.py") if "_" not in path.stem))
-        raise SurgeonError(f"there is no recipe named {name!r}. Recipes: {known}.")
+        raise UsageError(f"there is no recipe named {name!r}. Recipes: {known}.")
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
-    return importlib.import_module(name)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise SurgeonError(
+            f"the recipe {name} needs {error.name}, which is not installed: "
+            "pip install 'surgeon[recipes,plots]'"
+        ) from error
