@@ -46,6 +46,7 @@ def save_checkpoint(model: nn.Module, path: Path_, metadata: Mapping[str, object
         CheckpointError: The file cannot be written.
     """
     from safetensors.torch import save_file
+
     from surgeon._surgery import is_gated
 
     place = Path(path).resolve()

@@ -19,6 +19,7 @@ from surgeon._files import beside, destination, settle
 from surgeon._hygiene import graph_findings, node_counts
 from surgeon._onnx_file import OnnxFileError, open_onnx
 from surgeon._parity import OutputsDifferError, ParityReport
+from surgeon._plain import check_plain
 from surgeon._signature import Signature, evaluating_copy, signature
 from surgeon._verify import check_comparison, compare_runs
 from surgeon._version import __version__
@@ -110,6 +111,7 @@ def export(  # noqa: PLR0913 - each is a decision of its own, all but two by key
         tolerance: Largest relative error that counts as agreement.
 
     Raises:
+        WrappedModelError: The model is wrapped (DDP, torch.compile, ...); give the plain one.
         UsageError: The path cannot be written, or an argument does not fit; found before any work.
         ExportError: The exporter failed, weights are not finite, or the graph holds what it must not.
         ParityError: The graph computes something else; the message names the worst output.
@@ -121,6 +123,7 @@ def export(  # noqa: PLR0913 - each is a decision of its own, all but two by key
     """
     started = time.perf_counter()
     place = destination(path, overwrite=overwrite)
+    check_plain(model)
     check_comparison(batch_sizes, tolerance)
     _check_opset(opset)
     _check_weights(model)
@@ -164,9 +167,8 @@ class _Gates:
 
 def _without_gates(model: nn.Module) -> tuple[nn.Module, _Gates]:
     """A folded copy of a gated model; a plain model itself."""
-    from surgeon._surgery import is_gated
-
     import surgeon
+    from surgeon._surgery import is_gated
 
     if not is_gated(model):
         return model, _Gates()
@@ -233,7 +235,7 @@ def _metadata(
     shape = graph.graph.outputs[0].shape
     classes = shape[-1] if shape is not None and len(shape) == 2 else None
     found: dict[str, object] = {
-        "model": config.get("architecture") or _class_name(model),
+        "model": config.get("architecture") or type(model).__name__,
         "input_size": list(called.tensors[0].shape[1:]),
         "mean": config.get("mean"),
         "std": config.get("std"),
@@ -249,11 +251,6 @@ def _metadata(
         "onnxruntime": onnxruntime.__version__,
     }
     return strings(found)
-
-
-def _class_name(model: nn.Module) -> str:
-    """The class's name; a gated class is generated, and its base has the name that the user knows."""
-    return next(kind.__name__ for kind in type(model).__mro__ if not kind.__name__.startswith("Gated"))
 
 
 def _save(graph: ir.Model, made: Path, place: Path) -> str | None:
@@ -305,7 +302,7 @@ def _compare(
         raise ExportError(f"{error}. Nothing was written to {path}") from error
     report = ParityReport(str(path), tuple(rows), graph_findings(file.model), tolerance, _SEED)
     if not report.ok:
-        what = f"the ONNX graph of {_class_name(model)} computes something else"
+        what = f"the ONNX graph of {type(model).__name__} computes something else"
         raise OutputsDifferError(f"{what}: {report.fault}. No file was written to {path}", report)
     return report
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -28,7 +28,7 @@ def gate_rows(status: Any, findings: Findings) -> list[dict[str, Any]]:
 def inspection(model: str, status: Any, findings: Findings, *, every: bool) -> Sequence[RenderableType]:
     """The gates of a model as a table, what was refused, and the totals."""
     rows = gate_rows(status, findings)
-    table = _table(f"{model}: {_count(len(rows), 'residual add')}")
+    table = _table()
     for name in ("gate", "block", "kind", "shortcut"):
         table.add_column(name, overflow="fold")
     table.add_column("p_l", justify="right", no_wrap=True)
@@ -40,14 +40,16 @@ def inspection(model: str, status: Any, findings: Findings, *, every: bool) -> S
         cells = (row["name"], row["block_type"], row["kind"], row.get("shortcut", ""))
         numbers = (f"{row['survival']:.3f}", f"{row['flops_share']:.1%}")
         table.add_row(*cells, *numbers, *((row["note"],) if noted else ()))
-    return (table, *refusals(findings.refused, every=every), _totals(status))
+    title = f"{model}: {_count(len(rows), 'residual add')}"
+    return (_titled(title, table), *refusals(findings.refused, every=every), _totals(status))
 
 
 def refusals(refused: Sequence[Refusal], *, every: bool) -> Sequence[RenderableType]:
     """The additions left alone with their reasons: one line per reason and class of block, or every one."""
     if not refused:
         return ()
-    table = _table(f"left alone: {_count(len(refused), 'addition')}")
+    title = f"left alone: {_count(len(refused), 'addition')}"
+    table = _table()
     if every:
         table.add_column("addition", overflow="fold")
         table.add_column("block", overflow="fold")
@@ -59,24 +61,22 @@ def refusals(refused: Sequence[Refusal], *, every: bool) -> Sequence[RenderableT
     if every:
         for refusal in refused:
             table.add_row(refusal.name, refusal.block_type, refusal.reason)
-        return (table,)
+        return (_titled(title, table),)
     groups = _grouped(refused)
     for (block_type, _), (count, first) in groups[:_SHOWN_GROUPS]:
         table.add_row(str(count), block_type, first.name, first.reason)
     rest = groups[_SHOWN_GROUPS:]
+    if not rest:
+        return (_titled(title, table),)
     more = sum(count for _, (count, _) in rest)
-    return (
-        (table, Text(f"and {more} more for {_count(len(rest), 'other reason')}; -v shows all\n"))
-        if rest
-        else (table,)
-    )
+    tail = Text(f"and {more} more of {_count(len(rest), 'other kind')}; -v shows all")
+    return (_titled(title, table, tail),)
 
 
 def parity(report: Any) -> Sequence[RenderableType]:
     """A comparison as a table, and the findings in the graph."""
-    table = _table(
-        f"{report.path}: {'agrees' if report.ok else 'does not match'} (tolerance {report.tolerance:g})"
-    )
+    title = f"{report.path}: {'agrees' if report.ok else 'does not match'} (tolerance {report.tolerance:g})"
+    table = _table()
     table.add_column("output", overflow="fold")
     for name in ("batch", "max |d|", "relative", "top-1"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -85,9 +85,8 @@ def parity(report: Any) -> Sequence[RenderableType]:
         top1 = "" if row.top1 is None else f"{row.top1:.0%}"
         numbers = ("", "") if row.note else (f"{row.absolute:.2g}", f"{row.relative:.2g}")
         table.add_row(row.output, str(row.batch), *numbers, top1, row.note or ("ok" if row.ok else "FAIL"))
-    if not report.findings:
-        return (table,)
-    return table, _findings(report.findings)
+    shown = _titled(title, table)
+    return (shown, _findings(report.findings)) if report.findings else (shown,)
 
 
 def exported(model: str, report: Any) -> Sequence[RenderableType]:
@@ -97,7 +96,7 @@ def exported(model: str, report: Any) -> Sequence[RenderableType]:
     facts.add_column(overflow="fold")
     for name, value in _facts(model, report):
         facts.add_row(name, value)
-    return facts, Text(), *parity(report.parity)
+    return Group(facts, Text()), *parity(report.parity)
 
 
 def _facts(model: str, report: Any) -> Iterable[tuple[str, str]]:
@@ -119,13 +118,13 @@ def _nodes(nodes: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {op}" for op, count in nodes.items())
 
 
-def _findings(findings: Sequence[Any]) -> Table:
-    table = _table(f"in the graph: {_count(len(findings), 'node')} that do not belong")
+def _findings(findings: Sequence[Any]) -> Group:
+    table = _table()
     for name in ("node", "operator", "reason"):
         table.add_column(name, overflow="fold")
     for found in findings:
         table.add_row(found.node, found.op_type, found.reason)
-    return table
+    return _titled(f"in the graph: {_count(len(findings), 'node')} that should not be there", table)
 
 
 def _grouped(refused: Sequence[Refusal]) -> list[tuple[tuple[str, str], tuple[int, Refusal]]]:
@@ -139,12 +138,13 @@ def _grouped(refused: Sequence[Refusal]) -> list[tuple[tuple[str, str], tuple[in
 def _totals(status: Any) -> Text:
     count = len(status.gates)
     first = status.gates[0]
+    saves = "" if any(gate.skips for gate in status.gates) else f": unit {first.unit} masks, it skips nothing"
     depth = f"{status.expected_depth:.2f} of {count} branches, {status.expected_depth / count:.0%}"
     return Text(
         f"schedule           {_rates(status.schedule)}, last drop rate {status.gates[-1].drop_rate:g}, "
         f"unit {first.unit}, scaling {first.scaling}\n"
         f"expected depth     {depth}\n"
-        f"expected training  {status.expected_flops:.1%} of the plain network's FLOPs"
+        f"expected training  {status.expected_flops:.1%} of the plain network's FLOPs{saves}"
     )
 
 
@@ -152,10 +152,13 @@ def _rates(schedule: Any) -> str:
     return schedule if isinstance(schedule, str) else "given per gate"
 
 
-def _table(title: str) -> Table:
-    return Table(
-        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold"
-    )
+def _table() -> Table:
+    return Table(box=None, pad_edge=False, header_style="dim")
+
+
+def _titled(title: str, *shown: RenderableType) -> Group:
+    """A block of output with its headline; a title of the table's own would wrap at the table's width."""
+    return Group(Text(title, style="bold"), *shown, Text())
 
 
 def _count(number: int, noun: str) -> str:

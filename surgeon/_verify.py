@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from surgeon._hygiene import graph_findings
 from surgeon._onnx_file import OnnxFile, first_line, open_onnx, run
 from surgeon._parity import Array, ParityReport, ParityRow, compare
+from surgeon._plain import check_plain
 from surgeon._signature import Signature, evaluating_copy, flatten, signature
 from surgeon.errors import UsageError
 
@@ -47,6 +48,7 @@ def verify(
         >>> report.ok, report.worst.relative  # doctest: +SKIP
         (True, 3.1e-07)
     """
+    check_plain(model)
     check_comparison(batch_sizes, tolerance)
     file = open_onnx(path)
     plain = evaluating_copy(model)

@@ -41,6 +41,6 @@ def _noted(subject: Subject, gating: Gating) -> Subject:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise UsageError(
             f"{names} without --scaling: give --scaling paper if the weights were trained by the paper's "
-            "rule and need their evaluation scales, --scaling inverted (surgeon's default) if they are complete"
+            "rule and need their evaluation scales, --scaling inverted (the default) if they are complete"
         )
     return replace(subject, metadata={**subject.metadata, **strings({**given, "scaling": gating.scaling})})

@@ -65,7 +65,10 @@ class Output:
             return
         for part in shown:
             console = self.console(part)
-            console.print(part)
+            with console.capture() as captured:
+                console.print(part)
+            lines = captured.get().splitlines()  # rich fills lines up with spaces
+            self.stream.write("".join(f"{line.rstrip()}\n" for line in lines))
 
     def console(self, shown: "RenderableType") -> "Console":
         """A console as wide as the terminal; where there is none, as wide as what it shows needs."""

@@ -25,12 +25,14 @@ class Subject:
         model: The model.
         example: What it is run on; None where the model says that itself.
         metadata: What the checkpoint says of itself; empty without one.
+        random: Whether the weights are random, for want of a checkpoint.
     """
 
     spec: str
     model: "nn.Module"
     example: "Tensor | None"
     metadata: dict[str, str]
+    random: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ def load_subject(model: str, making: Making) -> Subject:
         UsageError: An option does not make sense, or the model is unknown.
         CheckpointError: The checkpoint cannot be read or does not fit.
     """
-    from surgeon._source import load_model, read_metadata, resolve
+    from surgeon._source import LIBRARIES, load_model, read_metadata, resolve
 
     size = _size(making)
     arguments = dict(_pair(text) for text in making.model_args)
@@ -120,7 +122,9 @@ def load_subject(model: str, making: Making) -> Subject:
         arguments["num_classes"] = making.num_classes
     side = size[-1] if size and size[-1] == size[-2] else None
     made = load_model(spec, checkpoint=making.checkpoint, img_size=side, **arguments)
-    return Subject(spec, made, _example(made, size or _noted_size(metadata)), metadata)
+    example = _example(made, size or _noted_size(metadata))
+    weighted = bool(making.checkpoint or arguments.keys() & {"pretrained", "weights"})
+    return Subject(spec, made, example, metadata, random=spec.startswith(LIBRARIES) and not weighted)
 
 
 def _schedule(text: str) -> str | tuple[float, ...]:
@@ -187,4 +191,7 @@ def _bundled(name: str, kind: type, options: tuple[Callable[[Body], Body], ...],
         bundle = kind(**{key: arguments.pop(key) for key in keys})
         return body(*args, **arguments, **{name: bundle})
 
-    return functools.reduce(lambda made, option: option(made), reversed(options), call)
+    made: Body = call
+    for option in reversed(options):
+        made = option(made)
+    return made

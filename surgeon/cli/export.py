@@ -71,6 +71,8 @@ def command(  # noqa: PLR0913 - one per argument and option of its own.
             labels=names,
             tolerance=tolerance,
         )
+    if subject.random:
+        out.note("surgeon: the weights are random; give --checkpoint to export trained ones")
     out.result({"model": subject.spec, **report.as_dict()}, *_table.exported(subject.spec, report))
 
 

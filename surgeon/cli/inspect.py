@@ -1,7 +1,7 @@
 """``surgeon inspect``: which residual adds a model has, and what a schedule makes of them."""
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -30,7 +30,7 @@ def command(
     model: str,
     making: Making,
     gating: Gating,
-    unit: str,
+    unit: Literal["sample", "batch"],
 ) -> int | None:
     """Shows the residual adds of MODEL, the gates they get, and what is left alone.
 

@@ -63,5 +63,6 @@ def command(
         )
     out.result({"model": subject.spec, **report.as_dict()}, *_table.parity(report))
     if not report.ok:
-        out.note(f"surgeon: {report.fault}")
+        hint = "; the weights of the model are random, give --checkpoint" if subject.random else ""
+        out.note(f"surgeon: {report.fault}{hint}")
     return DONE if report.ok else PARITY
