@@ -68,8 +68,8 @@ def laws(call: Call) -> Laws:
 
 def equal(values: Iterable[Any]) -> Laws:
     """All tensors among ``values`` have the same exponent."""
-    first, *others = [value for value in values if isinstance(value, Value)] or [None]
-    return [Law(((first, 1), (other, -1))) for other in others if isinstance(first, Value)]
+    tensors = [value for value in values if isinstance(value, Value)]
+    return [Law(((tensors[0], 1), (other, -1))) for other in tensors[1:]]
 
 
 def zero(values: Iterable[Any], why: str = NO_SCALE) -> Laws:

@@ -21,6 +21,7 @@ from surgeon._flat import Call, Flat, Value
 MARK = "surgeon.mark"
 _STAYS = -1  # root of the class of everything that must keep exponent 0
 _MOST = 4  # the largest power of a scale worth writing into a weight
+_REACHES_SHORTCUT = "the branch reaches its own shortcut without passing a parameter that could take the scale"
 _CHOICES = 2000  # tries per gate; real branches need fewer than ten
 
 
@@ -298,7 +299,11 @@ class _Search:
     # Words for what went wrong.
 
     def _why(self, root: int, entry: Value, depth: int) -> tuple[int, str]:
-        """Distance and reason for a class that cannot have the exponent asked of it."""
+        """Distance and reason for a class that cannot have the exponent asked of it.
+
+        A class stays because of a pin in it; another one may not be scaled because one of its values does
+        not lead to the gate. The nearest of these is to blame.
+        """
         queue = deque([(entry, 0, True)])
         seen = {entry}
         while queue:
@@ -310,8 +315,8 @@ class _Search:
                     continue
                 seen.add(other)
                 if self._is_shortcut(call):
-                    return depth + steps, self._reaches_shortcut(value)
-                if not self._inside(other):
+                    return depth + steps, _REACHES_SHORTCUT
+                if root != _STAYS and not self._inside(other):
                     return depth + steps, self._outside(value, call)
                 goes_back = value in call.outputs and other in call.inputs
                 queue.append((other, steps + 1, backward and goes_back))
@@ -324,9 +329,6 @@ class _Search:
     def _is_shortcut(self, call: Call) -> bool:
         behind = {mark.outputs[0] for gate in self.gates for mark in self.balance.marks[gate]}
         return not behind.isdisjoint(call.inputs)
-
-    def _reaches_shortcut(self, value: Value) -> str:
-        return "the branch reaches its own shortcut without passing a parameter that could take the scale"
 
     def _outside(self, value: Value, call: Call) -> str:
         source = self.balance.flat.parameters.get(value)

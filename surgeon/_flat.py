@@ -242,7 +242,7 @@ def _overlapping(tensors: Iterable[Tensor]) -> set[int]:
             first = tensor.storage_offset() * tensor.element_size()
             steps = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
             last = first + (steps + 1) * tensor.element_size()
-            spans.setdefault((str(tensor.device), address), []).append((first, last, id(tensor)))
+            spans.setdefault((str(tensor.device), address), []).append((int(first), int(last), id(tensor)))
     found: set[int] = set()
     for group in spans.values():
         group.sort()
@@ -275,7 +275,7 @@ def _naming(recorder: _Recorder) -> Iterator[None]:
     def enter(module: nn.Module, _: Any) -> None:
         recorder.running.append(recorder.names.get(id(module), ""))
 
-    def leave(module: nn.Module, _: Any, __: Any) -> None:
+    def leave(_: nn.Module, __: Any, ___: Any) -> None:
         recorder.running.pop()
 
     handles = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)

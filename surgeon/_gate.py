@@ -9,16 +9,22 @@ for ``"paper"``) a gate computes ``y = shortcut + g * branch(x)``:
 * training, unit ``"sample"``: a Bernoulli mask over the rows, divided by ``p``, times ``c`` (timm's
   ``DropPath`` when ``c = 1``, number for number under the same seed).
 
-The drop rate may change while training runs; ``c`` never does.
+The drop rate may change while training runs; ``c`` never does, so evaluation does not drift.
 """
 
-from typing import Literal
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Unit = Literal["sample", "batch"]
 Scaling = Literal["inverted", "paper"]
+Branch = Callable[..., Tensor]
 
 
 @torch.library.custom_op("surgeon::mark", mutates_args=())
@@ -33,3 +39,140 @@ def mark(branch: Tensor, gate: int) -> Tensor:
 @mark.register_fake
 def _(branch: Tensor, gate: int) -> Tensor:
     return torch.empty_like(branch)
+
+
+@dataclass(eq=False)
+class Gate:
+    """A gate on one residual add. It holds no parameter and no buffer: a ``state_dict`` never shows it.
+
+    Attributes:
+        name: Qualified name of the residual add, as in `Residual`.
+        kind: ``"identity"`` or ``"projection"``.
+        ordinal: The add's place among the additions of its block.
+        order: The gate's place in the model's execution order.
+        unit: What one coin decides: each sample of the batch, or the mini-batch.
+        scaling: Where the correction goes.
+        drop_rate: The present drop rate, ``1 - p``, in [0, 1).
+        scale: The evaluation scale ``c``.
+        flops_share: FLOPs of the branch over those of the whole model, in [0, 1].
+        schedule: What was asked of `surgeon.apply`, for reports.
+        skips: Whether a dropped branch is not computed.
+        note: Why it is computed all the same, or why its scale stays after a fold; ``""`` otherwise.
+    """
+
+    name: str
+    kind: str
+    ordinal: int
+    order: int
+    unit: Unit
+    scaling: Scaling
+    drop_rate: float
+    scale: float
+    flops_share: float
+    schedule: Any
+    skips: bool = False
+    note: str = ""
+    keep: Tensor = field(init=False, repr=False)
+    marked_as: int | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Compiled graphs read p from this tensor, as a changed Python float would recompile them.
+        self.keep = torch.tensor(1 - self.drop_rate, dtype=torch.float32)
+
+    @property
+    def survival(self) -> float:
+        """The survival probability ``p``."""
+        return 1 - self.drop_rate
+
+    def set_drop_rate(self, rate: float) -> None:
+        """Changes the drop rate from the next forward on; the evaluation scale stays."""
+        self.drop_rate = rate
+        self.keep.fill_(1 - rate)
+
+    def correction(self) -> float:
+        """What a surviving branch is multiplied by in training, ``c / p``; exactly 1 under the paper's rule."""
+        return 1.0 if self.scale == self.survival else self.scale / self.survival
+
+    def mask(self, branch: Tensor) -> Tensor:
+        """One factor per row (or one for the batch): 0 where the coin falls on dropped, else ``c / p``.
+
+        Draws as timm's ``DropPath`` does, from PyTorch's generator of the branch's device.
+        """
+        rows = branch.shape[0] if self.unit == "sample" else 1
+        shape = (rows,) + (1,) * (branch.ndim - 1)
+        if torch.compiler.is_compiling():
+            keep = self.keep.to(branch.device)
+            kept = torch.rand(shape, device=branch.device) < keep
+            return (kept * (self.scale / keep)).to(branch.dtype)
+        mask = branch.new_empty(shape).bernoulli_(self.survival)
+        if self.scale == 1.0:
+            return mask.div_(self.survival)
+        return mask.mul_(self.correction())
+
+    def survives(self) -> bool:
+        """Tosses the coin for the whole mini-batch, on the CPU generator: no device is waited for."""
+        return torch.rand((), dtype=torch.float64).item() < self.survival
+
+
+def masked_add(gate: Gate, shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:
+    """Training, the branch computed: ``shortcut + mask * branch``."""
+    if gate.drop_rate > 0:
+        branch = branch * gate.mask(branch)
+    elif gate.scale != 1.0:
+        branch = branch * gate.scale
+    return combine(shortcut, branch, onto)
+
+
+def skipping_add(
+    gate: Gate, shortcut: Tensor, onto: str, fresh: bool, branch: Branch, block: Any, *inputs: Any
+) -> Tensor:
+    """Training, unit ``"batch"``: runs the branch only if the coin says so.
+
+    Args:
+        gate: The gate.
+        shortcut: The shortcut's value.
+        onto: Which side the original addition wrote to; see `combine`.
+        fresh: Whether the result must not share memory with the shortcut, as something later writes to it.
+        branch: The branch as a function of the block and ``inputs``.
+        block: The block.
+        *inputs: What the branch reads.
+    """
+    if gate.drop_rate > 0 and not gate.survives():
+        return shortcut.clone() if fresh else shortcut
+    result = branch(block, *inputs)
+    factor = gate.correction()
+    return combine(shortcut, result if factor == 1.0 else result * factor, onto)
+
+
+def evaluating_add(gate: Gate, shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:
+    """Evaluation: ``shortcut + c * branch``; while a fold looks on, a mark instead of the factor."""
+    if gate.marked_as is not None:
+        branch = mark(branch, gate.marked_as)
+    elif gate.scale != 1.0:
+        branch = branch * gate.scale
+    return combine(shortcut, branch, onto)
+
+
+def combine(shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:
+    """Adds the two sides: ``onto`` is ``""``, or the side the original wrote to in place."""
+    if onto == "shortcut":
+        return operator.iadd(shortcut, branch)
+    return shortcut + branch
+
+
+@contextmanager
+def marking(gates: Iterable[Gate]) -> Iterator[dict[int, Gate]]:
+    """Inside the block each gate's evaluation puts a mark with its number in place of its factor."""
+    numbered = dict(enumerate(gates))
+    try:
+        for number, gate in numbered.items():
+            gate.marked_as = number
+        yield numbered
+    finally:
+        for gate in numbered.values():
+            gate.marked_as = None
+
+
+def expected_depth(gates: Iterable[Gate]) -> float:
+    """Branches that run per forward on average, the sum of the survival probabilities."""
+    return math.fsum(gate.survival for gate in gates)

@@ -1,6 +1,44 @@
-"""Finds the residual adds in the traced graph of one block, and says why every other addition is none."""
+"""Finds the residual adds in the traced graph of one block, and says why every other addition is none.
 
-from dataclasses import dataclass
+An addition ``a + b`` of two activations is a residual add when one side carries the block's input forward:
+
+* ``"identity"``: one side, or what it hands on (as a term of a sum, a view, times a scale per channel), is
+  an ancestor of the other side, so the other side is a function of it;
+* ``"projection"``: both sides part from a common ancestor, one of them through layers without an
+  activation (convolution, linear, norm, pooling, resizing): that one is the shortcut.
+
+Everything is read from the graph and from the ATen operators that each node ran; no module class, model
+or library is known by name.
+"""
+
+import operator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from surgeon._example import tensors
+from surgeon._flow import Flow
+from surgeon._record import Op
+from surgeon._trace import storage
+
+aten = torch.ops.aten
+
+REASONS = {
+    "aliased": "writes in place to a tensor that is read again under another name",
+    "bias": "adds a weight, mask or table that depends on no input",
+    "broadcast": "the two sides differ in shape, so neither carries the whole block input",
+    "fusion": "merges two branches with activations of their own; neither side is a shortcut",
+    "gating": "mixes two activations with weights computed from the input",
+    "linear": "sums linear paths (a reparametrisation branch); no activation to skip",
+    "nested": "lies inside the branch of another residual add",
+    "no-shortcut": "the two sides share no ancestor in the block, so neither is a shortcut",
+    "position": "adds a position encoding, one depthwise convolution of the input",
+    "untraceable": "the block could not be traced",
+}
+
+_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__", "__radd__"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -8,14 +46,15 @@ class Residual:
     """One addition ``shortcut + branch(x)`` that may carry a gate.
 
     Attributes:
-        name: Qualified name of the add, ``<block>.<fx node name>``: ``"layer1.0.add"``.
+        name: Qualified name of the add, the block's name and the add's place in it: ``"layer1.0.add"``,
+            ``"blocks.3.add_1"``.
         block: Qualified name of the module whose own ``forward`` performs the add; ``""`` is the model.
         block_type: Class name of that module.
         kind: ``"identity"`` or ``"projection"`` (what the shortcut does to the block's input).
-        shortcut: What the shortcut runs, in words: ``"x"``, ``"downsample(x)"``.
-        branch: What the branch runs, its modules in order: ``"conv1 bn1 ... bn3"``.
-        flops: Multiply-adds times two of one forward of the branch on the example.
-        replaces: Names of the stochastic-depth modules already on this branch, which the gate stands in for.
+        shortcut: What the shortcut runs: ``"identity"`` or its modules, ``"downsample"``.
+        branch: What the branch runs, its modules in order: ``"conv1 bn1 act1 conv2 bn2"``.
+        flops: FLOPs of one forward of the branch on the example.
+        replaces: Names of the stochastic-depth modules already on this branch; the gate stands in for them.
     """
 
     name: str
@@ -30,11 +69,11 @@ class Residual:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """One addition that is left alone, with the reason.
+    """One addition that is left alone.
 
     Attributes:
         name, block, block_type: As in `Residual`.
-        code: Short reason code, e.g. ``"nested"``, ``"bias"``, ``"linear"``, ``"no-shortcut"``, ``"untraceable"``.
+        code: A key of `REASONS`.
         reason: The same as a sentence.
     """
 
@@ -47,14 +86,247 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What `surgeon.find` found: residual adds in execution order, and the additions left alone.
+    """What `surgeon.find` found; iterating gives the residual adds.
 
     Attributes:
         residuals: The residual adds, in the order in which they first run.
         refused: Every other addition of two tensors, with its reason.
-        flops: FLOPs of one forward of the whole model on the example (batch of two).
+        flops: FLOPs of one forward of the whole model on the example.
     """
 
     residuals: tuple[Residual, ...]
     refused: tuple[Refusal, ...]
     flops: int
+
+    def __iter__(self) -> Iterator[Residual]:
+        return iter(self.residuals)
+
+    def __len__(self) -> int:
+        return len(self.residuals)
+
+    def __str__(self) -> str:
+        from surgeon._report import findings_text
+
+        return findings_text(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Addition:
+    """One addition in one block's graph, as far as the graph alone can tell.
+
+    Attributes:
+        node: The addition.
+        ordinal: Its place among the additions of the block: 0, 1, ...
+        code: Why it is no residual add; ``None`` if it is one.
+        kind: ``"identity"`` or ``"projection"``, ``""`` if neither could be told.
+        shortcut, branch: Its two sides, stochastic depth taken off; ``None`` with an empty kind.
+        drops: The nodes of stochastic depth already on the branch: calls of parameter-free modules, or
+            multiplications, that scale whole rows at random.
+        region: The nodes that run for the branch alone; empty if its result is also used elsewhere.
+    """
+
+    node: fx.Node
+    ordinal: int
+    code: str | None
+    kind: str = ""
+    shortcut: fx.Node | None = None
+    branch: fx.Node | None = None
+    drops: tuple[fx.Node, ...] = ()
+    region: tuple[fx.Node, ...] = ()
+    flops: int = field(default=0)
+
+
+def additions(flow: Flow) -> list[Addition]:
+    """Every addition of an activation and another tensor in the graph, classified; the graph is only read."""
+    nodes = [node for node in flow.order if _is_addition(flow, node)]
+    found: list[Addition] = []
+    inside: set[fx.Node] = set()
+    for ordinal, node in reversed(list(enumerate(nodes))):
+        addition = _classify(flow, node, ordinal)
+        if node in inside and addition.code != "bias":
+            addition = Addition(node, ordinal, "nested")
+        elif addition.code is None:
+            inside |= _branch_only(flow, addition)
+        found.append(addition)
+    return found[::-1]
+
+
+def writes_to(node: fx.Node) -> fx.Node | None:
+    """The operand that an addition writes its result to; ``None`` if it makes a new tensor."""
+    in_place = node.target in (operator.iadd, "add_", "__iadd__")
+    left = node.args[0] if in_place else None
+    return left if isinstance(left, fx.Node) else None
+
+
+def _is_addition(flow: Flow, node: fx.Node) -> bool:
+    if node.op not in ("call_function", "call_method") or node.target not in _ADDS or len(node.args) != 2:
+        return False
+    value = flow.fact(node).value
+    operands = [a for a in node.args if isinstance(a, fx.Node) and isinstance(flow.fact(a).value, Tensor)]
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return floating and len(operands) == 2 and any(flow.fact(a).active for a in operands)
+
+
+def _classify(flow: Flow, node: fx.Node, ordinal: int) -> Addition:
+    left, right = node.args
+    kind, shortcut, branch, code = _sides(flow, left, right)
+    if not kind:
+        return Addition(node, ordinal, code)
+    if flow.fact(shortcut).value.shape != flow.fact(node).value.shape:
+        return Addition(node, ordinal, "broadcast")
+    if _seen_elsewhere(flow, node):
+        return Addition(node, ordinal, "aliased")
+    region = flow.region(branch, node)
+    work = _side(flow, branch, shortcut)
+    code = code or _unfit(flow, work, branch)
+    flops = sum(flow.fact(n).flops for n in work)
+    return Addition(node, ordinal, code, kind, shortcut, branch, tuple(_drops(flow, work)), region, flops)
+
+
+def _sides(flow: Flow, left: fx.Node, right: fx.Node) -> tuple[str, fx.Node, fx.Node, str | None]:
+    """Kind, shortcut and branch of an addition, and the reason code if it is no residual add."""
+    forward, backward = _carries(flow, left, right), _carries(flow, right, left)
+    if forward != backward:
+        return ("identity", left, right, None) if forward else ("identity", right, left, None)
+    if forward:
+        return "", left, right, "fusion"
+    if not (flow.fact(left).active and flow.fact(right).active):
+        return "", left, right, "bias"
+    common = flow.ancestors(left) & flow.ancestors(right)
+    if not any(flow.fact(n).active and tensors(flow.fact(n).value) for n in common):
+        return "", left, right, "no-shortcut"
+    plain = [_plain(flow, _side(flow, a, b)) for a, b in ((left, right), (right, left))]
+    if all(plain):
+        return "", left, right, "linear"
+    if not any(plain):
+        return "", left, right, "gating" if _is_mixture(flow, left, right) else "fusion"
+    return ("projection", left, right, None) if plain[0] else ("projection", right, left, None)
+
+
+def _carries(flow: Flow, shortcut: fx.Node, branch: fx.Node) -> bool:
+    """Whether ``branch`` is computed from ``shortcut`` or from a term that ``shortcut`` carries unchanged."""
+    return any(flow.precedes(stem, branch) for stem in _stems(flow, shortcut))
+
+
+def _stems(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
+    """``node`` and the values it hands on: what it is a sum of, a view of its own shape of, a scaling of."""
+    yield node
+    for source in node.all_input_nodes:
+        if isinstance(flow.fact(source).value, Tensor) and (node.target in _ADDS or _hands_on(flow, source, node)):
+            yield from _stems(flow, source)
+
+
+def _hands_on(flow: Flow, source: fx.Node, node: fx.Node) -> bool:
+    before, after = flow.fact(source).value, flow.fact(node).value
+    if node.op == "get_attr" or not isinstance(after, Tensor) or before.shape != after.shape:
+        return False
+    scales = all(op.func.overloadpacket in _SCALES and op.active < 2 for op in flow.fact(node).ops)
+    # Without operators the node must return its argument, as nn.Identity does.
+    return scales and (bool(flow.fact(node).ops) or storage(before) == storage(after))
+
+
+def _side(flow: Flow, side: fx.Node, other: fx.Node) -> list[fx.Node]:
+    """The nodes that ``side`` needs and ``other`` does not, in order."""
+    mine = flow.ancestors(side, itself=True) - flow.ancestors(other, itself=True)
+    return [n for n in flow.order if n in mine and n.op != "placeholder"]
+
+
+def _branch_only(flow: Flow, addition: Addition) -> set[fx.Node]:
+    assert addition.branch is not None and addition.shortcut is not None
+    return set(_side(flow, addition.branch, addition.shortcut))
+
+
+def _unfit(flow: Flow, work: list[fx.Node], branch: fx.Node) -> str | None:
+    """Why a branch beside an identity or projection shortcut is none worth a gate."""
+    ops = _ops(flow, work)
+    weighted = [op for op in ops if op.weighted]
+    if weighted and all(op.depthwise for op in weighted):
+        return "position"
+    return "linear" if all(_linear(op) for op in ops) else None
+
+
+def _seen_elsewhere(flow: Flow, node: fx.Node) -> bool:
+    """Whether an in-place addition changes a tensor that a later node reads through an earlier alias."""
+    left = writes_to(node)
+    if left is None:
+        return False
+    end, memory = flow.position(node), flow.storages(left)
+    aliases = [n for n in flow.order[:end] if n is not left and flow.storages(n) & memory]
+    return any(flow.position(user) > end for alias in aliases for user in alias.users)
+
+
+def _is_mixture(flow: Flow, *sides: fx.Node) -> bool:
+    def gated(node: fx.Node) -> bool:
+        product = node.target in (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+        return product and all(flow.fact(a).active for a in node.all_input_nodes) and len(node.all_input_nodes) > 1
+
+    return all(gated(side) for side in sides)
+
+
+def _drops(flow: Flow, work: Iterable[fx.Node]) -> Iterator[fx.Node]:
+    """The nodes that multiply whole rows by random numbers: stochastic depth that is already there."""
+    for node in work:
+        value = flow.fact(node).value
+        if not isinstance(value, Tensor):
+            continue
+        if node.op == "call_module":
+            drawn = [op.random for op in flow.fact(node).ops if op.random]
+            alone = not any(op.weighted or op.flops for op in flow.fact(node).ops)
+            if drawn and alone and all(n in (1, value.shape[0]) for n in drawn) and value.numel() > value.shape[0]:
+                yield node
+        elif node.target in (operator.mul, operator.imul, "mul", torch.mul) and row_mask(flow, node) is not None:
+            yield node
+
+
+def row_mask(flow: Flow, product: fx.Node) -> fx.Node | None:
+    """The operand of a multiplication that is a random number per row or batch; ``None`` if there is none."""
+    for operand in product.all_input_nodes:
+        fact = flow.fact(operand)
+        if fact.active or not isinstance(fact.value, Tensor):
+            continue
+        drawn = [op.random for n in flow.ancestors(operand, itself=True) for op in _node_ops(flow, n) if op.random]
+        if drawn and fact.value.numel() in (1, flow.fact(product).value.shape[0]):
+            return operand
+    return None
+
+
+def _node_ops(flow: Flow, node: fx.Node) -> tuple[Op, ...]:
+    return flow.fact(node).ops
+
+
+def _ops(flow: Flow, nodes: Iterable[fx.Node]) -> list[Op]:
+    return [op for node in nodes for op in flow.fact(node).ops if op.active]
+
+
+def _plain(flow: Flow, nodes: Iterable[fx.Node]) -> bool:
+    return all(_linear(op) or op.func.overloadpacket in _PROJECTS for op in _ops(flow, nodes))
+
+
+def _linear(op: Op) -> bool:
+    """Whether the operator is linear or affine in its active tensors, running statistics taken as fixed."""
+    packet = op.func.overloadpacket
+    if op.func.is_view or packet in _ADDITIVE:
+        return True
+    return packet in _LINEAR and op.active == 1
+
+
+_SCALES = {aten.mul, aten.div, aten.alias, aten.detach, aten.clone, aten.view, aten.unsqueeze, aten._to_copy}
+_ADDITIVE = {
+    *(aten.add, aten.add_, aten.sub, aten.sub_, aten.cat, aten.stack, aten.clone, aten.copy_, aten.neg),
+    *(aten._to_copy, aten.constant_pad_nd, aten.roll, aten.flip, aten.index_select, aten.index, aten.empty_like),
+    *(aten._unsafe_view, aten.zeros_like, aten.new_zeros, aten.new_empty, aten.new_empty_strided, aten.contiguous),
+    *(aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_no_training),
+    *(aten._native_batch_norm_legit_functional, aten.cudnn_batch_norm, aten.miopen_batch_norm),
+}
+_LINEAR = {
+    *(aten.convolution, aten.addmm, aten.mm, aten.bmm, aten.baddbmm, aten.mul, aten.mul_, aten.div, aten.div_),
+    *(aten.mean, aten.sum, aten.avg_pool1d),
+    *(aten.avg_pool2d, aten.avg_pool3d, aten._adaptive_avg_pool2d, aten._adaptive_avg_pool3d, aten.addcmul),
+    *(aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d, aten.upsample_bilinear2d),
+    *(aten.upsample_bicubic2d, aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa, aten.reflection_pad2d),
+    *(aten.native_dropout, aten.replication_pad2d),
+}
+_PROJECTS = {
+    *(aten.max_pool1d, aten.max_pool2d_with_indices, aten.max_pool3d_with_indices, aten.native_layer_norm),
+    *(aten.native_group_norm, aten._fused_rms_norm, aten.adaptive_max_pool2d),
+}

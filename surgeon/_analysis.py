@@ -1,0 +1,219 @@
+"""From a model to its residual adds: record once, trace the blocks that add, classify, choose.
+
+Nothing here changes the model; `surgeon._surgery` acts on what comes out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import fx, nn
+
+from surgeon._example import mode, untouched
+from surgeon._flow import Flow
+from surgeon._record import Call, Recording, record
+from surgeon._residual import REASONS, Addition, Findings, Refusal, Residual, additions
+from surgeon._trace import trace
+from surgeon.errors import TraceError, UsageError
+
+
+@dataclass(slots=True)
+class Block:
+    """One block with residual adds: the module, how it was called, its traced forward.
+
+    Attributes:
+        name: Qualified name.
+        module: The block.
+        call: Its first call in the recording.
+        flow: Its traced forward.
+        found: The additions to gate, in order.
+        residuals: The same as `Residual`.
+    """
+
+    name: str
+    module: nn.Module
+    call: Call
+    flow: Flow
+    found: list[Addition] = field(default_factory=list)
+    residuals: list[Residual] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """The residual adds of a model, block by block, and the additions left alone."""
+
+    recording: Recording
+    blocks: tuple[Block, ...]
+    refused: tuple[Refusal, ...]
+
+    @property
+    def findings(self) -> Findings:
+        residuals = tuple(r for block in self.blocks for r in block.residuals)
+        return Findings(residuals, self.refused, self.recording.flops)
+
+
+def analyse(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> Analysis:
+    """Finds the residual adds of ``model``; the model is left as it was.
+
+    Args:
+        model: Any module.
+        args: Positional arguments of the example.
+        kwargs: Keyword arguments of the example.
+        include: Glob patterns on names of residual adds, blocks or block classes; if given, only these. The
+            full name of a refused addition, or a reason code, brings that in.
+        exclude: Patterns of what to leave out, likewise.
+
+    Raises:
+        RecordError: The model does not run on the example.
+        UsageError: A pattern matches nothing.
+    """
+    recording = record(model, args, kwargs)
+    names = {module: name for name, module in model.named_modules()}
+    scan = _Scan(recording, names, _Choice(include, exclude))
+    with mode(model, recording.training), untouched(model):
+        for index, call in enumerate(recording.calls):
+            scan.visit(index, call)
+    scan.choice.check()
+    return Analysis(recording, tuple(scan.blocks), tuple(scan.refused))
+
+
+class _Choice:
+    """What the user wants gated, and which of the patterns were of use."""
+
+    def __init__(self, include: Sequence[str], exclude: Sequence[str]) -> None:
+        if isinstance(include, str) or isinstance(exclude, str):
+            include, exclude = _listed(include), _listed(exclude)
+        self.include, self.exclude = tuple(include), tuple(exclude)
+        self.used: set[str] = set()
+
+    def takes(self, name: str, block: str, block_type: str, code: str | None) -> bool:
+        if code is None:
+            wanted = not self.include or self._match(self.include, name, block, block_type)
+        else:
+            wanted = self._match([p for p in self.include if p in (name, code)], name, code)
+        return not self._match(self.exclude, name, block, block_type) and wanted
+
+    def asks_for(self, code: str) -> bool:
+        return code in self.include or any(p.rpartition(".")[2].startswith("add") for p in self.include)
+
+    def _match(self, patterns: Sequence[str], *texts: str) -> bool:
+        hits = [p for p in patterns if any(fnmatchcase(text, p) for text in texts)]
+        self.used.update(hits)
+        return bool(hits)
+
+    def check(self) -> None:
+        for kind, patterns in (("include", self.include), ("exclude", self.exclude)):
+            for pattern in patterns:
+                if pattern not in self.used and not (kind == "exclude" and pattern in REASONS):
+                    raise UsageError(
+                        f"{kind}: {pattern!r} matches no residual add, block or block class; "
+                        "surgeon.find(model) lists them (`surgeon inspect MODEL` on the command line)"
+                    )
+
+
+def _listed(patterns: str | Sequence[str]) -> Sequence[str]:
+    return (patterns,) if isinstance(patterns, str) else patterns
+
+
+class _Scan:
+    """Visits the calls of a recording from the outside in and collects blocks and refusals."""
+
+    def __init__(self, recording: Recording, names: dict[nn.Module, str], choice: _Choice) -> None:
+        self.recording, self.names, self.choice = recording, names, choice
+        self.blocks: list[Block] = []
+        self.refused: list[Refusal] = []
+        self.seen: set[nn.Module] = set()
+        self.nested: set[nn.Module] = set()
+
+    def visit(self, index: int, call: Call) -> None:
+        module = call.module
+        if module in self.seen or not (call.additions or call.biases):
+            return
+        self.seen.add(module)
+        if not call.additions:
+            self._refuse_all(module, call.biases, "bias")
+        elif module in self.nested and not self.choice.asks_for("nested"):
+            self._refuse_all(module, call.additions, "nested")
+        else:
+            self._trace(call)
+
+    def _trace(self, call: Call) -> None:
+        module, name = call.module, self.names[call.module]
+        try:
+            flow = Flow(trace(module, call.args, call.kwargs, self.recording.log))
+        except TraceError as error:
+            self._refuse_all(module, call.additions, "untraceable", f"{REASONS['untraceable']}: {error}")
+            return
+        block = Block(name, module, call, flow)
+        for addition in additions(flow):
+            self._sort(block, addition)
+        if block.found:
+            self.blocks.append(block)
+
+    def _sort(self, block: Block, addition: Addition) -> None:
+        name, kind = _name(block.name, addition.ordinal), type(block.module).__name__
+        code = "nested" if block.module in self.nested else addition.code
+        if addition.kind and self.choice.takes(name, block.name, kind, code):
+            block.found.append(addition)
+            block.residuals.append(_describe(block, addition, name))
+            self._mark_nested(block, addition)
+        elif code is not None:
+            self.refused.append(Refusal(name, block.name, kind, code, REASONS[code]))
+        else:
+            self.refused.append(Refusal(name, block.name, kind, "excluded", "left out by include or exclude"))
+
+    def _mark_nested(self, block: Block, addition: Addition) -> None:
+        """Everything that runs inside this branch is no residual add of its own."""
+        for node in _work(block, addition):
+            if node.op == "call_module":
+                self.nested.update(block.module.get_submodule(str(node.target)).modules())
+
+    def _refuse_all(self, module: nn.Module, count: int, code: str, reason: str = "") -> None:
+        name, kind = self.names[module], type(module).__name__
+        for ordinal in range(count):
+            self.refused.append(Refusal(_name(name, ordinal), name, kind, code, reason or REASONS[code]))
+
+
+def _name(block: str, ordinal: int) -> str:
+    add = f"add_{ordinal}" if ordinal else "add"
+    return f"{block}.{add}" if block else add
+
+
+def _work(block: Block, addition: Addition) -> list[fx.Node]:
+    """The nodes that the branch needs and the shortcut does not."""
+    flow = block.flow
+    assert addition.branch is not None and addition.shortcut is not None
+    mine = flow.ancestors(addition.branch, itself=True) - flow.ancestors(addition.shortcut, itself=True)
+    return [node for node in flow.order if node in mine]
+
+
+def _describe(block: Block, addition: Addition, name: str) -> Residual:
+    flow = block.flow
+    assert addition.branch is not None and addition.shortcut is not None
+    side = flow.ancestors(addition.shortcut, itself=True) - flow.ancestors(addition.branch, itself=True)
+    drops = [node for node in addition.drops if node.op == "call_module"]
+    prefix = f"{block.name}." if block.name else ""
+    return Residual(
+        name=name,
+        block=block.name,
+        block_type=type(block.module).__name__,
+        kind=addition.kind,
+        shortcut="identity" if addition.kind == "identity" else _modules(flow, side),
+        branch=_modules(flow, [n for n in _work(block, addition) if n not in addition.drops]),
+        flops=addition.flops,
+        replaces=tuple(prefix + str(node.target) for node in drops),
+    )
+
+
+def _modules(flow: Flow, nodes: Any) -> str:
+    """The modules that run among ``nodes``, in order; functions only if there is no module."""
+    ordered = [node for node in flow.order if node in set(nodes)]
+    modules = [str(node.target) for node in ordered if node.op == "call_module"]
+    return " ".join(modules) or " ".join(node.name for node in ordered if node.op != "placeholder")

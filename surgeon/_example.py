@@ -1,0 +1,102 @@
+"""The example a model is recorded on: what the user gave, or what the model says of its own input."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from surgeon.errors import UsageError
+
+Example = Tensor | tuple[Any, ...] | Mapping[str, Any] | None
+
+_BATCH = 2
+_DEFAULT_SIZE = (3, 224, 224)
+
+
+def inputs(model: nn.Module, example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Turns an example into positional and keyword arguments; the model is only read.
+
+    Args:
+        model: The model that will be called.
+        example: A tensor (the only argument), a tuple of positional arguments or a mapping of keyword
+            arguments. ``None`` makes a batch of two zeros of the size in ``model.pretrained_cfg``
+            (timm), else 3 x 224 x 224, in the model's own dtype and on its device.
+
+    Raises:
+        UsageError: The example is of another type.
+    """
+    if example is None:
+        return (default_input(model),), {}
+    if isinstance(example, Tensor):
+        return (example,), {}
+    if isinstance(example, tuple):
+        return example, {}
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    raise UsageError(
+        f"example is a {type(example).__name__}; give a tensor, a tuple of positional arguments, "
+        "or a dict of keyword arguments"
+    )
+
+
+def default_input(model: nn.Module) -> Tensor:
+    """A batch of two zeros of the input size that the model declares, else 3 x 224 x 224."""
+    config = getattr(model, "pretrained_cfg", None)
+    size = config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
+    shape = tuple(size) if size else _DEFAULT_SIZE
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    dtype, device = (torch.float32, torch.device("cpu")) if like is None else (like.dtype, like.device)
+    return torch.zeros(_BATCH, *shape, dtype=dtype, device=device)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """The tensors in a nest of tuples, lists, dicts and dataclasses known to pytree, in order."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Sets every module's ``training`` flag inside the block and restores each one afterwards.
+
+    The flags are assigned directly: some models override ``train()`` with side effects.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = training
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Restores every module's attributes afterwards, also those kept in plain lists and dicts.
+
+    A forward may store tensors on its module (LeViT caches its attention bias in evaluation); what an
+    analysis on fake tensors leaves there must not stay.
+    """
+    before = [(module, dict(module.__dict__), _contents(module)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, contents in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for held, content in contents:
+                if isinstance(held, list):
+                    held[:] = content
+                elif isinstance(held, set):
+                    held.clear()
+                    held.update(content)
+                else:
+                    held.clear()
+                    held.update(content)
+
+
+def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
+    return [(v, v.copy()) for v in module.__dict__.values() if isinstance(v, (list, set, dict))]

@@ -1,0 +1,98 @@
+"""What surgeon says of a model: the state of its gates, as data and as text."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from surgeon._residual import Findings
+
+
+@dataclass(frozen=True, slots=True)
+class GateStatus:
+    """One gate as it stands.
+
+    Attributes:
+        name, block, block_type, kind: As in `Residual`.
+        drop_rate: The present drop rate, in [0, 1).
+        survival: The survival probability ``p_l = 1 - drop_rate``.
+        scale: What evaluation multiplies the branch by.
+        unit: ``"sample"`` or ``"batch"``.
+        scaling: ``"inverted"`` or ``"paper"``.
+        flops_share: FLOPs of the branch over those of the model, in [0, 1].
+        skips: Whether a dropped branch is not computed.
+        note: What is special about this gate; ``""`` if nothing.
+    """
+
+    name: str
+    block: str
+    block_type: str
+    kind: str
+    drop_rate: float
+    survival: float
+    scale: float
+    unit: str
+    scaling: str
+    flops_share: float
+    skips: bool
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The gates of a model, in execution order.
+
+    Attributes:
+        gates: One entry per gate.
+        schedule: The schedule asked of `surgeon.apply`, in words.
+    """
+
+    gates: tuple[GateStatus, ...]
+    schedule: str
+
+    @property
+    def expected_depth(self) -> float:
+        """Branches that run per training forward on average: the sum of the survival probabilities."""
+        return sum(gate.survival for gate in self.gates)
+
+    @property
+    def expected_flops(self) -> float:
+        """FLOPs of a training step over those of the ungated model, in (0, 1]; masks save none."""
+        return 1 - sum(gate.flops_share * gate.drop_rate for gate in self.gates if gate.skips)
+
+    def __str__(self) -> str:
+        rows = [
+            (g.name, g.block_type, g.kind, f"{g.survival:.4f}", f"{g.flops_share:.1%}", g.note) for g in self.gates
+        ]
+        head = ("gate", "block", "kind", "p_l", "FLOPs", "")
+        first = self.gates[0] if self.gates else None
+        title = f"{len(self.gates)} gates" + (f", {self.schedule}, unit {first.unit}, {first.scaling}" if first else "")
+        foot = f"expected depth {self.expected_depth:.2f} of {len(self.gates)}, training FLOPs {self.expected_flops:.1%}"
+        return "\n".join([title, *table(head, rows), foot])
+
+
+def findings_text(findings: Findings) -> str:
+    """Residual adds as a table, then the refused additions counted by reason."""
+    total = max(findings.flops, 1)
+    rows = [(r.name, r.block_type, r.kind, r.shortcut, r.branch, f"{r.flops / total:.1%}") for r in findings]
+    lines = [f"{len(findings)} residual adds"]
+    if rows:
+        lines += table(("add", "block", "kind", "shortcut", "branch", "FLOPs"), rows)
+    reasons = Counter((r.code, r.reason) for r in findings.refused)
+    if reasons:
+        lines.append(f"{len(findings.refused)} additions left alone")
+        lines += table(("count", "code", "reason"), [(str(n), *why) for why, n in reasons.most_common()])
+    return "\n".join(lines)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Left-aligned columns, two spaces apart."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)]
+
+
+def schedule_text(schedule: Any) -> str:
+    """A schedule in words: its name, or what it is."""
+    if isinstance(schedule, str):
+        return schedule
+    return getattr(schedule, "__name__", "callable") if callable(schedule) else "explicit rates"

@@ -1,0 +1,112 @@
+"""Schedules: the rule that gives each block its drop rate.
+
+Blocks are counted l = 1..L in the order in which they first run; the residual adds of one block (two in a
+transformer block) share its rate, as in the paper, timm and torchvision. With final drop rate r:
+
+* ``"linear"``: ``1 - p_l = (l / L) * r``, the paper's linear decay (Huang et al. 2016, equation 4, whose
+  ``p_L`` is ``1 - r``); the last block drops with r, the first with ``r / L``;
+* ``"linear-from-zero"``: ``(l - 1) / (L - 1) * r``, timm's ``calculate_drop_path_rates``, number for
+  number; the first block never drops;
+* ``"uniform"``: r everywhere;
+* a callable ``(l, L) -> drop rate``;
+* a sequence with one drop rate per block, or one per residual add.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+
+from surgeon.errors import UsageError
+
+Schedule = str | Callable[[int, int], float] | Sequence[float]
+
+NAMES = ("linear", "linear-from-zero", "uniform")
+
+
+def drop_rates(
+    schedule: Schedule,
+    drop_rate: float,
+    blocks: Sequence[str],
+    names: Sequence[str] = (),
+    overrides: Mapping[str, float] | None = None,
+) -> list[float]:
+    """Computes one drop rate per residual add.
+
+    Args:
+        schedule: A name in `NAMES`, a callable or a sequence; see the module's text.
+        drop_rate: Final drop rate r in [0, 1); unused by callables and sequences.
+        blocks: For each residual add in execution order, the block it belongs to.
+        names: For each residual add, its own name; needed for ``overrides`` only.
+        overrides: Glob patterns on add or block names, each with a rate that replaces the scheduled one;
+            the last pattern that matches counts.
+
+    Returns:
+        The rates, in the order of ``blocks``, each in [0, 1).
+
+    Raises:
+        UsageError: An unknown name, a rate outside [0, 1) or NaN, a sequence of another length, a pattern
+            that matches nothing.
+    """
+    order = {block: index for index, block in enumerate(dict.fromkeys(blocks), start=1)}
+    if isinstance(schedule, Sequence) and not isinstance(schedule, str):
+        rates = _explicit(schedule, blocks, order)
+    else:
+        per_block = _scheduled(schedule, drop_rate, len(order))
+        rates = [per_block[order[block] - 1] for block in blocks]
+    for pattern, rate in (overrides or {}).items():
+        hits = [i for i, (n, b) in enumerate(zip(names, blocks, strict=True)) if _matches(pattern, n, b)]
+        if not hits:
+            raise UsageError(f"overrides: {pattern!r} matches no residual add; see surgeon.find(model)")
+        for i in hits:
+            rates[i] = rate
+    return [checked_rate(rate, f"drop rate of {block or 'the model'}") for rate, block in zip(rates, blocks, strict=True)]
+
+
+def checked_rate(rate: float, what: str = "drop_rate") -> float:
+    """``rate`` as a float in [0, 1).
+
+    Raises:
+        UsageError: It is not a number, NaN, or outside [0, 1).
+    """
+    try:
+        value = float(rate)
+    except (TypeError, ValueError):
+        raise UsageError(f"{what} is {rate!r}; give a number in [0, 1)") from None
+    if math.isnan(value) or not 0 <= value < 1:
+        raise UsageError(f"{what} is {value}; a drop rate lies in [0, 1) (0 never drops, 0.5 drops every second)")
+    return value
+
+
+def _explicit(rates: Sequence[float], blocks: Sequence[str], order: Mapping[str, int]) -> list[float]:
+    if len(rates) == len(blocks):
+        return list(rates)
+    if len(rates) == len(order):
+        return [rates[order[block] - 1] for block in blocks]
+    raise UsageError(
+        f"the schedule has {len(rates)} rates; this model needs {len(order)} (one per block)"
+        + (f" or {len(blocks)} (one per residual add)" if len(order) != len(blocks) else "")
+    )
+
+
+def _scheduled(schedule: str | Callable[[int, int], float], r: float, count: int) -> list[float]:
+    if callable(schedule):
+        return [schedule(l, count) for l in range(1, count + 1)]
+    r = checked_rate(r)
+    if schedule == "linear":
+        return [l / count * r for l in range(1, count + 1)]
+    if schedule == "linear-from-zero":
+        # In float32 as timm does it, so that the very same numbers come out.
+        rates: list[float] = torch.linspace(0, r, count, dtype=torch.float32, device="cpu").tolist()
+        return rates
+    if schedule == "uniform":
+        return [r] * count
+    raise UsageError(
+        f"unknown schedule {schedule!r}; known are {', '.join(map(repr, NAMES))}, "
+        "a callable (l, L) -> drop rate, or a sequence of drop rates"
+    )
+
+
+def _matches(pattern: str, name: str, block: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(block, pattern)

@@ -1,0 +1,254 @@
+"""The operations on a model: gates in, gates re-scheduled, gates out."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import get_args
+
+from torch import nn
+
+from surgeon._analysis import Analysis, Block, analyse
+from surgeon._example import Example, inputs, mode, untouched
+from surgeon._flow import Flow
+from surgeon._gate import Gate, Scaling, Unit
+from surgeon._plain import check_plain
+from surgeon._record import Recording
+from surgeon._report import GateStatus, Status, schedule_text
+from surgeon._residual import Findings
+from surgeon._schedule import Schedule, checked_rate, drop_rates
+from surgeon._splice import Gating, gate_block, gating_of, ungate_block
+from surgeon._trace import trace
+from surgeon.errors import AlreadyGatedError, NoResidualsError, NotGatedError, UsageError
+
+
+def find(
+    model: nn.Module,
+    example: Example = None,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> Findings:
+    """Finds the residual adds of a model and the reason why each other addition is none.
+
+    The model is left as it was; no arithmetic is done (one forward on fake tensors).
+
+    Args:
+        model: Any ``torch.nn.Module``.
+        example: A tensor, a tuple of positional arguments or a dict of keyword arguments to call it with;
+            by default two images of the size in ``model.pretrained_cfg``, else 3 x 224 x 224.
+        include: As in `apply`.
+        exclude: As in `apply`.
+
+    Returns:
+        The findings; printing them gives a table.
+
+    Raises:
+        RecordError: The model does not run on the example.
+    """
+    check_plain(model)
+    return analyse(model, *inputs(model, example), include, exclude).findings
+
+
+def apply(
+    model: nn.Module,
+    schedule: Schedule = "linear",
+    *,
+    drop_rate: float = 0.5,
+    unit: Unit = "sample",
+    scaling: Scaling = "inverted",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    overrides: Mapping[str, float] | None = None,
+    example: Example = None,
+) -> nn.Module:
+    """Puts a stochastic-depth gate on every residual add of ``model``, in place, and returns ``model``.
+
+    The object, its class, its methods, its ``state_dict`` keys and its Parameters stay what they were; with
+    the default scaling evaluation is bit-identical. Stochastic depth that the model already had on a gated
+    branch is stood in for, never doubled.
+
+    Args:
+        model: The plain model, before it is wrapped (DDP, FSDP, EMA, ``torch.compile``).
+        schedule: ``"linear"`` (Huang et al. 2016: block l of L drops with ``l / L * drop_rate``),
+            ``"linear-from-zero"`` (timm: ``(l - 1) / (L - 1) * drop_rate``), ``"uniform"``, a callable
+            ``(l, L) -> drop rate``, or a sequence of drop rates (one per block or one per residual add).
+        drop_rate: Final drop rate r in [0, 1).
+        unit: ``"sample"`` (a coin per row of the batch) or ``"batch"`` (one per mini-batch and gate, as in
+            the paper; a dropped branch is not computed).
+        scaling: ``"inverted"`` (survivors are divided by p in training, evaluation is untouched) or
+            ``"paper"`` (survivors as they are, evaluation multiplies the branch by p).
+        include: Glob patterns on names of residual adds, blocks or block classes: only these. The full name
+            of a refused addition, or its reason code, brings that in.
+        exclude: Patterns of what to leave out.
+        overrides: Pattern -> drop rate, on top of the schedule.
+        example: As in `find`.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        UsageError: An argument is out of range, unknown, or a pattern matches nothing.
+        AlreadyGatedError: The model has gates; `remove` takes them out.
+        WrappedModelError: The model is wrapped.
+        NoResidualsError: There is nothing to gate; the message counts the reasons.
+        RecordError: The model does not run on the example.
+    """
+    check_plain(model)
+    _check_choice("unit", unit, get_args(Unit))
+    _check_choice("scaling", scaling, get_args(Scaling))
+    if isinstance(schedule, str):
+        drop_rates(schedule, drop_rate, ["any"])
+    if is_gated(model):
+        raise AlreadyGatedError("the model already has gates; call surgeon.remove(model) first")
+    analysis = analyse(model, *inputs(model, example), include, exclude)
+    if not analysis.blocks:
+        raise NoResidualsError(_nothing_found(model, analysis))
+    residuals = [r for block in analysis.blocks for r in block.residuals]
+    rates = drop_rates(schedule, drop_rate, [r.block for r in residuals], [r.name for r in residuals], overrides)
+    flops = max(analysis.recording.flops, 1)
+    ordinals = [addition.ordinal for block in analysis.blocks for addition in block.found]
+    gates = {
+        r.name: Gate(
+            name=r.name,
+            kind=r.kind,
+            ordinal=ordinal,
+            order=order,
+            unit=unit,
+            scaling=scaling,
+            drop_rate=rate,
+            scale=1.0 if scaling == "inverted" else 1 - rate,
+            flops_share=r.flops / flops,
+            schedule=schedule,
+            skips=unit == "batch",
+        )
+        for order, (r, ordinal, rate) in enumerate(zip(residuals, ordinals, rates, strict=True))
+    }
+    prepared = [(block, _prepare(block, analysis.recording, gates)) for block in analysis.blocks]
+    for block, gating in prepared:
+        gate_block(block.module, gating)
+    return model
+
+
+def status(model: nn.Module) -> Status:
+    """The gates of ``model`` as they stand, in execution order; the model is only read.
+
+    Raises:
+        NotGatedError: The model has no gates.
+    """
+    rows, schedule = [], ""
+    for name, block, gating in gated_blocks(model):
+        for gate in gating.gates:
+            schedule = schedule or schedule_text(gate.schedule)
+            rows.append((gate.order, _gate_status(name, block, gate)))
+    if not rows:
+        raise NotGatedError("the model has no gates; surgeon.apply(model) puts them in")
+    return Status(tuple(row for _, row in sorted(rows, key=lambda row: row[0])), schedule)
+
+
+def set_drop_rate(model: nn.Module, rate: float | Sequence[float] | Callable[[int, int], float]) -> nn.Module:
+    """Changes the drop rates of a gated model in place, from its next forward on, and returns ``model``.
+
+    Evaluation does not change: the evaluation scale of a gate is fixed when it is put in.
+
+    Args:
+        model: A gated model.
+        rate: A final drop rate in [0, 1) for the schedule the gates were made with (named schedules only), or
+            a new sequence of rates or callable, as in `apply`.
+
+    Raises:
+        UsageError: A rate outside [0, 1), or one number for gates made with explicit rates.
+        NotGatedError: The model has no gates.
+    """
+    gates = gates_of(model)
+    if not gates:
+        raise NotGatedError("the model has no gates; surgeon.apply(model) puts them in")
+    schedule = gates[0].schedule
+    blocks = [gate.name.rpartition(".")[0] for gate in gates]
+    if isinstance(rate, (int, float)):
+        if not isinstance(schedule, str):
+            raise UsageError(f"the gates follow {schedule_text(schedule)}; give a sequence of drop rates or a callable")
+        rates = drop_rates(schedule, checked_rate(rate), blocks)
+    else:
+        rates = drop_rates(rate, 0.0, blocks)
+    for gate, value in zip(gates, rates, strict=True):
+        gate.set_drop_rate(value)
+    return model
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Takes every gate out of ``model`` in place and returns ``model``, as it was before `apply`.
+
+    Under ``scaling="paper"`` this drops the evaluation scales; `fold` keeps them.
+
+    Raises:
+        NotGatedError: The model has no gates.
+    """
+    if not is_gated(model):
+        raise NotGatedError("the model has no gates; there is nothing to remove")
+    for _, block, _ in list(gated_blocks(model)):
+        ungate_block(block)
+    return model
+
+
+def is_gated(model: nn.Module) -> bool:
+    """Whether any module of ``model`` carries a gate."""
+    return any(True for _ in gated_blocks(model))
+
+
+def gated_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gating]]:
+    """Qualified name, block and gating of every gated block."""
+    for name, module in model.named_modules():
+        gating = gating_of(module)
+        if gating is not None:
+            yield name, module, gating
+
+
+def gates_of(model: nn.Module) -> list[Gate]:
+    """Every gate of ``model``, in execution order."""
+    return sorted((g for _, _, gating in gated_blocks(model) for g in gating.gates), key=lambda g: g.order)
+
+
+def _prepare(block: Block, recording: Recording, gates: Mapping[str, Gate]) -> Gating:
+    """The gating of one block with its training forward made, and its evaluating one where that differs."""
+    chosen = [gates[r.name] for r in block.residuals]
+    gating = Gating(block.name, chosen, block.call.rewritten)
+    call = block.call
+    spliced = gating.prepare(block.flow, True, call.args, call.kwargs)
+    for gate in chosen:
+        if gate.ordinal in spliced.kept_whole:
+            gate.skips, gate.note = False, f"computed also when dropped: {spliced.kept_whole[gate.ordinal]}"
+    if not gating.evaluates_plainly:
+        with mode(block.module, False), untouched(block.module):
+            flow = Flow(trace(block.module, call.args, call.kwargs, recording.log))
+        gating.prepare(flow, False, call.args, call.kwargs)
+    return gating
+
+
+def _gate_status(name: str, block: nn.Module, gate: Gate) -> GateStatus:
+    return GateStatus(
+        name=gate.name,
+        block=name,
+        block_type=type(block).__name__,
+        kind=gate.kind,
+        drop_rate=gate.drop_rate,
+        survival=gate.survival,
+        scale=gate.scale,
+        unit=gate.unit,
+        scaling=gate.scaling,
+        flops_share=gate.flops_share,
+        skips=gate.skips,
+        note=gate.note,
+    )
+
+
+def _check_choice(what: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UsageError(f"{what} is {value!r}; known are {', '.join(map(repr, known))}")
+
+
+def _nothing_found(model: nn.Module, analysis: Analysis) -> str:
+    reasons = Counter(refusal.reason for refusal in analysis.refused)
+    listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+    kind = type(model).__name__
+    if not reasons:
+        return f"{kind} performs no addition of two activations, so it has no residual add to gate"
+    return f"{kind} has no residual add to gate; its additions: {listed}"

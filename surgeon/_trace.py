@@ -1,0 +1,361 @@
+"""Traces one block's own ``forward`` into an fx graph, its child modules as leaves, on recorded values.
+
+Every proxy carries the fake value that its node has for the recorded arguments. So `len`, unpacking,
+`isinstance` and Python control flow see what they would see in the real run, while sizes, indices and
+arithmetic on them stay symbolic in the graph. Where control flow consumes a size, the trace is ``exact``:
+it holds for these shapes only, and the splice makes another one when others arrive.
+
+Executing each node on fake values also tells what fx alone cannot: which tensors a node writes to in
+place (their version counters move), which values share storage, how many FLOPs a node costs, whether it
+draws random numbers.
+"""
+
+import enum
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+from torch.overrides import TorchFunctionMode
+
+from surgeon._example import tensors, untouched
+from surgeon._record import Op, OpLog
+from surgeon.errors import TraceError
+
+_CONSTANTS = (type(None), bool, str, enum.Enum, torch.dtype, torch.device)
+_RANK = ("ndim", "dim")
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """What is known of one node from running it on fake values.
+
+    Attributes:
+        value: Its value; tensors are fake.
+        reads: Storages of the tensors among its arguments.
+        writes: Those of them that it changed in place.
+        ops: The ATen operators it ran.
+        active: Whether its value is, or holds, a tensor that depends on a model input.
+    """
+
+    value: Any
+    reads: frozenset[int]
+    writes: frozenset[int]
+    ops: tuple[Op, ...]
+    active: bool
+
+    @property
+    def flops(self) -> int:
+        return sum(op.flops for op in self.ops)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """The graph of one block's forward for one way of calling it.
+
+    Attributes:
+        graph: One placeholder per argument (positional first, then keywords, as called), then the body.
+        facts: What each node is.
+        exact: Python control flow consumed a size or a number, so the graph holds for these shapes only.
+    """
+
+    graph: fx.Graph
+    facts: dict[fx.Node, Fact]
+    exact: bool
+
+
+def trace(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], log: OpLog) -> Trace:
+    """Traces ``block`` as called with ``args`` and ``kwargs``; the block is left as it was.
+
+    Args:
+        block: The module whose own forward is traced, in the mode (training or not) it is in.
+        args: Positional arguments; tensors are fake ones of ``log``'s mode.
+        kwargs: Keyword arguments, likewise.
+        log: The operator log that knows which of them depend on a model input.
+
+    Raises:
+        TraceError: The forward does something that a graph cannot hold, named in the message.
+    """
+    if "forward" in block.__dict__:
+        raise TraceError("its forward was replaced on the instance")
+    before = dict(block.__dict__)
+    with untouched(block), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        tracer = BlockTracer(log, args, kwargs)
+        try:
+            with _Capture(tracer):
+                graph = tracer.trace(block)
+        except TraceError:
+            raise
+        except Exception as error:
+            raise TraceError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        changed = [name for name, value in block.__dict__.items() if before.get(name, block) is not value]
+    if changed:
+        raise TraceError(f"its forward assigns self.{changed[0]}")
+    _drop_unused_sizes(graph, tracer.facts)
+    return Trace(graph, tracer.facts, tracer.exact)
+
+
+class ValueProxy(fx.Proxy):
+    """An fx proxy that knows its node's value on the recorded arguments."""
+
+    def __init__(self, node: fx.Node, tracer: "BlockTracer", value: Any) -> None:
+        super().__init__(node, tracer)
+        self.__dict__["value"] = value
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """Of the value's type, so that ``isinstance(x, Tensor)`` in a forward answers as it would."""
+        return Tensor if isinstance(self.__dict__["value"], Tensor) else type(self.__dict__["value"])
+
+    def __getattr__(self, name: str) -> Any:
+        tracer, value = self.tracer, self.__dict__["value"]
+        if isinstance(value, Tensor) and name == "ndim":
+            return value.ndim
+        if isinstance(value, Tensor) and name in ("shape", "T", "mT", "H", "mH", "real", "imag", "data", "grad"):
+            return tracer.create_proxy("call_function", getattr, (self, name), {})
+        attribute = getattr(value, name)
+        if not callable(attribute) or isinstance(attribute, torch.dtype):
+            return tracer.create_proxy("call_function", getattr, (self, name), {})
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            if name == "dim" and isinstance(value, Tensor):
+                return value.ndim
+            return tracer.create_proxy("call_method", name, (self, *args), kwargs)
+
+        return method
+
+    def __bool__(self) -> bool:
+        return bool(self.tracer.pin(self))
+
+    def __len__(self) -> int:
+        value = self.__dict__["value"]
+        return len(self.tracer.pin(self) if isinstance(value, Tensor) else value)
+
+    def __index__(self) -> int:
+        return operator.index(self.tracer.pin(self))
+
+    def __int__(self) -> int:
+        return int(self.tracer.pin(self))
+
+    def __float__(self) -> float:
+        return float(self.tracer.pin(self))
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self.tracer.pin(self)
+
+    def __iter__(self) -> Iterator[Any]:
+        value = self.__dict__["value"]
+        if isinstance(value, dict):
+            return iter(value)
+        return iter([self[i] for i in range(len(self))])
+
+    def keys(self) -> Any:
+        """The keys of a dict value, so that ``**proxy`` works."""
+        return self.__dict__["value"].keys()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+def _in_place(symbol: str) -> Callable[[ValueProxy, Any], Any]:
+    """The augmented assignment ``symbol`` (``"iadd"``): in place on tensors, as Python does, else not."""
+
+    def method(self: ValueProxy, other: Any) -> Any:
+        name = symbol if isinstance(self.__dict__["value"], Tensor) else symbol[1:]
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    return method
+
+
+for _symbol in ("iadd", "isub", "imul", "itruediv"):
+    setattr(ValueProxy, f"__{_symbol}__", _in_place(_symbol))
+
+
+class BlockTracer(fx.Tracer):
+    """An fx tracer of one module: children are leaves, arguments are the recorded ones."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, log: OpLog, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.log, self.args, self.kwargs = log, args, kwargs
+        self.facts: dict[fx.Node, Fact] = {}
+        self.exact = False
+        self.listening = False
+        self._state = _global_state()
+
+    def trace(self, root: nn.Module, concrete_args: Any = None) -> fx.Graph:
+        self.traced_func_name = "_ungated_forward" if hasattr(type(root), "_ungated_forward") else "forward"
+        return super().trace(root)
+
+    def pin(self, proxy: ValueProxy) -> Any:
+        """The value of ``proxy`` for use in Python; the trace then holds for this value only."""
+        self.exact = True
+        return proxy.__dict__["value"]
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        names = _argument_names(root_fn, self.root, self.args, self.kwargs)
+        values = [*self.args, *self.kwargs.values()]
+        given = [self._placeholder(name, value) for name, value in zip(names, values, strict=True)]
+        split = len(self.args)
+        keywords = dict(zip(self.kwargs, given[split:], strict=True))
+
+        def call() -> Any:
+            self.listening = True
+            try:
+                return root_fn(self.root, *given[:split], **keywords)
+            finally:
+                self.listening = False
+
+        return call, []
+
+    def _placeholder(self, name: str, value: Any) -> Any:
+        node = self.create_node("placeholder", name, (), {})
+        active = any(self.log.active(t) for t in tensors(value))
+        self.facts[node] = Fact(value, frozenset(), frozenset(), (), active)
+        # Optional and flag arguments decide which code runs: the forward must see the value itself.
+        return value if isinstance(value, _CONSTANTS) else ValueProxy(node, self, value)
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Node:
+        if _global_state() != self._state:
+            raise TraceError("part of its forward runs under its own autocast or grad mode")
+        return super().create_node(kind, target, args, kwargs, *rest, **more)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
+            if not any(a is b for b in self.root.buffers()):
+                raise TraceError("its forward uses a tensor that is no parameter, buffer or attribute")
+        return super().create_arg(a)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *_: Any, **__: Any) -> Any:
+        listening, self.listening = self.listening, False
+        try:
+            node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
+            return ValueProxy(node, self, self._execute(node))
+        finally:
+            self.listening = listening
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if not self.listening:  # a child of a leaf, running on fake values
+            return forward(*args, **kwargs)
+        try:
+            path = self.path_of_module(m)
+        except NameError:
+            raise TraceError(f"its forward calls a {type(m).__name__} that is not its submodule") from None
+        return self.create_proxy("call_module", path, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if not self.listening:
+            return attr_val
+        self.listening = False
+        try:
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        finally:
+            self.listening = True
+
+    def _execute(self, node: fx.Node) -> Any:
+        """Runs one node on fake values and notes its facts."""
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.facts[n].value)
+        read = tensors((args, kwargs))
+        versions = [t._version for t in read]
+        start = len(self.log.ops)
+        with torch.no_grad(), self.log.fake, self.log:
+            value = self._call(node, args, kwargs)
+        written = (t for t, version in zip(read, versions, strict=True) if t._version != version)
+        self.facts[node] = Fact(
+            value,
+            frozenset(storage(t) for t in read),
+            frozenset(storage(t) for t in written),
+            tuple(self.log.ops[start:]),
+            any(self.log.active(t) for t in tensors(value)),
+        )
+        return value
+
+    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if node.op == "call_module":
+            return self.root.get_submodule(str(node.target))(*args, **kwargs)
+        value: Any = self.root
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return self.log.shadow(value) if isinstance(value, Tensor) else value
+
+
+class _Capture(TorchFunctionMode):
+    """Puts torch calls without a proxy among their arguments (factories, ops on weights) into the graph."""
+
+    def __init__(self, tracer: BlockTracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if not self.tracer.listening or name in ("__get__", "__set__"):
+            return func(*args, **kwargs)
+        if isinstance(func, _METHODS) and not name.startswith("__"):
+            return self.tracer.create_proxy("call_method", name, args, kwargs)
+        return self.tracer.create_proxy("call_function", _operator(func, name), args, kwargs)
+
+
+_METHODS = (type(Tensor.add), type(Tensor.__add__))
+
+
+def _operator(func: Any, name: str) -> Any:
+    """Tensor dunders as the ``operator`` functions that generated code can name."""
+    plain = name.strip("_")
+    if name.startswith("__") and isinstance(func, (*_METHODS, type(Tensor.__radd__))):
+        if plain.startswith("r") and hasattr(operator, plain[1:]):
+            return lambda a, b: getattr(operator, plain[1:])(b, a)
+        if hasattr(operator, plain):
+            return getattr(operator, plain)
+    return func
+
+
+def storage(tensor: Tensor) -> int:
+    """An identity of the memory behind a tensor, equal for views of it."""
+    return tensor.untyped_storage()._cdata
+
+
+def _global_state() -> tuple[bool, ...]:
+    return (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+
+
+def _argument_names(forward: Any, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Readable, distinct placeholder names for the arguments as called."""
+    names = []
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    for i in range(len(args)):
+        plain = i < len(parameters) and parameters[i].kind is not inspect.Parameter.VAR_POSITIONAL
+        names.append(parameters[i].name if plain else f"arg_{i}")
+    return names + list(kwargs)
+
+
+def _drop_unused_sizes(graph: fx.Graph, facts: dict[fx.Node, Fact]) -> None:
+    """Erases size reads that nothing uses; fx's own dead-code elimination is unsound on in-place graphs."""
+    for node in reversed(graph.nodes):
+        fact = facts.get(node)
+        if fact is None or node.users or node.op == "placeholder":
+            continue
+        if is_size(node, fact):
+            graph.erase_node(node)
+
+
+def is_size(node: fx.Node, fact: Fact) -> bool:
+    """Whether a node only computes sizes, indices or flags: no tensor in its value and nothing written."""
+    pure = node.op in ("call_function", "call_method", "get_attr")
+    return pure and not tensors(fact.value) and not fact.writes and node.target is not torch._assert
+
+
