@@ -102,8 +102,8 @@ def carries(call: Call) -> Laws:
 
 
 def joins(call: Call) -> Laws:
-    """Homogeneous in all its tensors together; a mask or an index is no number and pins nothing."""
-    return equal(value for value in (*call.outputs, *call.inputs) if value.scalable)
+    """Homogeneous in all its tensors together; an index that comes out besides does not see the scale."""
+    return equal((*call.inputs, *(value for value in call.outputs if value.scalable)))
 
 
 def multiplies(call: Call) -> Laws:
@@ -119,9 +119,20 @@ def adds(call: Call) -> Laws:
 
 
 def selects(call: Call) -> Laws:
-    """``where``: from two tensors; a number other than 0 on one side cannot be scaled."""
+    """``where``: entries of two sides, either of which may be zeros."""
     sides = call.arguments["self"], call.arguments["other"]
-    return joins(call) if all(isinstance(s, Value) or _is_scale_free(s) for s in sides) else nothing(call)
+    if not all(isinstance(side, Value) or _is_scale_free(side) for side in sides):
+        return nothing(call)
+    return equal((call.outputs[0], *sides))
+
+
+def writes(call: Call) -> Laws:
+    """Entries of one tensor replaced by, or summed with, those of another or a number."""
+    held = call.arguments
+    new = next(held[name] for name in ("src", "source", "values", "value") if name in held)
+    if held.get("reduce") is not None or not (isinstance(new, Value) or _is_scale_free(new)):
+        return nothing(call)
+    return equal((call.outputs[0], held["self"], new))
 
 
 def divides(call: Call) -> Laws:
@@ -229,19 +240,6 @@ def fills(call: Call) -> Laws:
     return [] if _is_scale_free(number) else zero(call.outputs, "is a constant")
 
 
-def fills_some(call: Call) -> Laws:
-    """Some entries replaced by a number or by a 0-d tensor."""
-    value = call.arguments["value"]
-    if isinstance(value, Value):
-        return joins(call)
-    return carries_numbers(call) if _is_scale_free(value) else nothing(call)
-
-
-def carries_numbers(call: Call) -> Laws:
-    """Homogeneous in its first tensor, whatever the others are, as long as they are not numbers."""
-    return equal((call.inputs[0], *call.outputs))
-
-
 def pads(call: Call) -> Laws:
     """Padding by 0 or infinity carries a scale, by another number not."""
     return carries(call) if _is_scale_free(call.arguments.get("value", 0)) else nothing(call)
@@ -300,17 +298,21 @@ _RULES: dict[str, Rule] = {
         "view _unsafe_view _reshape_alias permute transpose t expand squeeze unsqueeze slice select split"
         " split_with_sizes unbind diagonal unfold as_strided alias detach clone lift lift_fresh lift_fresh_copy"
         " _to_copy repeat repeat_interleave roll flip rot90 pixel_shuffle pixel_unshuffle channel_shuffle"
-        " native_channel_shuffle index index_select gather take tril triu im2col col2im"
+        " native_channel_shuffle index index_select gather take max_unpool2d max_unpool3d tril triu im2col col2im"
         " view_as_real view_as_complex _conj conj_physical real imag neg",
         carries,
     ),
     **_aten("relu leaky_relu _prelu_kernel rrelu abs mean sum nansum cumsum amax amin nanmean std", carries),
     **_aten("max min median sort topk kthvalue", joins),
     **_aten(
-        "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d"
+        "max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d"
+        " fractional_max_pool2d fractional_max_pool3d",
+        joins,
+    ),
+    **_aten(
+        "avg_pool1d avg_pool2d"
         " avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d"
-        " _adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d"
-        " reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d"
+        " _adaptive_avg_pool3d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d"
         " replication_pad3d upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d"
         " _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d"
         " upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa"
@@ -322,15 +324,15 @@ _RULES: dict[str, Rule] = {
     **_aten("hardtanh", clamps("min_val", "max_val")),
     **_aten("clamp clamp_min clamp_max", clamps("min", "max")),
     **_aten("threshold", clamps("threshold", "value")),
-    **_aten("masked_fill index_fill", fills_some),
+    **_aten("masked_fill index_fill", writes),
     # Sums.
     **_aten("add sub rsub", adds),
     **_aten(
-        "cat stack maximum minimum fmax fmin complex slice_scatter select_scatter diagonal_scatter"
-        " as_strided_scatter index_put _unsafe_index_put scatter scatter_add index_add index_copy masked_scatter"
-        " hypot",
-        joins,
+        "slice_scatter select_scatter diagonal_scatter as_strided_scatter index_put _unsafe_index_put"
+        " scatter scatter_add index_add index_copy masked_scatter",
+        writes,
     ),
+    **_aten("cat stack maximum minimum fmax fmin complex hypot", joins),
     **_aten("where", selects),
     **_aten("lerp", interpolates),
     **_aten("copy", copies),

@@ -21,7 +21,9 @@ from surgeon._flat import Call, Flat, Value
 MARK = "surgeon.mark"
 _STAYS = -1  # root of the class of everything that must keep exponent 0
 _MOST = 4  # the largest power of a scale worth writing into a weight
-_REACHES_SHORTCUT = "the branch reaches its own shortcut without passing a parameter that could take the scale"
+_REACHES_SHORTCUT = (
+    "the branch reaches its own shortcut without passing a parameter that could take the scale"
+)
 _CHOICES = 2000  # tries per gate; real branches need fewer than ten
 
 
@@ -204,7 +206,9 @@ class _Search:
 
     def _refusal(self) -> Refusal:
         if self.choices >= _CHOICES:
-            self.reasons.append((0, f"the search for a place to put the scale was cut after {_CHOICES} tries"))
+            self.reasons.append(
+                (0, f"the search for a place to put the scale was cut after {_CHOICES} tries")
+            )
         _, reason = min(self.reasons, key=lambda one: one[0])
         return Refusal(reason, frozenset(self.tried))
 
@@ -223,7 +227,9 @@ class _Search:
         return False
 
     def _allowed(self, root: int, exponent: int) -> bool:
-        return root != _STAYS and abs(exponent) <= _MOST and all(map(self._inside, self.balance.members[root]))
+        return (
+            root != _STAYS and abs(exponent) <= _MOST and all(map(self._inside, self.balance.members[root]))
+        )
 
     def _inside(self, value: Value) -> bool:
         """Whether a value leads to one of the gates."""
@@ -270,7 +276,9 @@ class _Search:
     def _broken(self, index: int) -> None:
         terms, _, call = self.equations[index]
         depth = 1 + max(self.depth[root] for root in terms)
-        self.reasons.append((depth, f"{described(call)} would receive the scale on more sides than it passes on"))
+        self.reasons.append(
+            (depth, f"{described(call)} would receive the scale on more sides than it passes on")
+        )
 
     def _choose(self) -> bool:
         """Mend the oldest broken law that leaves a choice, and all after it; undo what fails."""
@@ -333,7 +341,9 @@ class _Search:
     def _outside(self, value: Value, call: Call) -> str:
         source = self.balance.flat.parameters.get(value)
         if source is not None:
-            return f"the parameter {source.names[0]!r} is also used outside of the branch, by {described(call)}"
+            return (
+                f"the parameter {source.names[0]!r} is also used outside of the branch, by {described(call)}"
+            )
         return f"a value inside the branch is also read outside of it, by {described(call)}"
 
     def _blame(self, value: Value, ends: bool) -> str | None:

@@ -64,7 +64,9 @@ class FoldPlan:
         return tuple(sorted({*shared, *(step.gate for step in self.steps)}))
 
     def __str__(self) -> str:
-        head = f"{len(self.folded)} gates fold into {len(self.steps)} parameters, {len(self.kept)} keep a factor"
+        head = (
+            f"{len(self.folded)} gates fold into {len(self.steps)} parameters, {len(self.kept)} keep a factor"
+        )
         return "\n".join([head, *map(str, self.steps), *map(str, self.kept)])
 
 
@@ -105,15 +107,16 @@ def analyse(flat: Flat, scales: Mapping[int, float]) -> FoldPlan:
             found.update({gate: {} for gate in group} | {group[0]: result})
             together.append(group)
     steps = [
-        step for gate, one in found.items() if not isinstance(one, Refusal) for step in _steps(flat, gate, one)
+        step
+        for gate, one in found.items()
+        if not isinstance(one, Refusal)
+        for step in _steps(flat, gate, one)
     ]
     kept = [Kept(gate, one.reason) for gate, one in found.items() if isinstance(one, Refusal)]
     return FoldPlan(tuple(steps), tuple(kept), tuple(together))
 
 
-def _related(
-    found: Mapping[int, Exponents | Refusal], scales: Mapping[int, float]
-) -> list[tuple[int, ...]]:
+def _related(found: Mapping[int, Exponents | Refusal], scales: Mapping[int, float]) -> list[tuple[int, ...]]:
     """Refused gates of equal scale that tried to write the same parameters."""
     groups: list[tuple[float, set[int], set[object]]] = []
     for gate, result in found.items():
@@ -165,7 +168,9 @@ def _check_scales(plan: FoldPlan, scales: Mapping[int, float]) -> None:
             raise FoldError(f"gate {gate} has the scale {scale}; only a finite scale above 0 can be folded")
     for group in plan.together:
         if len({scales[gate] for gate in group}) > 1:
-            raise FoldError(f"the gates {group} share weights and fold only with equal scales; make a new plan")
+            raise FoldError(
+                f"the gates {group} share weights and fold only with equal scales; make a new plan"
+            )
 
 
 def _by_parameter(plan: FoldPlan) -> dict[str, list[Step]]:
@@ -181,7 +186,9 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter:
     except AttributeError as error:
         raise FoldError(f"the model has no parameter {name!r}; the plan was made for another one") from error
     if parameter.is_meta or parameter.is_inference():
-        raise FoldError(f"the parameter {name!r} cannot be written: it is on the meta device or an inference tensor")
+        raise FoldError(
+            f"the parameter {name!r} cannot be written: it is on the meta device or an inference tensor"
+        )
     return parameter
 
 
@@ -189,7 +196,9 @@ def _scaled(parameter: Tensor, steps: list[Step], scales: Mapping[int, float]) -
     """The parameter times its factors, in float64 (complex128 for a complex one)."""
     exact = parameter.detach().to(torch.complex128 if parameter.is_complex() else torch.float64, copy=True)
     for step in steps:
-        part = exact if step.rows is None else exact.narrow(step.dim, step.rows[0], step.rows[1] - step.rows[0])
+        part = (
+            exact if step.rows is None else exact.narrow(step.dim, step.rows[0], step.rows[1] - step.rows[0])
+        )
         part.mul_(scales[step.gate] ** step.exponent)
     return exact
 
@@ -201,6 +210,10 @@ def _check_product(name: str, old: Tensor, exact: Tensor) -> None:
     stored = exact.to(old.dtype).to(exact.dtype)
     largest = exact.abs().max() if exact.numel() else torch.zeros(())
     if not stored.isfinite().all():
-        raise FoldError(f"the parameter {name!r} overflows {old.dtype} when scaled; fold in a wider type first")
+        raise FoldError(
+            f"the parameter {name!r} overflows {old.dtype} when scaled; fold in a wider type first"
+        )
     if old.numel() and (stored - exact).abs().max() > 2 * torch.finfo(old.dtype).eps * largest:
-        raise FoldError(f"the parameter {name!r} underflows {old.dtype} when scaled; fold in a wider type first")
+        raise FoldError(
+            f"the parameter {name!r} underflows {old.dtype} when scaled; fold in a wider type first"
+        )
