@@ -1,15 +1,16 @@
 """The plot of `finetune.py`: the survival probability of every gate over the depth of the network."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 from surgeon.errors import SurgeonError
 
-INK, BAR, PALE = "#222222", "#2f6690", "#d8dee6"
+INK, KEPT, DROPPED = "#222222", "#2f6690", "#d8dee6"
 
 
 def plot_survival(status: Any, title: str, path: Path) -> Path:
-    """Draws `p_l` against l as a PNG, one bar per gate, with the part that is dropped in grey.
+    """Draws `p_l` as a PNG: one bar per gate, what is kept in blue, what is dropped in grey.
 
     Raises:
         SurgeonError: If matplotlib is not installed.
@@ -21,32 +22,41 @@ def plot_survival(status: Any, title: str, path: Path) -> Path:
         raise SurgeonError(
             "the plot needs matplotlib: pip install 'surgeon[plots]', or deliver.plot=false"
         ) from error
-    survival = [gate.survival for gate in status.gates]
-    depth = range(1, len(survival) + 1)
-    figure = Figure(figsize=(max(6.4, 0.3 * len(survival)), 4.0), layout="constrained")
+    count = len(status.gates)
+    figure = Figure(figsize=(min(24.0, max(6.4, 0.26 * count)), 4.0), layout="constrained")
     FigureCanvasAgg(figure)  # no pyplot: nothing global is touched, and no display is looked for
     axes = figure.add_subplot()
-    axes.bar(depth, [1.0] * len(survival), width=0.72, color=PALE, label="dropped")
-    axes.bar(depth, survival, width=0.72, color=BAR, label="kept")
-    for place, value in zip(depth, survival, strict=True):
-        if len(survival) <= 24:
-            axes.text(place, value - 0.02, f"{value:.2f}", ha="center", va="top", color="white", fontsize=7)
-    axes.set_xticks(
-        list(depth), [gate.block or gate.name for gate in status.gates], rotation=60, ha="right", fontsize=8
-    )
-    axes.set_xlim(0.4, len(survival) + 0.6)
-    axes.set_ylim(0, 1)
+    _bars(axes, [gate.survival for gate in status.gates])
+    _names(axes, status.gates)
     axes.set_ylabel("survival probability $p_l$", color=INK)
-    axes.set_xlabel("residual add $l$, in execution order", color=INK)
-    axes.set_title(
-        f"{title}\nexpected depth {status.expected_depth:.2f} of {len(survival)}",
-        fontsize=10,
-        color=INK,
-        loc="left",
-    )
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("residual add, in execution order", color=INK)
+    text = f"{title}\nexpected depth {status.expected_depth:.2f} of {count}"
+    axes.set_title(text, loc="left", fontsize=10, color=INK)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
     draft = path.with_name(f"draft-{path.name}")
     figure.savefig(draft, dpi=150)
     draft.replace(path)
     return path
+
+
+def _bars(axes: Any, survival: list[float]) -> None:
+    places = range(1, len(survival) + 1)
+    axes.bar(places, survival, width=0.72, color=KEPT, label="kept")
+    rest = [1 - value for value in survival]
+    axes.bar(places, rest, bottom=survival, width=0.72, color=DROPPED, label="dropped")
+    axes.set_xlim(0.4, len(survival) + 0.6)
+    axes.set_ylim(0, 1)
+    if len(survival) <= 16:  # numbers fit into the bars
+        for place, value in zip(places, survival, strict=True):
+            axes.text(place, value - 0.02, f"{value:.2f}", ha="center", va="top", color="white", fontsize=7)
+
+
+def _names(axes: Any, gates: Any) -> None:
+    """Each gate by its block, or by its own name where a block has several; thinned out if they are many."""
+    blocks = [gate.block for gate in gates]
+    names = [gate.block if blocks.count(gate.block) == 1 and gate.block else gate.name for gate in gates]
+    step = math.ceil(len(names) / 80)
+    axes.set_xticks(range(1, len(names) + 1, step), names[::step], rotation=60, ha="right", fontsize=8)
+    for label in axes.get_xticklabels():
+        label.set_rotation_mode("anchor")
