@@ -5,8 +5,8 @@
     surgeon.export(model, "model.onnx")         # folded, checked, plain ONNX
 """
 
-from surgeon._surgery import apply, find, remove, set_drop_rate, status
+from surgeon._surgery import apply, find, fold, remove, set_drop_rate, status
 from surgeon._version import __version__
 from surgeon.errors import SurgeonError
 
-__all__ = ["SurgeonError", "__version__", "apply", "find", "remove", "set_drop_rate", "status"]
+__all__ = ["SurgeonError", "__version__", "apply", "find", "fold", "remove", "set_drop_rate", "status"]

@@ -41,6 +41,22 @@ def _(branch: Tensor, gate: int) -> Tensor:
     return torch.empty_like(branch)
 
 
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """What one call of `surgeon.apply` was given.
+
+    Attributes:
+        schedule: The schedule: a name, a callable or a sequence.
+        drop_rate: The final drop rate.
+        args, kwargs: The example, its tensors on the meta device: shapes and types, no numbers.
+    """
+
+    schedule: Any
+    drop_rate: float
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 @dataclass(eq=False)
 class Gate:
     """A gate on one residual add. It holds no parameter and no buffer: a ``state_dict`` never shows it.
@@ -55,9 +71,10 @@ class Gate:
         drop_rate: The present drop rate, ``1 - p``, in [0, 1).
         scale: The evaluation scale ``c``.
         flops_share: FLOPs of the branch over those of the whole model, in [0, 1].
-        schedule: What was asked of `surgeon.apply`, for reports.
+        origin: What `surgeon.apply` was asked for, shared by the gates of one call.
         skips: Whether a dropped branch is not computed.
         note: Why it is computed all the same, or why its scale stays after a fold; ``""`` otherwise.
+        folded: Its scale is in the weights now; it does nothing any more.
     """
 
     name: str
@@ -69,9 +86,10 @@ class Gate:
     drop_rate: float
     scale: float
     flops_share: float
-    schedule: Any
+    origin: "Origin"
     skips: bool = False
     note: str = ""
+    folded: bool = False
     keep: Tensor = field(init=False, repr=False)
     marked_as: int | None = field(default=None, init=False, repr=False)
 
@@ -88,6 +106,14 @@ class Gate:
         """Changes the drop rate from the next forward on; the evaluation scale stays."""
         self.drop_rate = rate
         self.keep.fill_(1 - rate)
+
+    def settle(self, note: str = "") -> None:
+        """Ends the gate's part in training: it never drops again. Its scale goes to 1, or stays with a note."""
+        self.set_drop_rate(0.0)
+        self.folded = not note
+        self.note = note
+        if self.folded:
+            self.scale = 1.0
 
     def correction(self) -> float:
         """What a surviving branch is multiplied by in training, ``c / p``; exactly 1 under the paper's rule."""

@@ -1,15 +1,21 @@
 """The operations on a model: gates in, gates re-scheduled, gates out."""
 
+import copy
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import get_args
+from typing import Any, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from surgeon._analysis import Analysis, Block, analyse
 from surgeon._example import Example, inputs, mode, untouched
 from surgeon._flow import Flow
-from surgeon._gate import Gate, Scaling, Unit
+from surgeon._fold import FoldPlan, commit
+from surgeon._fold import plan as plan_fold
+from surgeon._gate import Gate, Origin, Scaling, Unit, marking
 from surgeon._plain import check_plain
 from surgeon._record import Recording
 from surgeon._report import GateStatus, Status, schedule_text
@@ -99,12 +105,14 @@ def apply(
         drop_rates(schedule, drop_rate, ["any"])
     if is_gated(model):
         raise AlreadyGatedError("the model already has gates; call surgeon.remove(model) first")
-    analysis = analyse(model, *inputs(model, example), include, exclude)
+    args, kwargs = inputs(model, example)
+    analysis = analyse(model, args, kwargs, include, exclude)
     if not analysis.blocks:
         raise NoResidualsError(_nothing_found(model, analysis))
     residuals = [r for block in analysis.blocks for r in block.residuals]
     rates = drop_rates(schedule, drop_rate, [r.block for r in residuals], [r.name for r in residuals], overrides)
     flops = max(analysis.recording.flops, 1)
+    origin = Origin(schedule, drop_rate, *pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs)))
     ordinals = [addition.ordinal for block in analysis.blocks for addition in block.found]
     gates = {
         r.name: Gate(
@@ -117,7 +125,7 @@ def apply(
             drop_rate=rate,
             scale=1.0 if scaling == "inverted" else 1 - rate,
             flops_share=r.flops / flops,
-            schedule=schedule,
+            origin=origin,
             skips=unit == "batch",
         )
         for order, (r, ordinal, rate) in enumerate(zip(residuals, ordinals, rates, strict=True))
@@ -136,8 +144,8 @@ def status(model: nn.Module) -> Status:
     """
     rows, schedule = [], ""
     for name, block, gating in gated_blocks(model):
-        for gate in gating.gates:
-            schedule = schedule or schedule_text(gate.schedule)
+        for gate in [gate for gate in gating.gates if not gate.folded]:
+            schedule = schedule or schedule_text(gate.origin.schedule)
             rows.append((gate.order, _gate_status(name, block, gate)))
     if not rows:
         raise NotGatedError("the model has no gates; surgeon.apply(model) puts them in")
@@ -161,7 +169,7 @@ def set_drop_rate(model: nn.Module, rate: float | Sequence[float] | Callable[[in
     gates = gates_of(model)
     if not gates:
         raise NotGatedError("the model has no gates; surgeon.apply(model) puts them in")
-    schedule = gates[0].schedule
+    schedule = gates[0].origin.schedule
     blocks = [gate.name.rpartition(".")[0] for gate in gates]
     if isinstance(rate, (int, float)):
         if not isinstance(schedule, str):
@@ -187,6 +195,46 @@ def remove(model: nn.Module) -> nn.Module:
     for _, block, _ in list(gated_blocks(model)):
         ungate_block(block)
     return model
+
+
+def fold(model: nn.Module, *, inplace: bool = False, example: Example = None) -> nn.Module:
+    """Writes every evaluation scale into the branch's own weights and takes the gates out.
+
+    ``model`` is left as it is and a folded copy returned, unless ``inplace``. What comes out is stock: its
+    class, keys and forward are those of the model before `apply`, and its evaluation equals that of the gated
+    model to rounding. With ``scaling="inverted"`` there is no scale to write, and no weight changes. Where no
+    weight can take a scale (a branch that ends in SiLU, say), the gate stays as one multiplication: a warning
+    and `status` of the result name it with the reason.
+
+    Args:
+        model: A gated model.
+        inplace: Change and return ``model`` itself.
+        example: As in `find`; by default the example that `apply` recorded.
+
+    Raises:
+        NotGatedError: The model has no gates.
+        FoldError: The model could not be analysed, or a product is not finite; nothing was changed.
+    """
+    gates = gates_of(model)
+    if not gates:
+        raise NotGatedError("the model has no gates; there is nothing to fold")
+    args, kwargs = _recorded_inputs(model, gates[0]) if example is None else inputs(model, example)
+    scaled = [gate for gate in gates if gate.scale != 1.0]
+    scales = {number: gate.scale for number, gate in enumerate(scaled)}
+    with marking(scaled):
+        plan = plan_fold(model, args, kwargs, scales) if scaled else FoldPlan((), ())
+    target = model if inplace else copy.deepcopy(model)
+    commit(target, plan, scales)
+    reasons = {scaled[kept.gate].name: kept.reason for kept in plan.kept}
+    for _, block, gating in list(gated_blocks(target)):
+        for gate in gating.gates:
+            gate.settle(reasons.get(gate.name, ""))
+        if all(gate.folded for gate in gating.gates):
+            ungate_block(block)
+    if reasons:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        warnings.warn(f"{len(reasons)} of {len(gates)} gates keep one multiplication: {listed}", stacklevel=2)
+    return target
 
 
 def is_gated(model: nn.Module) -> bool:
@@ -221,6 +269,15 @@ def _prepare(block: Block, recording: Recording, gates: Mapping[str, Gate]) -> G
             flow = Flow(trace(block.module, call.args, call.kwargs, recording.log))
         gating.prepare(flow, False, call.args, call.kwargs)
     return gating
+
+
+def _recorded_inputs(model: nn.Module, gate: Gate) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the recorded shapes and types, on the model's device."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    args, kwargs = pytree.tree_map_only(
+        Tensor, lambda t: torch.zeros_like(t, device=device), (gate.origin.args, gate.origin.kwargs)
+    )
+    return args, kwargs
 
 
 def _gate_status(name: str, block: nn.Module, gate: Gate) -> GateStatus:
