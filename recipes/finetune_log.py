@@ -50,7 +50,9 @@ def _read_state(path: Path) -> dict[str, Any]:
             f"resume=true, but there is no {path}: check output, or leave resume out."
         ) from error
     except Exception as error:  # torch.load raises whatever the damage leads to
-        raise SurgeonError(f"{path} cannot be read ({error}); start again without resume=true.") from error
+        raise SurgeonError(f"{path} cannot be read: it is damaged; start again without resume.") from error
+    if not isinstance(state, dict) or not {"config", "epoch", "model"} <= state.keys():
+        raise SurgeonError(f"{path} is no state of this recipe; start again without resume.")
     return state
 
 

@@ -31,7 +31,9 @@ HEAVY = [
 def fresh_python(code: str, *paths: Path) -> str:
     """What a new interpreter prints that sees those folders first."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=env, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

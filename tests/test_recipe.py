@@ -172,7 +172,10 @@ def test_nothing_to_resume_is_an_error(recipe: ModuleType, small: str, tmp_path:
         recipe.main(small, ["resume=true"])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "last.pt").write_bytes(b"not a state")
-    with pytest.raises(SurgeonError, match=r"last\.pt cannot be read .*start again without resume=true"):
+    with pytest.raises(SurgeonError, match=r"last\.pt cannot be read: it is damaged; start again"):
+        recipe.main(small, ["resume=true"])
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "run" / "last.pt")
+    with pytest.raises(SurgeonError, match=r"last\.pt is no state of this recipe; start again"):
         recipe.main(small, ["resume=true"])
 
 
