@@ -302,6 +302,8 @@ _RULES: dict[str, Rule] = {
         " view_as_real view_as_complex _conj conj_physical real imag neg",
         carries,
     ),
+    # Metadata changes in place are all that functionalisation leaves in place: the value stays the same one.
+    **_aten("squeeze_ unsqueeze_ t_ transpose_ swapdims_ swapaxes_ detach_", carries),
     **_aten("relu leaky_relu _prelu_kernel rrelu abs mean sum nansum cumsum amax amin nanmean std", carries),
     **_aten("max min median sort topk kthvalue", joins),
     **_aten(

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from surgeon._algebra import Law, laws
-from surgeon._flat import Call, Flat, Value
+from surgeon._flat import Call, Flat, Source, Value
 
 MARK = "surgeon.mark"
 _STAYS = -1  # root of the class of everything that must keep exponent 0
@@ -117,9 +117,12 @@ class Balance:
             return _Pin(None, f"is the buffer {name!r}, or shares its memory, and must not be written")
         if not value.scalable:
             return _Pin(self.producer.get(value), "holds no real numbers")
-        if value not in self.producer and value not in self.flat.parameters:
+        if not self._may_scale(value):
             return _Pin(None, "comes from outside of the model's parameters")
         return None
+
+    def _may_scale(self, value: Value) -> bool:
+        return value in self.producer or value in self.flat.parameters
 
     def _merge(self, found: list[tuple[Law, Call]]) -> None:
         """Join classes until only laws with a choice are left."""
@@ -127,7 +130,12 @@ class Balance:
             self._parent[self._find(value.number)] = _STAYS
         for law, call in found:
             for value, _ in law.terms:
-                others = [(other, call) for other, _ in law.terms if other != value]
+                # A constant beside the data of a product is never the one to blame.
+                others = [
+                    (other, call)
+                    for other, _ in law.terms
+                    if other != value and (len(law.terms) == 2 or self._may_scale(other))
+                ]
                 self.near.setdefault(value, []).extend(others)
         while True:
             self.kept = [(law, call) for law, call in found if not self._joined(law)]
@@ -217,11 +225,11 @@ class _Search:
         known = self.exponents.get(root)
         if known == exponent or (root == _STAYS and not exponent):
             return True
+        if root != _STAYS:
+            self.tried.update(v for v in self.balance.members[root] if v in self.balance.flat.parameters)
         if known is None and (not exponent or self._allowed(root, exponent)):
             self.exponents[root], self.depth[root] = exponent, depth
             self.trail.append(root)
-            if exponent:
-                self.tried.update(v for v in self.balance.members[root] if v in self.balance.flat.parameters)
             return True
         self.reasons.append(self._why(root, entry, depth))
         return False
@@ -276,9 +284,7 @@ class _Search:
     def _broken(self, index: int) -> None:
         terms, _, call = self.equations[index]
         depth = 1 + max(self.depth[root] for root in terms)
-        self.reasons.append(
-            (depth, f"{described(call)} would receive the scale on more sides than it passes on")
-        )
+        self.reasons.append((depth, f"the scale would reach both sides of {described(call)}, or neither"))
 
     def _choose(self) -> bool:
         """Mend the oldest broken law that leaves a choice, and all after it; undo what fails."""
@@ -312,39 +318,28 @@ class _Search:
         A class stays because of a pin in it; another one may not be scaled because one of its values does
         not lead to the gate. The nearest of these is to blame.
         """
-        queue = deque([(entry, 0, True)])
+        queue = deque([(entry, not depth)])
         seen = {entry}
         while queue:
-            value, steps, backward = queue.popleft()
-            if (reason := self._blame(value, not depth and backward)) is not None:
-                return depth + steps, reason
-            for other, call in self.balance.near.get(value, ()):
-                if other in seen or self.balance.root(other) != root or self._is_given(other):
+            value, ends = queue.popleft()
+            links = self.balance.near.get(value, [])
+            if any(self._is_shortcut(call) for _, call in links):
+                return depth, _REACHES_SHORTCUT
+            if (reason := self._blame(value, ends)) is not None:
+                return depth, reason
+            for other, call in links:
+                if other in seen or self.balance.root(other) != root:
                     continue
                 seen.add(other)
-                if self._is_shortcut(call):
-                    return depth + steps, _REACHES_SHORTCUT
-                if root != _STAYS and not self._inside(other):
-                    return depth + steps, self._outside(value, call)
-                goes_back = value in call.outputs and other in call.inputs
-                queue.append((other, steps + 1, backward and goes_back))
+                named = self.balance.flat.parameters.get(value)
+                if (root != _STAYS or named) and not self._inside(other):
+                    return depth, _outside(named, call)
+                queue.append((other, ends and value in call.outputs and other in call.inputs))
         return depth, "no parameter of the branch can take the scale without changing something else"
-
-    def _is_given(self, value: Value) -> bool:
-        """A constant beside the data of a product is never the one to blame."""
-        return value in self.balance.flat.buffers
 
     def _is_shortcut(self, call: Call) -> bool:
         behind = {mark.outputs[0] for gate in self.gates for mark in self.balance.marks[gate]}
         return not behind.isdisjoint(call.inputs)
-
-    def _outside(self, value: Value, call: Call) -> str:
-        source = self.balance.flat.parameters.get(value)
-        if source is not None:
-            return (
-                f"the parameter {source.names[0]!r} is also used outside of the branch, by {described(call)}"
-            )
-        return f"a value inside the branch is also read outside of it, by {described(call)}"
 
     def _blame(self, value: Value, ends: bool) -> str | None:
         pin = self.balance.pins.get(value)
@@ -355,6 +350,12 @@ class _Search:
         if ends and value in pin.call.outputs:
             return f"the branch ends in {described(pin.call)}, which {pin.why}"
         return f"the scale would have to pass {described(pin.call)}, which {pin.why}"
+
+
+def _outside(source: Source | None, call: Call) -> str:
+    if source is not None:
+        return f"the parameter {source.names[0]!r} is also used outside of the branch"
+    return f"a value inside the branch is also read outside of it, by {described(call)}"
 
 
 def solve(balance: Balance, gates: frozenset[int]) -> Exponents | Refusal:
