@@ -4,24 +4,25 @@ Give every value ``v`` of the flat model an integer exponent ``e(v)``, its degre
 value is ``s ** e(v)`` times what it was, for one fixed scale ``s > 0``. An operator is exact under such a
 rescaling if and only if the exponents around it satisfy its law. All laws here are linear equations:
 
-=====================================  ==========================================  =====================
-operator                               why it is exact                             law
-=====================================  ==========================================  =====================
-view, permute, slice, pool, mean,      homogeneous: ``f(s x) = s f(x)``            ``e(y) = e(x)``
-ReLU, LeakyReLU, PReLU, abs, pad by 0
-add, sub, cat, stack, where, maximum   ``s a + s b = s (a + b)``                   ``e(y) = e(a) = e(b)``
-mul, matmul, convolution, einsum       bilinear: ``(s a)(t b) = s t (a b)``        ``e(y) = e(a) + e(b)``
-bias of a convolution, ``addmm``       added to the product                        ``e(b) = e(y)``
-div                                    ``(s a) / (t b) = (s / t)(a / b)``          ``e(y) = e(a) - e(b)``
-pow k, sqrt, rsqrt, reciprocal         ``(s x) ** k = s ** k x ** k``              ``e(y) = k e(x)``
-batch, layer, group, RMS norm          the affine part is linear; the statistics   ``e(y) = e(w) = e(b)``,
-                                       hold an epsilon, so the input must stay     ``e(x) = 0``
-attention                              linear in the values, softmax in the rest   ``e(y) = e(v)``, ``e(q) = e(k) = 0``
-comparison with 0, argmax, sign        blind to a positive scale                   ``e(y) = 0``
-a tensor of zeros                      ``s 0 = 0``                                 none
-everything else (SiLU, GELU, sigmoid,  no law known, or none that is exact         all exponents 0
-softmax, clamp, ReLU6, exp, ...)
-=====================================  ==========================================  =====================
+====================================  =======================================  =======================
+operator                              why it is exact                          law
+====================================  =======================================  =======================
+view, permute, slice, pool, mean,     homogeneous: ``f(s x) = s f(x)``         ``e(y) = e(x)``
+ReLU, LeakyReLU, PReLU, abs, pad 0
+add, cat, stack, where, maximum       ``s a + s b = s (a + b)``                ``e(y) = e(a) = e(b)``
+mul, matmul, convolution, einsum      bilinear: ``(s a)(t b) = s t (a b)``     ``e(y) = e(a) + e(b)``
+bias of a convolution, ``addmm``      added to the product                     ``e(b) = e(y)``
+div                                   ``(s a) / (t b) = (s / t)(a / b)``       ``e(y) = e(a) - e(b)``
+pow k, sqrt, rsqrt, reciprocal        ``(s x) ** k = s ** k x ** k``           ``e(y) = k e(x)``
+batch, layer, group, RMS norm         linear in the affine part; an epsilon    ``e(y) = e(w) = e(b)``,
+                                      in the statistics holds the input fast   ``e(x) = 0``
+attention                             linear in the values, a softmax of       ``e(y) = e(v)``,
+                                      the rest                                 ``e(q) = e(k) = 0``
+comparison with 0, argmax, sign       blind to a positive scale                ``e(y) = 0``
+a tensor of zeros                     ``s 0 = 0``                              none
+everything else: SiLU, GELU, ReLU6,   no law known, or none that is exact      all exponents 0
+sigmoid, softmax, clamp, exp
+====================================  =======================================  =======================
 
 Constants, buffers and the model's inputs and outputs have exponent 0. A Parameter is a free unknown, one
 for all its uses: a tied weight is consistent by construction or there is no solution. The gate whose scale
@@ -155,7 +156,7 @@ def affine(data: str, weight: str, bias: str) -> Rule:
 
 
 def normalises(call: Call) -> Laws:
-    """A normalisation: the statistics hold an epsilon, so its input stays; its affine part takes the scale."""
+    """A normalisation: the statistics hold an epsilon, so its input stays; its affine part scales."""
     held, out = call.arguments, call.outputs[0]
     others = [held.get(name) for name in ("input", "running_mean", "running_var")]
     pinned = [*zero(others, "normalises what it reads"), *zero(call.outputs[1:])]
@@ -229,7 +230,7 @@ def ignores(call: Call) -> Laws:
     return zero(call.outputs)
 
 
-def makes_free(call: Call) -> Laws:
+def makes_free(_: Call) -> Laws:
     """Memory without content, or zeros: any scale leaves them what they are."""
     return []
 
@@ -296,10 +297,10 @@ _RULES: dict[str, Rule] = {
     # Same numbers in another form or order, or a homogeneous function of one tensor.
     **_aten(
         "view _unsafe_view _reshape_alias permute transpose t expand squeeze unsqueeze slice select split"
-        " split_with_sizes unbind diagonal unfold as_strided alias detach clone lift lift_fresh lift_fresh_copy"
+        " split_with_sizes unbind diagonal unfold alias detach clone lift lift_fresh lift_fresh_copy"
         " _to_copy repeat repeat_interleave roll flip rot90 pixel_shuffle pixel_unshuffle channel_shuffle"
-        " native_channel_shuffle index index_select gather take max_unpool2d max_unpool3d tril triu im2col col2im"
-        " view_as_real view_as_complex _conj conj_physical real imag neg",
+        " native_channel_shuffle index index_select gather take max_unpool2d max_unpool3d"
+        " tril triu im2col col2im view_as_real view_as_complex _conj conj_physical real imag neg",
         carries,
     ),
     # Metadata changes in place are all that functionalisation leaves in place: the value stays the same one.
@@ -312,12 +313,12 @@ _RULES: dict[str, Rule] = {
         joins,
     ),
     **_aten(
-        "avg_pool1d avg_pool2d"
-        " avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d"
-        " _adaptive_avg_pool3d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d"
-        " replication_pad3d upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d"
-        " _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d"
-        " upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa"
+        "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"
+        " _adaptive_avg_pool2d _adaptive_avg_pool3d reflection_pad1d reflection_pad2d reflection_pad3d"
+        " replication_pad1d replication_pad2d replication_pad3d upsample_nearest1d upsample_nearest2d"
+        " upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d"
+        " upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d"
+        " _upsample_bilinear2d_aa _upsample_bicubic2d_aa"
         " _fft_r2c _fft_c2r _fft_c2c",
         carries,
     ),
@@ -330,7 +331,7 @@ _RULES: dict[str, Rule] = {
     # Sums.
     **_aten("add sub rsub", adds),
     **_aten(
-        "slice_scatter select_scatter diagonal_scatter as_strided_scatter index_put _unsafe_index_put"
+        "slice_scatter select_scatter diagonal_scatter index_put _unsafe_index_put"
         " scatter scatter_add index_add index_copy masked_scatter",
         writes,
     ),

@@ -66,6 +66,7 @@ class Balance:
                 self.readers.setdefault(value, []).append(call)
         self.pins: dict[Value, _Pin] = {}
         self.near: dict[Value, list[tuple[Value, Call]]] = {}
+        """Which values share a value's exponent, and by which call."""
         self._root: dict[Value, int] = {}
         self._parent: dict[int, int] = {}
         self.kept: list[tuple[Law, Call]] = []
@@ -125,37 +126,38 @@ class Balance:
         return value in self.producer or value in self.flat.parameters
 
     def _merge(self, found: list[tuple[Law, Call]]) -> None:
-        """Join classes until only laws with a choice are left."""
+        """Join classes until only laws with a choice are left; equalities first, as they say most."""
         for value in self.pins:
             self._parent[self._find(value.number)] = _STAYS
-        for law, call in found:
-            for value, _ in law.terms:
-                # A constant beside the data of a product is never the one to blame.
-                others = [
-                    (other, call)
-                    for other, _ in law.terms
-                    if other != value and (len(law.terms) == 2 or self._may_scale(other))
-                ]
-                self.near.setdefault(value, []).extend(others)
+        found.sort(key=lambda one: len(one[0].terms))
         while True:
-            self.kept = [(law, call) for law, call in found if not self._joined(law)]
+            self.kept = [(law, call) for law, call in found if not self._joined(law, call)]
             if len(self.kept) == len(found):
                 return
             found = self.kept
 
-    def _joined(self, law: Law) -> bool:
+    def _joined(self, law: Law, call: Call) -> bool:
         """Whether a law is done with: empty, a zero, or an equality, which are carried out here."""
-        terms = self.terms(law)
-        match list(terms.items()):
+        values = [value for value, _ in law.terms]
+        live = [value for value in values if self.root(value) != _STAYS]
+        match list(self.terms(law).items()):
             case []:
+                self._link(values if len(values) == 2 else [], values, call)
                 return True
             case [(root, _)]:
+                self._link(values if len(values) == 2 else live, values, call)
                 self._parent[root] = _STAYS
                 return True
             case [(one, a), (other, b)] if a == -b:
+                self._link(live, live, call)
                 self._parent[one] = other
                 return True
         return False
+
+    def _link(self, those: list[Value], to: list[Value], call: Call) -> None:
+        """Note that values stay or go with others because of a call; what stays already is not to blame."""
+        for value in those:
+            self.near.setdefault(value, []).extend((other, call) for other in to if other != value)
 
 
 def _reach(flat: Flat) -> dict[Value, int]:
@@ -249,7 +251,7 @@ class _Search:
         queue = deque(roots)
         while queue:
             for index in self.touching.get(queue.popleft(), ()):
-                terms, law, _ = self.equations[index]
+                terms, _, _ = self.equations[index]
                 rest, unknown = self._state(terms)
                 if not rest:
                     continue

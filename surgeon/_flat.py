@@ -142,7 +142,7 @@ class _Recorder(TorchDispatchMode):
     """Notes every call that makes a tensor, with the module that was running."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
         self.running: list[str] = []
         self.names = names

@@ -36,10 +36,8 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.branch(x)
-        if self.scale is None:
-            result = torch.ops.surgeon.mark(result, self.gate)
-        else:
-            result = result * self.scale
+        mark = self.scale is None
+        result = torch.ops.surgeon.mark(result, self.gate) if mark else result * self.scale
         return self.shortcut(x) + result
 
 
@@ -343,6 +341,12 @@ def test_a_fold_done_wrong_is_seen(ending: str) -> None:
             assert difference(damaged(x), expected) > 1e-6, name
 
 
+def _with_buffer() -> nn.Module:
+    branch = Of(lambda m, x: x.sigmoid() * m.table)
+    branch.register_buffer("table", torch.ones(8))
+    return branch
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]] = {
     "silu": (
         lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.SiLU()),
@@ -385,17 +389,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]] = 
         "the branch reaches its own shortcut without passing a parameter that could take the scale",
     ),
     "buffer": (
-        lambda: _with_buffer(),
+        _with_buffer,
         tokens,
         "the branch ends in sigmoid in 'branch', which does not commute with a scale",
     ),
 }
-
-
-def _with_buffer() -> nn.Module:
-    branch = Of(lambda m, x: x.sigmoid() * m.table)
-    branch.register_buffer("table", torch.ones(8))
-    return branch
 
 
 @pytest.mark.parametrize("ending", REFUSED)
@@ -536,7 +534,7 @@ class Caching(nn.Module):
         self.last: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.fc(x + torch.rand(()) + random.random())
+        y = self.fc(x + torch.rand(()) + random.random())  # noqa: S311
         self.cache["new"] = y
         self.cache["deep"]["list"].append(y)  # type: ignore[index]
         self.seen.append(y)
@@ -663,7 +661,7 @@ def test_a_plan_for_another_model_is_refused() -> None:
     made = FoldPlan((Step("branch.weight", 0, 1), Step("elsewhere.weight", 0, 1)), ())
     model = Gated(nn.Linear(8, 8))
     before = model.branch.weight.clone()  # type: ignore[union-attr, operator]
-    with pytest.raises(FoldError, match="no parameter 'elsewhere.weight'"):
+    with pytest.raises(FoldError, match=r"no parameter 'elsewhere\.weight'"):
         commit(model, made, {0: 0.5})
     assert torch.equal(model.branch.weight, before)  # type: ignore[arg-type]
 
