@@ -8,6 +8,7 @@ read with ``weights_only=True``: no code in them is ever run.
 import json
 import os
 import pickle
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ Path_ = str | os.PathLike[str]
 
 # In timm's order of preference: averaged weights before raw ones.
 _NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
 _SHOWN = 4
 
 
@@ -176,18 +178,20 @@ def _read_safetensors(place: Path, *, tensors: bool) -> tuple[dict[str, Tensor],
 
 def _read_torch(place: Path) -> Any:
     try:
-        return torch.load(place, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Hints on how to load what is refused here.
+            return torch.load(place, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if "nsupported" in str(error) or "weights_only" in str(error):
             raise CheckpointError(
                 f"will not read the checkpoint {place}: it holds more than tensors, and loading it could run "
                 "code from it. Load it where you trust it, and save the state_dict as safetensors."
             ) from error
-        raise CheckpointError(f"cannot read the checkpoint {place}: it is no checkpoint ({error})") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"cannot read the checkpoint {place}: it is no file of torch") from error
+    except Exception as error:  # A spoiled pickle ends in whatever error its bytes lead to.
+        first = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise CheckpointError(
-            f"cannot read the checkpoint {place}: it is truncated or no file of torch ({first})"
+            f"cannot read the checkpoint {place}: it is truncated or no file of torch ({first[0]})"
         ) from error
 
 
@@ -211,18 +215,19 @@ def _tensors_only(loaded: Any, place: Path) -> dict[str, Tensor]:
 
 
 def _fitting_keys(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state without the prefixes of DDP and torch.compile, unless the keys fit as they are.
+    """The state without the prefixes of DDP, weight averages and torch.compile, as far as that fits better.
 
-    A model may have a child that is called ``module``; only keys that do not fit are shortened.
+    A prefix comes off only where every key has it; a model may have a child that is called ``module``.
     """
-    from timm.models import clean_state_dict
-
     own = model.state_dict().keys()
-    if all(key in own for key in state):
-        return state
-    cleaned: dict[str, Tensor] = clean_state_dict(state)
-    gained = sum(key in own for key in cleaned) > sum(key in own for key in state)
-    return cleaned if gained and len(cleaned) == len(state) else state
+    best = current = state
+    if "n_averaged" in state and "n_averaged" not in own:  # AveragedModel counts beside its module.
+        current = {key: value for key, value in state.items() if key != "n_averaged"}
+    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in current)), ""):
+        current = {key.removeprefix(prefix): value for key, value in current.items()}
+        if sum(key in own for key in current) > sum(key in own for key in best):
+            best = current
+    return best
 
 
 def _shape_lines(keys: list[str], state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:

@@ -77,7 +77,7 @@ class ExportReport:
         return "\n".join(lines)
 
 
-def export(  # noqa: PLR0913 - each is a decision of its own, all but two by keyword only.
+def export(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,

@@ -33,7 +33,7 @@ _CARRIED = ("mean", "std", "classes", "schedule", "drop_rate", "scaling", "unit"
 @click.option("--labels", type=click.Path(), help="A text file with one class name per line.")
 @click.option("--tolerance", type=float, default=1e-4, show_default=True, help="Largest relative error.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
-def command(  # noqa: PLR0913 - one per argument and option of its own.
+def command(
     out: Output,
     *,
     model: str,

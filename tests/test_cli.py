@@ -1,0 +1,295 @@
+"""The command line: what goes to which stream, which exit code, and the way from a checkpoint to a checked file."""
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import surgeon
+from surgeon import _recipes
+from surgeon._checkpoint import save_checkpoint
+from surgeon._source import load_model
+from surgeon.cli.main import main
+from surgeon.errors import SurgeonError
+
+_NETWORKS = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv(x).relu()
+
+class Net(nn.Module):
+    def __init__(self, num_classes=3, channels=3):
+        super().__init__()
+        self.stem = nn.Conv2d(channels, 4, 3)
+        self.blocks = nn.Sequential(Block(), Block())
+        self.fc = nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
+
+def straight():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+
+def noisy_maker(**kwargs):
+    print("a library that talks")
+    return Net(**kwargs)
+"""
+NET = "nets_for_commands:Net"
+FRESH = {"capture_output": True, "text": True, "check": True, "cwd": Path(__file__).parent.parent}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    (tmp_path / "nets_for_commands.py").write_text(_NETWORKS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "nets_for_commands", raising=False)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def delivered(tmp_path_factory):
+    """A checkpoint of a net trained by the paper's rule, and the file that the command makes of it."""
+    folder = tmp_path_factory.mktemp("delivered")
+    (folder / "nets_for_commands.py").write_text(_NETWORKS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        model = load_model(NET, num_classes=4)
+        surgeon.apply(model, scaling="paper", unit="batch", example=torch.zeros(2, 3, 8, 8))
+        noted = {
+            "model": NET,
+            "model_args": {"num_classes": 4},
+            "input_size": [3, 8, 8],
+            "classes": ["a", "b", "c", "d"],
+        }
+        noted |= {"scaling": "paper", "schedule": "linear", "drop_rate": 0.5, "unit": "batch"}
+        checkpoint = save_checkpoint(model, folder / "gated.safetensors", noted)
+        plain = save_checkpoint(surgeon.fold(model), folder / "plain.safetensors", noted)
+        done = surge("export", NET, "--checkpoint", checkpoint, "-o", folder / "m.onnx", "--json")
+    assert done.exit_code == 0, done.stderr
+    return types.SimpleNamespace(checkpoint=checkpoint, plain=plain, file=folder / "m.onnx", done=done)
+
+
+def surge(*arguments, **settings):
+    return CliRunner(**settings).invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("command", [(), ("inspect",), ("export",), ("verify",), ("finetune",)])
+def test_every_help_ends_with_examples_and_exit_codes(command):
+    done = surge(*command, "--help")
+    assert done.exit_code == 0
+    examples = done.stdout.index("  Examples:\n    surgeon ")
+    codes = done.stdout.index("  Exit codes:\n    0  done\n    1  failed\n")
+    assert 0 < examples < codes
+    assert done.stdout.rstrip().endswith("4  nothing to do: the model has no residual add")
+
+
+def test_help_is_quick_and_light():
+    code = (
+        "import sys; from surgeon.cli.main import main\n"
+        "try: main(['export', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'timm', 'onnx', 'onnxruntime', 'rich', 'numpy'} & sys.modules.keys()\n"
+        "print('heavy:', *heavy)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], **FRESH)
+    assert done.stdout.splitlines()[-1] == "heavy:"
+
+
+def test_module_and_version():
+    done = subprocess.run([sys.executable, "-m", "surgeon", "--version"], **FRESH)
+    assert done.stdout == f"surgeon {surgeon.__version__}\n"
+
+
+def test_without_arguments_it_helps():
+    done = surge()
+    assert "Commands:" in done.output
+
+
+@pytest.mark.parametrize("arguments", [("cut",), ("export", NET), ("inspect", NET, "--scaling", "other")])
+def test_usage_errors_of_the_line_itself(arguments):
+    done = surge(*arguments)
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert "Usage: " in done.stderr
+
+
+def test_export_says_what_it_did_in_one_object(delivered):
+    found = json.loads(delivered.done.stdout)
+    assert delivered.done.stderr == ""
+    assert found["model"] == NET
+    assert found["folded"] == ["blocks.0.add", "blocks.1.add"]
+    assert found["kept"] == []
+    assert found["parity"]["ok"] is True
+    assert found["inputs"] == {"input": ["batch", 3, 8, 8]}
+    expected = {"schedule": "linear", "drop_rate": "0.5", "scaling": "paper", "input_size": "[3, 8, 8]"}
+    assert expected.items() <= found["metadata"].items()
+    assert json.loads(found["metadata"]["labels"]) == ["a", "b", "c", "d"]
+    assert set(found["nodes"]) == {"Conv", "Relu", "Add", "ReduceMean", "Gemm"}
+
+
+@pytest.mark.parametrize("checkpoint", ["checkpoint", "plain"])
+def test_verify_agrees_with_gated_and_folded_checkpoints(delivered, checkpoint):
+    done = surge("verify", delivered.file, NET, "--checkpoint", getattr(delivered, checkpoint), "--json")
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr == ""
+    found = json.loads(done.stdout)
+    assert found["ok"] is True
+    assert [row["batch"] for row in found["rows"]] == [1, 3]
+
+
+def test_verify_as_a_table(delivered):
+    done = surge("verify", delivered.file, NET, "--checkpoint", delivered.plain, "--batch-size", 2)
+    assert done.exit_code == 0
+    title, head, row = done.stdout.rstrip().splitlines()
+    assert title == f"{delivered.file}: agrees (tolerance 0.0001)"
+    assert head.split() == ["output", "batch", "max", "|d|", "relative", "top-1"]
+    assert row.split()[:2] == ["output", "2"]
+    assert row.split()[-2:] == ["100%", "ok"]
+
+
+def test_other_weights_fail_parity(delivered):
+    done = surge("verify", delivered.file, NET, "--num-classes", 4, "--input-size", "3x8x8")
+    assert done.exit_code == 3
+    assert "does not match" in done.stdout
+    assert "FAIL" in done.stdout
+    assert done.stderr.startswith("surgeon: output 'output' at batch ")
+    assert "2 of 2 comparisons failed" in done.stderr
+
+
+def test_scaling_said_wrongly_fails_parity(delivered):
+    arguments = ("verify", delivered.file, NET, "--checkpoint", delivered.checkpoint)
+    assert surge(*arguments, "--scaling", "inverted").exit_code == 3
+    assert surge(*arguments, "--drop-rate", "0.4").exit_code == 3
+    assert surge(*arguments, "--drop-rate", "0.5").exit_code == 0
+
+
+def test_export_that_computes_something_else(delivered, here, monkeypatch):
+    from surgeon import _parity, _verify
+
+    row = _parity.ParityRow("output", 3, (3, 4), 0.5, 0.25, 0.0, "", ok=False)
+    monkeypatch.setattr(_verify, "compare", lambda *_, **__: [row])
+    monkeypatch.setattr("surgeon._export.to_onnx", lambda *_, **__: _graph_of(delivered.file))
+    arguments = ("export", NET, "--checkpoint", delivered.checkpoint, "-o", "bad.onnx")
+    done = surge(*arguments)
+    assert done.exit_code == 3
+    assert done.stdout == ""
+    assert "output 'output' at batch 3 differs by 0.5 (relative 0.25" in done.stderr
+    assert "No file was written to bad.onnx" in done.stderr
+    found = json.loads(surge(*arguments, "--json").stdout)
+    assert found["exit_code"] == 3
+    assert found["error"]["type"] == "OutputsDifferError"
+    assert found["report"]["rows"][0]["relative"] == 0.25
+    assert not (here / "bad.onnx").exists()
+
+
+def _graph_of(path):
+    import onnx_ir
+
+    return onnx_ir.load(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("inspect", "timm:resnt18"), 2, "timm has no model 'resnt18'. Did you mean timm:resnet18"),
+        (("inspect", "resnet18"), 2, "write timm:resnet18 or torchvision:resnet18"),
+        (("inspect", "nets_for_commands:Nat"), 2, "nets_for_commands has no 'Nat'. Did you mean Net"),
+        (("inspect", NET, "--input-size", "8"), 2, "--input-size is '8'; give channels, height and width"),
+        (("inspect", NET, "--input-size", "3x8x8", "--img-size", "8"), 2, "say the same thing"),
+        (("inspect", NET, "--model-arg", "channels"), 2, "--model-arg is 'channels'; give KEY=VALUE"),
+        (("inspect", NET, "--schedule", "0.1,x"), 2, "--schedule is '0.1,x'; give a name, or drop rates"),
+        (("inspect", NET, "--img-size", "8", "--drop-rate", "1.5"), 2, "1.5"),
+        (("inspect", NET, "--img-size", "8", "--include", "nothing*"), 2, "nothing*"),
+        (("inspect", NET, "--checkpoint", "none.safetensors"), 1, "none.safetensors: it does not exist"),
+        (("export", NET, "-o", "none/m.onnx"), 2, "there is no directory"),
+        (("export", NET, "-o", "nets_for_commands.py"), 2, "exists; pass overwrite=True (--overwrite)"),
+        (("export", NET, "-o", "m.onnx", "--labels", "none.txt"), 2, "cannot read the labels in none.txt"),
+        (("export", NET, "-o", "m.onnx", "--opset", "99"), 2, "opset is 99"),
+        (
+            ("export", NET, "-o", "m.onnx", "--drop-rate", "0.5"),
+            2,
+            "--drop-rate without --scaling: give --scaling paper",
+        ),
+        (
+            ("export", "nets_for_commands:straight", "-o", "m.onnx", "--scaling", "paper"),
+            4,
+            "no residual add to gate",
+        ),
+        (("verify", "none.onnx", NET), 1, "cannot read none.onnx: it does not exist"),
+        (("verify", "nets_for_commands.py", NET), 1, "nets_for_commands.py is no valid ONNX model"),
+        (("finetune", "digits", "epochs"), 2, "'epochs' is no setting; write KEY=VALUE"),
+    ],
+)
+def test_errors_are_one_line_and_one_code(here, arguments, code, message):
+    done = surge(*arguments)
+    assert done.exit_code == code, done.output
+    assert done.stdout == ""
+    assert done.stderr.startswith("surgeon: ")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (here / "m.onnx").exists()
+    told = json.loads(surge(*arguments, "--json").stdout)
+    assert told["exit_code"] == code
+    assert message in told["error"]["message"]
+
+
+def test_folded_weights_are_not_folded_again(delivered):
+    done = surge("export", NET, "--checkpoint", delivered.plain, "-o", "m.onnx", "--scaling", "paper")
+    assert done.exit_code == 2
+    assert "--scaling paper would apply them twice" in done.stderr
+
+
+def test_debug_shows_where(here):
+    assert "Traceback" not in surge("inspect", "timm:resnt18").stderr
+    assert "Traceback (most recent call last)" in surge("inspect", "timm:resnt18", "--debug").stderr
+
+
+def test_a_bug_is_said_in_one_line(monkeypatch):
+    monkeypatch.setattr(surgeon, "find", lambda *_: 1 / 0)
+    done = surge("inspect", NET, "--img-size", "8")
+    assert done.exit_code == 1
+    assert done.stderr == "surgeon: unexpected ZeroDivisionError: division by zero; --debug shows where\n"
+
+
+def recipe(monkeypatch, main):
+    monkeypatch.setattr(_recipes, "load", lambda name: types.SimpleNamespace(main=main))
+
+
+def test_finetune_runs_the_recipe(monkeypatch):
+    calls = []
+
+    def main(config, overrides):
+        calls.append((config, overrides))
+        print("the gates, and so on")
+        return {"after": 97.5}
+
+    recipe(monkeypatch, main)
+    done = surge("finetune", "digits", "train.epochs=2", "output=a=b")
+    assert done.exit_code == 0
+    assert done.stdout == "the gates, and so on\n"
+    told = surge("finetune", "digits", "--json")
+    assert json.loads(told.stdout) == {"after": 97.5}
+    assert told.stderr == "the gates, and so on\n"
+    assert calls == [("digits", ["train.epochs=2", "output=a=b"]), ("digits", [])]
+
+
+def test_finetune_that_fails(monkeypatch):
+    def main(config, overrides):
+        raise SurgeonError("train.epoch is no setting; did you mean train.epochs?")
+
+    recipe(monkeypatch, main)
+    done = surge("finetune", "digits", "train.epoch=2")
+    assert done.exit_code == 1
+    assert done.stderr == "surgeon: train.epoch is no setting; did you mean train.epochs?\n"

@@ -1,0 +1,487 @@
+"""The exported file: its nodes, its numbers, what it says of itself, and what is left when it fails."""
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import timm
+import torch
+from torch import nn
+
+import surgeon
+from surgeon import _export, _exporter
+from surgeon._export import export
+from surgeon._hygiene import node_counts
+from surgeon._signature import signature
+from surgeon.errors import ExportError, ParityError, UsageError, WrappedModelError
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+
+class Net(nn.Module):
+    def __init__(self, classes=5):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.blocks = nn.Sequential(Block(4), Block(4))
+        self.fc = nn.Linear(4, classes)
+
+    def forward(self, x):
+        return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+IMAGES = torch.zeros(2, 3, 8, 8)
+
+
+def made():
+    """A net with random statistics and gains: fresh ones are zeros and ones, and hide mistakes."""
+    torch.manual_seed(3)
+    model = Net()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+                module.weight.uniform_(0.5, 2)
+                module.bias.normal_()
+    return model
+
+
+def run(path, x):
+    return torch.from_numpy(onnxruntime.InferenceSession(path).run(None, {"input": x.numpy()})[0])
+
+
+@pytest.fixture
+def net():
+    return made()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    model = made()
+    path = tmp_path_factory.mktemp("plain") / "net.onnx"
+    return model, path, export(model, path, example=IMAGES)
+
+
+@pytest.fixture(scope="module")
+def graph():
+    net = made()
+    return _exporter.to_onnx(net.eval(), signature(net, IMAGES), opset=None, dynamic_batch=True)
+
+
+@pytest.fixture
+def quick(graph, monkeypatch):
+    """The exporter's answer for the net, taken from the shelf: what comes after it is what is tested."""
+    monkeypatch.setattr(_export, "to_onnx", lambda *_, **__: graph.clone())
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the exporter was started")
+
+    monkeypatch.setattr(_export, "to_onnx", refuse)
+    monkeypatch.setattr(_export, "evaluating_copy", refuse)
+
+
+def test_numbers(plain):
+    model, path, report = plain
+    x = torch.randn(5, 3, 8, 8)
+    with torch.no_grad():
+        expected = model.eval()(x)
+    assert (run(path, x) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert report.parity.ok
+    assert [row.batch for row in report.parity.rows] == [1, 3]
+    assert all(row.relative < 1e-5 and row.top1 == 1 for row in report.parity.rows)
+
+
+def test_nodes(plain):
+    _, path, report = plain
+    assert report.nodes == node_counts(ir.load(path))
+    assert report.nodes == {"Conv": 5, "Relu": 4, "Add": 2, "Gemm": 1, "ReduceMean": 1}
+    assert report.inputs == {"input": ("batch", 3, 8, 8)}
+    assert report.bytes == path.stat().st_size
+    assert report.data is None
+    assert [file.name for file in path.parent.iterdir()] == ["net.onnx"]
+
+
+def test_report_as_json_and_text(plain):
+    _, path, report = plain
+    assert json.loads(json.dumps(report.as_dict()))["parity"]["ok"] is True
+    assert str(report).splitlines()[0] == f"{path}: 0.0 MB, opset 20, input batchx3x8x8"
+    assert "13 nodes: Conv 5, Relu 4, Add 2" in str(report)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.opset = 3
+
+
+def test_graph_keeps_names_and_no_paths(plain):
+    model, path, _ = plain
+    graph = ir.load(path).graph
+    assert "fc.weight" in graph.initializers
+    assert {"stem.weight", "blocks.0.conv1.weight"} <= set(graph.initializers)
+    modules = {node.metadata_props["surgeon.module"] for node in graph if node.op_type == "Conv"}
+    assert modules == {"stem", "blocks.0.bn1", "blocks.0.bn2", "blocks.1.bn1", "blocks.1.bn2"}
+    data = path.read_bytes()
+    assert b"site-packages" not in data
+    assert os.path.dirname(__file__).encode() not in data
+
+
+def test_metadata(net, tmp_path, quick):
+    net.pretrained_cfg = {
+        "architecture": "net_of_mine",
+        "mean": (0.1, 0.2, 0.3),
+        "std": (1, 2, 3),
+        "input_size": (3, 8, 8),
+    }
+    labels = ["a", "b", "c", "d", "ß"]
+    report = export(net, tmp_path / "m.onnx", labels=labels, metadata={"dataset": "digits", "epoch": 3})
+    props = onnxruntime.InferenceSession(tmp_path / "m.onnx").get_modelmeta().custom_metadata_map
+    assert props == report.metadata
+    expected = {
+        "model": "net_of_mine",
+        "mean": "[0.1, 0.2, 0.3]",
+        "std": "[1, 2, 3]",
+        "input_size": "[3, 8, 8]",
+    }
+    expected |= {"num_classes": "5", "dataset": "digits", "epoch": "3", "torch": torch.__version__}
+    expected |= {"surgeon": surgeon.__version__, "timm": timm.__version__}
+    assert expected.items() <= props.items()
+    assert json.loads(props["labels"]) == labels
+
+
+def test_model_is_only_read_and_nobody_is_disturbed(net, tmp_path, capfd):
+    names = ("torch.onnx", "onnxscript", "onnx_ir")
+    levels = [logging.getLogger(name).level for name in names]
+    filters = list(warnings.filters)
+    net.train()
+    net.blocks[0].eval()
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    flags = [module.training for module in net.modules()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export(net, tmp_path / "m.onnx", example=IMAGES)
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+    assert flags == [module.training for module in net.modules()]
+    assert capfd.readouterr() == ("", "")
+    assert levels == [logging.getLogger(name).level for name in names]
+    assert filters == warnings.filters
+
+
+@pytest.mark.parametrize("scaling", [pytest.param("inverted", marks=pytest.mark.slow), "paper"])
+def test_folded_export_has_the_nodes_of_the_ungated_one(plain, tmp_path, scaling):
+    model, _, ungated = plain
+    gated = made().eval()
+    surgeon.apply(gated, scaling=scaling, unit="batch", example=IMAGES)
+    report = export(gated, tmp_path / "m.onnx", example=IMAGES)
+    assert report.nodes == ungated.nodes
+    assert report.kept == ()
+    assert report.folded == ("blocks.0.add", "blocks.1.add")
+    assert report.metadata["scaling"] == scaling
+    assert report.metadata["schedule"] == "linear"
+    assert report.metadata["drop_rate"] == "0.5"
+    x = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        expected, without = gated.eval()(x), model.eval()(x)
+    assert (run(tmp_path / "m.onnx", x) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert torch.allclose(expected, without) == (scaling == "inverted")
+    assert len(surgeon.status(gated).gates) == 2
+
+
+class Biased(nn.Module):
+    """As LeViT: a table of biases made from a parameter in evaluation, and kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(4))
+        self.attention_bias_cache = {}
+
+    def forward(self, x):
+        if self.training:
+            return x + self.bias
+        if "cpu" not in self.attention_bias_cache:
+            self.attention_bias_cache["cpu"] = self.bias * 2
+        return x + self.attention_bias_cache["cpu"]
+
+
+def test_stale_cache_is_left_out(tmp_path):
+    model = Biased().eval()
+    model(torch.zeros(2, 4))
+    kept = model.attention_bias_cache["cpu"]
+    with torch.no_grad():
+        model.bias.fill_(1.0)
+    export(model, tmp_path / "m.onnx", example=torch.zeros(2, 4))
+    assert torch.equal(run(tmp_path / "m.onnx", torch.zeros(1, 4)), torch.full((1, 4), 2.0))
+    assert model.attention_bias_cache["cpu"] is kept
+
+
+@dataclasses.dataclass
+class Outputs:
+    scores: torch.Tensor
+    nothing: None
+    parts: list
+
+
+class Several(nn.Module):
+    def forward(self, image, *, token, scale=2.0):
+        pooled = image.mean((2, 3)) * scale
+        return {"out": Outputs(pooled, None, [pooled + token, token * 2]), "aux": pooled - 1}
+
+
+def test_arguments_and_outputs_in_any_nest(tmp_path):
+    example = {"token": torch.tensor([[1], [7]]), "image": torch.zeros(2, 3, 4, 4), "scale": 3.0}
+    report = export(Several(), tmp_path / "m.onnx", example=example)
+    assert set(report.inputs) == {"token", "image"}
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    assert [out.name for out in session.get_outputs()] == ["out_scores", "out_parts_0", "out_parts_1", "aux"]
+    image, token = torch.randn(3, 3, 4, 4), torch.tensor([[5], [6], [7]])
+    out = session.run(None, {"image": image.numpy(), "token": token.numpy()})
+    assert np.allclose(out[0], image.mean((2, 3)) * 3, atol=1e-6)
+    assert np.array_equal(out[2], token * 2)
+
+
+def test_attention_with_a_bias(tmp_path):
+    small = {"depth": 1, "embed_dim": 8, "num_heads": 2, "img_size": 16, "patch_size": 8, "num_classes": 3}
+    model = timm.create_model("beit_base_patch16_224", **small)
+    report = export(model, tmp_path / "m.onnx", example=torch.zeros(1, 3, 16, 16))
+    assert report.inputs["input"][0] == "batch"
+    assert all(module.fused_attn for module in model.modules() if hasattr(module, "fused_attn"))
+
+
+class Attention(nn.Module):
+    def forward(self, x):
+        return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(4, 4))
+
+
+@pytest.mark.slow
+def test_attention_of_torch_itself(tmp_path):
+    assert export(Attention(), tmp_path / "m.onnx", example=torch.zeros(2, 2, 4, 4)).parity.ok
+
+
+@pytest.mark.slow
+def test_static_batch_of_the_example(net, tmp_path):
+    report = export(net, tmp_path / "a.onnx", example=torch.zeros(4, 3, 8, 8), dynamic_batch=False)
+    assert report.inputs == {"input": (4, 3, 8, 8)}
+    assert [row.batch for row in report.parity.rows] == [4]
+
+
+def test_static_batch(net, tmp_path):
+    net.pretrained_cfg = {"input_size": (3, 8, 8)}
+    assert export(net, tmp_path / "b.onnx", dynamic_batch=False).inputs == {"input": (1, 3, 8, 8)}
+
+
+def test_opset(net, tmp_path):
+    assert export(net, tmp_path / "m.onnx", example=IMAGES, opset=18).opset == 18
+    assert ir.load(tmp_path / "m.onnx").opset_imports[""] == 18
+
+
+@pytest.mark.slow
+def test_opset_that_cannot_be_reached(tmp_path):
+    model = nn.Sequential(nn.LayerNorm(4), nn.GELU())
+    with pytest.raises(
+        ExportError, match="Sequential cannot be written in opset 13: the exporter made opset 18"
+    ):
+        export(model, tmp_path / "m.onnx", example=torch.zeros(2, 4), opset=13)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_large_models_get_a_data_file(net, tmp_path, graph, monkeypatch):
+    path = tmp_path / "m.onnx"
+    monkeypatch.setattr(_export, "to_onnx", lambda *_, **__: graph.clone())
+    monkeypatch.setattr(_export, "_ONE_FILE_LIMIT", 0)
+    report = export(net, path, example=IMAGES)
+    assert report.data == f"{path}.data"
+    assert report.bytes == path.stat().st_size + (tmp_path / "m.onnx.data").stat().st_size
+    again = export(net, path, example=IMAGES, overwrite=True)
+    assert again.data == f"{path}.1.data"  # the old graph reads the old weights until it is replaced
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.1.data"]
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.allclose(run(path, x), net.eval()(x).detach(), atol=1e-5)
+    monkeypatch.setattr(_export, "_ONE_FILE_LIMIT", 2**31)
+    export(net, path, example=IMAGES, overwrite=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_paths_are_checked_before_any_work(net, tmp_path, no_work, monkeypatch):
+    (tmp_path / "there.onnx").write_text("old")
+    (tmp_path / "file").write_text("")
+    for path, message in [
+        (tmp_path, "is a directory; name a file in it"),
+        (tmp_path / "none" / "m.onnx", "there is no directory .*none; make it first"),
+        (tmp_path / "file" / "m.onnx", "there is no directory"),
+        (tmp_path / "there.onnx", r"exists; pass overwrite=True \(--overwrite\)"),
+        ("/dev/null", "it is not a regular file"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            export(net, path, example=IMAGES, overwrite=path == "/dev/null")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UsageError, match="the directory .* is not writable"):
+        export(net, tmp_path / "m.onnx", example=IMAGES)
+    with pytest.raises(UsageError, match="the file is read-only"):
+        export(net, tmp_path / "there.onnx", example=IMAGES, overwrite=True)
+    assert (tmp_path / "there.onnx").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"opset": 99}, "opset is 99; the installed onnx .* knows 7 to"),
+        ({"opset": 3}, "opset is 3"),
+        ({"batch_sizes": ()}, r"batch_sizes is \(\); give at least one"),
+        ({"batch_sizes": (0,)}, "each 1 or more"),
+        ({"tolerance": 0}, "tolerance is 0; give a positive number"),
+        ({"tolerance": float("nan")}, "tolerance is nan"),
+    ],
+)
+def test_arguments_are_checked_before_any_work(net, tmp_path, no_work, arguments, message):
+    with pytest.raises(UsageError, match=message):
+        export(net, tmp_path / "m.onnx", example=IMAGES, **arguments)
+
+
+def test_weights_that_are_not_finite_are_named(net, tmp_path, no_work):
+    with torch.no_grad():
+        net.fc.weight[1, 2] = float("nan")
+        net.blocks[1].bn2.running_var[0] = float("inf")
+    message = r"not finite: blocks.1.bn2.running_var \(1 of 4\), fc.weight \(1 of 20\)"
+    with pytest.raises(ExportError, match=message):
+        export(net, tmp_path / "m.onnx", example=IMAGES)
+
+
+def test_wrapped_models_are_refused(net, tmp_path, no_work):
+    with pytest.raises(WrappedModelError):
+        export(nn.DataParallel(net), tmp_path / "m.onnx", example=IMAGES)
+
+
+def test_labels_must_fit(net, tmp_path, quick):
+    with pytest.raises(UsageError, match="there are 2 labels for the 5 classes"):
+        export(net, tmp_path / "m.onnx", example=IMAGES, labels=["a", "b"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (torch.zeros(2, 1, 8, 8), "could not convert Net with a dynamic batch: RuntimeError"),
+        ({"y": IMAGES}, "does not fit Net.forward"),
+        ({"x": None}, "the example for Net holds no tensor"),
+    ],
+)
+def test_examples_that_do_not_fit(net, tmp_path, example, message):
+    with pytest.raises(surgeon.SurgeonError, match=message):
+        export(net, tmp_path / "m.onnx", example=example)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Fixed(nn.Module):
+    def forward(self, x):
+        return x + torch.arange(2.0)[:, None]
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + torch.rand_like(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Fixed(), r"Fixed .*batch.*dynamic_batch=False \(--static-batch\)"),
+        (Noisy(), "graph of Noisy holds 1 nodes that do not belong.*RandomUniform.*draws random numbers"),
+    ],
+)
+def test_models_that_cannot_be_plain_graphs(model, message, tmp_path):
+    with pytest.raises(ExportError, match=message):
+        export(model, tmp_path / "m.onnx", example=torch.zeros(2, 4))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def wrong_exporter(monkeypatch, graph):
+    """An exporter that makes a mistake: one weight is off."""
+
+    def wrong(*_, **__):
+        mistaken = graph.clone()
+        value = mistaken.graph.initializers["fc.bias"]
+        value.const_value = ir.tensor(value.const_value.numpy() + np.float32([0, 0, 3, 0, 0]), name="fc.bias")
+        return mistaken
+
+    monkeypatch.setattr(_export, "to_onnx", wrong)
+
+
+def test_wrong_numbers_leave_no_file(net, tmp_path, wrong_exporter):
+    message = (
+        r"graph of Net computes something else: output 'output' at batch \d differs by 3 \(relative .*No file"
+    )
+    with pytest.raises(ParityError, match=message) as caught:
+        export(net, tmp_path / "m.onnx", example=IMAGES)
+    assert not caught.value.report.ok
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_numbers_leave_the_old_file(net, tmp_path, wrong_exporter):
+    (tmp_path / "m.onnx").write_text("old")
+    with pytest.raises(ParityError):
+        export(net, tmp_path / "m.onnx", example=IMAGES, overwrite=True)
+    assert (tmp_path / "m.onnx").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("broken", ["settle", "_compare", "_save"])
+def test_interruption_leaves_nothing(net, tmp_path, quick, monkeypatch, broken):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_export, broken, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export(net, tmp_path / "m.onnx", example=IMAGES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk(net, tmp_path, quick, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ir, "save", full)
+    with pytest.raises(ExportError, match=r"cannot write .*No space left on device; nothing was left behind"):
+        export(net, tmp_path / "m.onnx", example=IMAGES)
+    assert list(tmp_path.iterdir()) == []
+
+
+_KILLED = """
+import os, signal, sys, torch
+from surgeon import _export
+_export.settle = lambda made, place: (print(made.stat().st_size), sys.stdout.flush(), os.kill(os.getpid(), signal.SIGKILL))
+_export.export(torch.nn.Conv2d(3, 4, 3), sys.argv[1], example=torch.zeros(2, 3, 8, 8))
+"""
+
+
+@pytest.mark.slow
+def test_killed_between_writing_and_renaming(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(tmp_path / "m.onnx")],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert int(done.stdout) > 0
+    assert not (tmp_path / "m.onnx").exists()
