@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -173,7 +174,9 @@ def _without_gates(model: nn.Module) -> tuple[nn.Module, _Gates]:
     if not is_gated(model):
         return model, _Gates()
     before = surgeon.status(model)
-    plain = surgeon.fold(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # It warns of gates that keep a factor; the report lists them.
+        plain = surgeon.fold(model)
     left = surgeon.status(plain).gates if is_gated(plain) else ()
     kept = tuple((gate.name, gate.note) for gate in left)
     folded = tuple(gate.name for gate in before.gates if gate.name not in dict(kept))
@@ -194,7 +197,16 @@ def _check_opset(opset: int | None) -> None:
 
 
 def _check_weights(model: nn.Module) -> None:
-    bad = non_finite(dict(model.state_dict(keep_vars=True)))
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    for name, value in state.items():
+        if value.is_meta:
+            raise UsageError(f"{type(model).__name__} has no weights yet: {name} is on the meta device")
+        if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
+            raise UsageError(
+                f"{type(model).__name__} holds {value.dtype} in {name}, which is too coarse for the comparison; "
+                "export model.float()"
+            )
+    bad = non_finite(state)
     if bad:
         more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
         raise ExportError(

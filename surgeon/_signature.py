@@ -63,6 +63,10 @@ def signature(model: nn.Module, example: Any = None) -> Signature:
     tensors = tuple(leaf.detach() for leaf in leaves if isinstance(leaf, Tensor))
     if not tensors:
         raise UsageError(f"the example for {type(model).__name__} holds no tensor")
+    if not tensors[0].ndim:
+        raise UsageError(
+            f"{names[0]}, the first tensor of the example, has no dimension that could be the batch"
+        )
     return Signature(names, tensors, tuple(leaves), spec)
 
 

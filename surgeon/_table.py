@@ -138,7 +138,7 @@ def _grouped(refused: Sequence[Refusal]) -> list[tuple[tuple[str, str], tuple[in
 def _totals(status: Any) -> Text:
     count = len(status.gates)
     first = status.gates[0]
-    saves = "" if any(gate.skips for gate in status.gates) else f": unit {first.unit} masks, it skips nothing"
+    saves = "" if any(gate.skips for gate in status.gates) else f": unit {first.unit} masks"
     depth = f"{status.expected_depth:.2f} of {count} branches, {status.expected_depth / count:.0%}"
     return Text(
         f"schedule           {_rates(status.schedule)}, last drop rate {status.gates[-1].drop_rate:g}, "

@@ -1,4 +1,4 @@
-"""The command line: what goes to which stream, which exit code, and the way from a checkpoint to a checked file."""
+"""The command line: which stream, which exit code, and the way from a checkpoint to a checked file."""
 
 import json
 import subprocess
@@ -47,7 +47,7 @@ def noisy_maker(**kwargs):
     return Net(**kwargs)
 """
 NET = "nets_for_commands:Net"
-FRESH = {"capture_output": True, "text": True, "check": True, "cwd": Path(__file__).parent.parent}
+FRESH = {"capture_output": True, "text": True, "cwd": Path(__file__).parent.parent}
 
 
 @pytest.fixture(autouse=True)
@@ -103,12 +103,12 @@ def test_help_is_quick_and_light():
         "heavy = {'torch', 'timm', 'onnx', 'onnxruntime', 'rich', 'numpy'} & sys.modules.keys()\n"
         "print('heavy:', *heavy)"
     )
-    done = subprocess.run([sys.executable, "-c", code], **FRESH)
+    done = subprocess.run([sys.executable, "-c", code], check=True, **FRESH)
     assert done.stdout.splitlines()[-1] == "heavy:"
 
 
 def test_module_and_version():
-    done = subprocess.run([sys.executable, "-m", "surgeon", "--version"], **FRESH)
+    done = subprocess.run([sys.executable, "-m", "surgeon", "--version"], check=True, **FRESH)
     assert done.stdout == f"surgeon {surgeon.__version__}\n"
 
 
@@ -257,7 +257,7 @@ def test_debug_shows_where(here):
 
 
 def test_a_bug_is_said_in_one_line(monkeypatch):
-    monkeypatch.setattr(surgeon, "find", lambda *_: 1 / 0)
+    monkeypatch.setattr(surgeon, "find", lambda *_, **__: 1 / 0)
     done = surge("inspect", NET, "--img-size", "8")
     assert done.exit_code == 1
     assert done.stderr == "surgeon: unexpected ZeroDivisionError: division by zero; --debug shows where\n"

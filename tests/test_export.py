@@ -134,7 +134,7 @@ def test_report_as_json_and_text(plain):
 
 
 def test_graph_keeps_names_and_no_paths(plain):
-    model, path, _ = plain
+    path = plain[1]
     graph = ir.load(path).graph
     assert "fc.weight" in graph.initializers
     assert {"stem.weight", "blocks.0.conv1.weight"} <= set(graph.initializers)
@@ -142,7 +142,7 @@ def test_graph_keeps_names_and_no_paths(plain):
     assert modules == {"stem", "blocks.0.bn1", "blocks.0.bn2", "blocks.1.bn1", "blocks.1.bn2"}
     data = path.read_bytes()
     assert b"site-packages" not in data
-    assert os.path.dirname(__file__).encode() not in data
+    assert str(Path(__file__).parent).encode() not in data
 
 
 def test_metadata(net, tmp_path, quick):
@@ -333,7 +333,7 @@ def test_paths_are_checked_before_any_work(net, tmp_path, no_work, monkeypatch):
         with pytest.raises(UsageError, match=message):
             export(net, path, example=IMAGES, overwrite=path == "/dev/null")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(UsageError, match="the directory .* is not writable"):
+    with pytest.raises(UsageError, match=r"the directory .* is not writable"):
         export(net, tmp_path / "m.onnx", example=IMAGES)
     with pytest.raises(UsageError, match="the file is read-only"):
         export(net, tmp_path / "there.onnx", example=IMAGES, overwrite=True)
@@ -365,6 +365,13 @@ def test_weights_that_are_not_finite_are_named(net, tmp_path, no_work):
         export(net, tmp_path / "m.onnx", example=IMAGES)
 
 
+def test_weights_must_be_there_and_fine_enough(tmp_path, no_work):
+    with pytest.raises(UsageError, match=r"Net holds torch.bfloat16 in stem.weight.*export model.float\(\)"):
+        export(Net().bfloat16(), tmp_path / "m.onnx", example=IMAGES)
+    with pytest.raises(UsageError, match=r"Net has no weights yet: stem.weight is on the meta device"):
+        export(Net().to("meta"), tmp_path / "m.onnx", example=IMAGES)
+
+
 def test_wrapped_models_are_refused(net, tmp_path, no_work):
     with pytest.raises(WrappedModelError):
         export(nn.DataParallel(net), tmp_path / "m.onnx", example=IMAGES)
@@ -381,6 +388,7 @@ def test_labels_must_fit(net, tmp_path, quick):
     [
         (torch.zeros(2, 1, 8, 8), "could not convert Net with a dynamic batch: RuntimeError"),
         ({"y": IMAGES}, "does not fit Net.forward"),
+        (torch.tensor(3.0), "input, the first tensor of the example, has no dimension"),
         ({"x": None}, "the example for Net holds no tensor"),
     ],
 )
@@ -468,7 +476,10 @@ def test_full_disk(net, tmp_path, quick, monkeypatch):
 _KILLED = """
 import os, signal, sys, torch
 from surgeon import _export
-_export.settle = lambda made, place: (print(made.stat().st_size), sys.stdout.flush(), os.kill(os.getpid(), signal.SIGKILL))
+def killed(made, place):
+    print(made.stat().st_size, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+_export.settle = killed
 _export.export(torch.nn.Conv2d(3, 4, 3), sys.argv[1], example=torch.zeros(2, 3, 8, 8))
 """
 

@@ -92,7 +92,7 @@ def test_write_replaces_in_one_step(trained, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(_checkpoint, "settle", full)
-    with pytest.raises(CheckpointError, match="cannot write the checkpoint.*No space left"):
+    with pytest.raises(CheckpointError, match=r"cannot write the checkpoint.*No space left"):
         save_checkpoint(trained, path, {"epoch": 2})
     assert read_metadata(path)["epoch"] == "1"
     assert list(tmp_path.iterdir()) == [path]
@@ -149,8 +149,7 @@ def poisoned(state):
         (with_value("head.bias", torch.zeros(3)), "does not fit Net: 1 unexpected: head.bias. Nothing"),
         (
             lambda s: {**s, "fc.weight": torch.zeros(7, 4), "fc.bias": torch.zeros(7)},
-            r"2 of another shape: fc.weight is 7x4, the model's is 3x4, fc.bias is 7, the model's is 3. "
-            r"Make the model with num_classes=7\.",
+            r"2 of another shape: fc.weight is 7x4, the model's is 3x4, .* Make the model with num_classes=7",
         ),
         (
             lambda s: {f"net.{k}": v for k, v in s.items()},
@@ -186,7 +185,7 @@ def test_code_is_never_run(trained, tmp_path, capsys):
     torch.save({"state_dict": trained.state_dict(), "extra": Code()}, tmp_path / "zip.pt")
     (tmp_path / "raw.pt").write_bytes(pickle.dumps({"a": Code()}))
     for name in ("zip.pt", "raw.pt"):
-        with pytest.raises(CheckpointError, match="will not read .* it holds more than tensors"):
+        with pytest.raises(CheckpointError, match=r"will not read .* it holds more than tensors"):
             load_checkpoint(Net(), tmp_path / name)
     assert capsys.readouterr().out == ""
 

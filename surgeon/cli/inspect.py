@@ -41,10 +41,11 @@ def command(
 
     with out.working(f"looking at {model}"):
         subject = load_subject(model, making)
-        findings = surgeon.find(subject.model, subject.example)
+        settings = gating.settings(subject.metadata)
+        chosen = {name: settings[name] for name in ("include", "exclude")}
+        findings = surgeon.find(subject.model, subject.example, **chosen)
         if not findings.residuals:
             return _nothing(out, subject, findings)
-        settings = gating.settings(subject.metadata)
         surgeon.apply(subject.model, unit=unit, example=subject.example, **settings)
         status = surgeon.status(subject.model)
     found = {
