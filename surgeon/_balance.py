@@ -145,7 +145,9 @@ class Balance:
                 self._link(values if len(values) == 2 else [], values, call)
                 return True
             case [(root, _)]:
-                self._link(values if len(values) == 2 else live, values, call)
+                # A factor pinned by itself is not to blame where another one stays because of something.
+                others = [value for value in values if value in live or value not in self.pins]
+                self._link(live, others if len(others) > len(live) else values, call)
                 self._parent[root] = _STAYS
                 return True
             case [(one, a), (other, b)] if a == -b:
@@ -228,7 +230,9 @@ class _Search:
         if known == exponent or (root == _STAYS and not exponent):
             return True
         if root != _STAYS:
-            self.tried.update(v for v in self.balance.members[root] if v in self.balance.flat.parameters)
+            self.tried.update(
+                v for v in self.balance.members.get(root, ()) if v in self.balance.flat.parameters
+            )
         if known is None and (not exponent or self._allowed(root, exponent)):
             self.exponents[root], self.depth[root] = exponent, depth
             self.trail.append(root)
@@ -238,7 +242,9 @@ class _Search:
 
     def _allowed(self, root: int, exponent: int) -> bool:
         return (
-            root != _STAYS and abs(exponent) <= _MOST and all(map(self._inside, self.balance.members[root]))
+            root != _STAYS
+            and abs(exponent) <= _MOST
+            and all(map(self._inside, self.balance.members.get(root, ())))
         )
 
     def _inside(self, value: Value) -> bool:

@@ -51,7 +51,7 @@ class Call:
     arguments: Mapping[str, Any]
     """By the names of the operator's schema, defaults included; tensors stand as ``Value``."""
     inputs: tuple[Value, ...]
-    """The tensors among the arguments, in order."""
+    """The tensors among the arguments whose content is read, in order."""
     outputs: tuple[Value, ...]
     module: str
     """Name of the module whose ``forward`` was running; empty for the model itself."""
@@ -138,6 +138,16 @@ def _record(
     return values, frozenset(recorder.value(tensor) for tensor in out)
 
 
+_FORM_ONLY = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("copy", "empty_like", "new_empty", "new_empty_strided", "zeros_like", "new_zeros"),
+        *("ones_like", "new_ones", "full_like", "new_full", "rand_like", "randn_like"),
+    )
+)
+"""Operators that take shape and type of ``self``, not its content."""
+
+
 class _Recorder(TorchDispatchMode):
     """Notes every call that makes a tensor, with the module that was running."""
 
@@ -166,9 +176,10 @@ class _Recorder(TorchDispatchMode):
         made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         if made:
             arguments = {name: self._described(v) for name, v in _by_name(func, args, kwargs or {}).items()}
-            inputs = tuple(leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Value))
-            outputs = tuple(self.value(tensor) for tensor in made)
             name = func._schema.name.replace("::", ".")
+            read = {k: v for k, v in arguments.items() if k != "self"} if name in _FORM_ONLY else arguments
+            inputs = tuple(leaf for leaf in pytree.tree_leaves(read) if isinstance(leaf, Value))
+            outputs = tuple(self.value(tensor) for tensor in made)
             module = next((name for name in reversed(self.running) if name), "")
             self.calls.append(Call(name, arguments, inputs, outputs, module))
         return result

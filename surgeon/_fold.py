@@ -7,7 +7,7 @@ those of ``surgeon._algebra``.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from surgeon._balance import Balance, Exponents, Refusal, solve
 from surgeon._flat import Flat, flatten
+from surgeon._rows import by_rows
 from surgeon.errors import FoldError
 
 
@@ -92,28 +93,38 @@ def plan(
 
 
 def analyse(flat: Flat, scales: Mapping[int, float]) -> FoldPlan:
-    """The plan for a model already flattened."""
+    """The plan for a model already flattened.
+
+    Each gate alone, then gates of equal scale that get into each other's way, then what is still refused
+    on the model taken apart by rows.
+    """
     balance = Balance(flat)
-    found: dict[int, Exponents | Refusal] = {}
-    for gate in sorted(scales):
-        if gate in balance.marks:
-            found[gate] = solve(balance, frozenset([gate]))
-        else:
-            found[gate] = Refusal("the model's forward did not pass it", frozenset())
+    found = {gate: _solved(balance, gate) for gate in sorted(scales)}
     together = []
     for group in _related(found, scales):
         result = solve(balance, frozenset(group))
         if not isinstance(result, Refusal):
             found.update({gate: {} for gate in group} | {group[0]: result})
             together.append(group)
-    steps = [
-        step
-        for gate, one in found.items()
-        if not isinstance(one, Refusal)
-        for step in _steps(flat, gate, one)
-    ]
-    kept = [Kept(gate, one.reason) for gate, one in found.items() if isinstance(one, Refusal)]
-    return FoldPlan(tuple(steps), tuple(kept), tuple(together))
+    steps = {gate: _steps(flat, gate, one) for gate, one in found.items() if not isinstance(one, Refusal)}
+    refused = {gate: one.reason for gate, one in found.items() if isinstance(one, Refusal)}
+    if any(gate in balance.marks for gate in refused):
+        steps |= _steps_by_rows(by_rows(flat), refused)
+    kept = tuple(Kept(gate, reason) for gate, reason in refused.items() if gate not in steps)
+    return FoldPlan(tuple(step for gate in sorted(steps) for step in steps[gate]), kept, tuple(together))
+
+
+def _solved(balance: Balance, gate: int) -> Exponents | Refusal:
+    if gate not in balance.marks:
+        return Refusal("the model's forward did not pass it", frozenset())
+    return solve(balance, frozenset([gate]))
+
+
+def _steps_by_rows(flat: Flat, gates: Iterable[int]) -> dict[int, list[Step]]:
+    """Steps for those gates that fold when parameters may be scaled in part."""
+    balance = Balance(flat)
+    found = {gate: _solved(balance, gate) for gate in gates}
+    return {gate: _steps(flat, gate, one) for gate, one in found.items() if not isinstance(one, Refusal)}
 
 
 def _related(found: Mapping[int, Exponents | Refusal], scales: Mapping[int, float]) -> list[tuple[int, ...]]:

@@ -405,6 +405,100 @@ def test_a_refusal_says_why(ending: str) -> None:
     assert made.kept == (Kept(0, reason),)
 
 
+# Parts of parameters.
+
+
+def dual_path(block: nn.Module, x: Tensor) -> Tensor:
+    """Half of the channels go onto the shortcut, the other half beside it; in place, as users write it."""
+    y = block.bn(block.conv(x)).relu()
+    y[:, :2] = torch.ops.surgeon.mark(y[:, :2], 0) if block.scale is None else y[:, :2] * block.scale
+    y[:, :2] += x[:, :2]
+    return y
+
+
+class Parts(Gated):
+    """A gate somewhere inside, on a part of a value."""
+
+    def __init__(self, function: Callable[..., Tensor], **parts: nn.Module | Tensor) -> None:
+        super().__init__(nn.Identity())
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+    def gated(self, branch: Tensor, gate: int = 0) -> Tensor:
+        if self.scale is None:
+            return torch.ops.surgeon.mark(branch, gate)
+        return branch * self.scale
+
+
+def rows(made: FoldPlan) -> dict[str, tuple[tuple[int, int] | None, int, int]]:
+    assert not made.kept, made
+    return {step.parameter: (step.rows, step.dim, step.exponent) for step in made.steps}
+
+
+def test_channels_beside_the_shortcut_keep_their_scale() -> None:
+    model = randomised(Parts(dual_path, conv=nn.Conv2d(4, 5, 1), bn=nn.BatchNorm2d(5)))
+    assert rows(folds(model, image())) == {"bn.weight": ((0, 2), 0, 1), "bn.bias": ((0, 2), 0, 1)}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_convolution_takes_the_scale_on_some_channels(transposed: bool) -> None:
+    conv = nn.ConvTranspose2d(4, 5, 1) if transposed else nn.Conv2d(4, 5, 1)
+
+    def dense(block: nn.Module, x: Tensor) -> Tensor:
+        first, rest = block.conv(x).split([2, 3], dim=1)
+        return torch.cat([block.gated(first) + x[:, :2], rest], dim=1)
+
+    dim = 1 if transposed else 0
+    made = folds(randomised(Parts(dense, conv=conv)), image())
+    assert rows(made) == {"conv.weight": ((0, 2), dim, 1), "conv.bias": ((0, 2), 0, 1)}
+
+
+def test_values_alone_are_scaled_in_a_joint_projection() -> None:
+    def attend(block: nn.Module, x: Tensor) -> Tensor:
+        query, key, value = block.qkv(x).chunk(3, dim=-1)
+        return x + block.gated((query @ key.mT).softmax(-1) @ value)
+
+    made = folds(randomised(Parts(attend, qkv=nn.Linear(8, 24))), tokens())
+    assert rows(made) == {"qkv.weight": ((16, 24), 0, 1), "qkv.bias": ((16, 24), 0, 1)}
+
+
+def test_a_table_of_gammas_is_scaled_row_by_row() -> None:
+    def table(block: nn.Module, x: Tensor) -> Tensor:
+        for row in range(3):
+            branch = block.table[row] * block.fc(x)
+            x = x + (block.gated(branch) if row == 1 else branch)
+        return x
+
+    made = folds(randomised(Parts(table, fc=nn.Linear(8, 8), table=torch.ones(3, 8))), tokens())
+    assert rows(made) == {"table": ((1, 2), 0, 1)}
+
+
+def test_a_table_read_as_a_whole_besides_is_not_split() -> None:
+    def table(block: nn.Module, x: Tensor) -> Tensor:
+        return x * block.table.sum() + block.gated(block.table[0] * x.sigmoid())
+
+    made = folds(randomised(Parts(table, table=torch.ones(3, 8))), tokens())
+    assert [kept.reason for kept in made.kept] == ["the parameter 'table' is also used outside of the branch"]
+
+
+def test_scaling_a_row_twice_is_seen() -> None:
+    model, x = randomised(Parts(dual_path, conv=nn.Conv2d(4, 5, 1), bn=nn.BatchNorm2d(5))), image()
+    made = plan(model, (x,), {}, {0: SCALE})
+    with torch.no_grad():
+        scaled(model, {0: SCALE})
+        expected = model(x)
+        for part in (None, (0, 3), (1, 2)):
+            damaged = copy.deepcopy(model)
+            steps = tuple(dataclasses.replace(step, rows=part) for step in made.steps)
+            commit(damaged, dataclasses.replace(made, steps=steps), {0: SCALE})
+            scaled(damaged, {})
+            assert difference(damaged(x), expected) > 1e-6, part
+
+
 # Shared weights.
 
 
