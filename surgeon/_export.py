@@ -203,7 +203,7 @@ def _check_weights(model: nn.Module) -> None:
             raise UsageError(f"{type(model).__name__} has no weights yet: {name} is on the meta device")
         if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
             raise UsageError(
-                f"{type(model).__name__} holds {value.dtype} in {name}, which is too coarse for the comparison; "
+                f"{type(model).__name__} holds {value.dtype} in {name}, too coarse for the comparison; "
                 "export model.float()"
             )
     bad = non_finite(state)
@@ -219,8 +219,8 @@ def _check_graph(graph: ir.Model, kind: str) -> None:
     if findings:
         listed = "; ".join(f"{found.node} ({found.op_type}): {found.reason}" for found in findings[:3])
         raise ExportError(
-            f"the graph of {kind} holds {len(findings)} nodes that do not belong in an evaluating graph: "
-            f"{listed}. Nothing was written"
+            f"the graph of {kind} does not only evaluate, it holds {len(findings)} of what must not be "
+            f"there: {listed}. Nothing was written"
         )
 
 
@@ -311,7 +311,8 @@ def _compare(
         file = open_onnx(made)
         rows = compare_runs(model, called, file, batch_sizes, tolerance, _SEED)
     except OnnxFileError as error:
-        raise ExportError(f"{error}. Nothing was written to {path}") from error
+        told = str(error).replace(str(made), str(path))
+        raise ExportError(f"{told}. Nothing was written to {path}") from error
     report = ParityReport(str(path), tuple(rows), graph_findings(file.model), tolerance, _SEED)
     if not report.ok:
         what = f"the ONNX graph of {type(model).__name__} computes something else"

@@ -1,6 +1,7 @@
 """The exported file: its nodes, its numbers, what it says of itself, and what is left when it fails."""
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -64,6 +65,17 @@ def made():
                 module.weight.uniform_(0.5, 2)
                 module.bias.normal_()
     return model
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_registry():
+    """The exporter parses the source of its 500 operators at each call, half of its time here; once will do."""
+    from torch.onnx._internal.exporter import _registration
+
+    kept = functools.cache(_registration.ONNXRegistry.from_torchlib)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_registration.ONNXRegistry, "from_torchlib", kept)
+        yield
 
 
 def run(path, x):
@@ -366,7 +378,9 @@ def test_weights_that_are_not_finite_are_named(net, tmp_path, no_work):
 
 
 def test_weights_must_be_there_and_fine_enough(tmp_path, no_work):
-    with pytest.raises(UsageError, match=r"Net holds torch.bfloat16 in stem.weight.*export model.float\(\)"):
+    with pytest.raises(
+        UsageError, match=r"Net holds torch.bfloat16 in stem.weight, too coarse.*export model.float\(\)"
+    ):
         export(Net().bfloat16(), tmp_path / "m.onnx", example=IMAGES)
     with pytest.raises(UsageError, match=r"Net has no weights yet: stem.weight is on the meta device"):
         export(Net().to("meta"), tmp_path / "m.onnx", example=IMAGES)
@@ -412,12 +426,26 @@ class Noisy(nn.Module):
     ("model", "message"),
     [
         (Fixed(), r"Fixed .*batch.*dynamic_batch=False \(--static-batch\)"),
-        (Noisy(), "graph of Noisy holds 1 nodes that do not belong.*RandomUniform.*draws random numbers"),
+        (
+            Noisy(),
+            "graph of Noisy does not only evaluate, it holds 1 of .*RandomUniform.*draws random numbers",
+        ),
     ],
 )
 def test_models_that_cannot_be_plain_graphs(model, message, tmp_path):
     with pytest.raises(ExportError, match=message):
         export(model, tmp_path / "m.onnx", example=torch.zeros(2, 4))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_onnx_runtime_cannot_load(net, tmp_path, graph, monkeypatch):
+    foreign = graph.clone()
+    next(node for node in foreign.graph if node.op_type == "Gemm").domain = "somebody"
+    monkeypatch.setattr(_export, "to_onnx", lambda *_, **__: foreign)
+    with pytest.raises(
+        ExportError, match=rf"{tmp_path}/m.onnx.*somebody.*Nothing was written to {tmp_path}/m.onnx"
+    ):
+        export(net, tmp_path / "m.onnx", example=IMAGES)
     assert list(tmp_path.iterdir()) == []
 
 

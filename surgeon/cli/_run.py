@@ -63,12 +63,14 @@ class Output:
         if self.as_json:
             self.stream.write(json.dumps(found, indent=2, default=str) + "\n")
             return
+        text = ""
         for part in shown:
             console = self.console(part)
             with console.capture() as captured:
                 console.print(part)
-            lines = captured.get().splitlines()  # rich fills lines up with spaces
-            self.stream.write("".join(f"{line.rstrip()}\n" for line in lines))
+            # rich fills lines up with spaces.
+            text += "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+        self.stream.write(text.rstrip("\n") + "\n" if text else "")
 
     def console(self, shown: "RenderableType") -> "Console":
         """A console as wide as the terminal; where there is none, as wide as what it shows needs."""
