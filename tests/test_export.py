@@ -69,12 +69,12 @@ def made():
 
 @pytest.fixture(autouse=True, scope="module")
 def one_registry():
-    """The exporter parses the source of its 500 operators at each call, half of its time here; once will do."""
+    """The exporter parses the source of its 500 operators at each call, half of its time; once will do."""
     from torch.onnx._internal.exporter import _registration
 
     kept = functools.cache(_registration.ONNXRegistry.from_torchlib)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_registration.ONNXRegistry, "from_torchlib", kept)
+        patch.setattr(_registration.ONNXRegistry, "from_torchlib", staticmethod(kept))
         yield
 
 
