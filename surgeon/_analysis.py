@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from surgeon._example import mode, untouched
 from surgeon._flow import Flow
+from surgeon._gate import held_open
 from surgeon._record import Call, Recording, record
 from surgeon._residual import REASONS, Addition, Findings, Refusal, Residual, additions
 from surgeon._trace import trace
@@ -77,7 +78,8 @@ def analyse(
     recording = record(model, args, kwargs)
     names = {module: name for name, module in model.named_modules()}
     scan = _Scan(recording, names, _Choice(include, exclude))
-    with mode(model, recording.training), untouched(model):
+    # Always in training mode, where stochastic depth that is already there is live.
+    with mode(model, True), untouched(model), held_open():
         for index, call in enumerate(recording.calls):
             scan.visit(index, call)
     scan.choice.check()
@@ -147,13 +149,16 @@ class _Scan:
     def _trace(self, call: Call) -> None:
         module, name = call.module, self.names[call.module]
         try:
-            flow = Flow(trace(module, call.args, call.kwargs, self.recording.log))
+            flow = Flow(trace(module, *self.recording.arguments(call)))
         except TraceError as error:
             self._refuse_all(module, call.additions, "untraceable", f"{REASONS['untraceable']}: {error}")
             return
         block = Block(name, module, call, flow)
-        for addition in additions(flow):
+        found = additions(flow)
+        for addition in found:
             self._sort(block, addition)
+        unseen = call.additions - sum(addition.code != "bias" for addition in found)
+        self._refuse_all(module, unseen, "form", first=len(found))
         if block.found:
             self.blocks.append(block)
 
@@ -175,9 +180,9 @@ class _Scan:
             if node.op == "call_module":
                 self.nested.update(block.module.get_submodule(str(node.target)).modules())
 
-    def _refuse_all(self, module: nn.Module, count: int, code: str, reason: str = "") -> None:
+    def _refuse_all(self, module: nn.Module, count: int, code: str, reason: str = "", first: int = 0) -> None:
         name, kind = self.names[module], type(module).__name__
-        for ordinal in range(count):
+        for ordinal in range(first, first + count):
             self.refused.append(Refusal(_name(name, ordinal), name, kind, code, reason or REASONS[code]))
 
 

@@ -13,7 +13,7 @@ The drop rate may change while training runs; ``c`` never does, so evaluation do
 """
 
 import math
-import operator
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,18 +41,37 @@ def _(branch: Tensor, gate: int) -> Tensor:
     return torch.empty_like(branch)
 
 
+class _Held(threading.local):
+    """Whether every gate stays open on this thread, for a look at a model that has gates already."""
+
+    open = False
+
+
+_held = _Held()
+
+
+@contextmanager
+def held_open() -> Iterator[None]:
+    """Inside, no coin drops a whole branch: on fake tensors a coin has no value to look at."""
+    before, _held.open = _held.open, True
+    try:
+        yield
+    finally:
+        _held.open = before
+
+
 @dataclass(frozen=True, eq=False)
 class Origin:
     """What one call of `surgeon.apply` was given.
 
     Attributes:
-        schedule: The schedule: a name, a callable or a sequence.
-        drop_rate: The final drop rate.
+        schedule: The schedule in words; its name, if it has one.
+        overrides: Pattern and drop rate, as given.
         args, kwargs: The example, its tensors on the meta device: shapes and types, no numbers.
     """
 
-    schedule: Any
-    drop_rate: float
+    schedule: str
+    overrides: tuple[tuple[str, float], ...]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -95,7 +114,8 @@ class Gate:
 
     def __post_init__(self) -> None:
         # Compiled graphs read p from this tensor, as a changed Python float would recompile them.
-        self.keep = torch.tensor(1 - self.drop_rate, dtype=torch.float32)
+        with torch.inference_mode(False):
+            self.keep = torch.tensor(1 - self.drop_rate, dtype=torch.float32, device="cpu")
 
     @property
     def survival(self) -> float:
@@ -137,7 +157,9 @@ class Gate:
 
     def survives(self) -> bool:
         """Tosses the coin for the whole mini-batch, on the CPU generator: no device is waited for."""
-        return torch.rand((), dtype=torch.float64).item() < self.survival
+        if _held.open:
+            return True
+        return torch.rand((), dtype=torch.float64, device="cpu").item() < self.survival
 
 
 def masked_add(gate: Gate, shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:
@@ -180,10 +202,10 @@ def evaluating_add(gate: Gate, shortcut: Tensor, branch: Tensor, onto: str) -> T
 
 
 def combine(shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:
-    """Adds the two sides: ``onto`` is ``""``, or the side the original wrote to in place."""
+    """Adds the two sides as the original did: into ``onto``, ``"shortcut"`` or ``"branch"``, or apart (``""``)."""
     if onto == "shortcut":
-        return operator.iadd(shortcut, branch)
-    return shortcut + branch
+        return shortcut.add_(branch)
+    return branch.add_(shortcut) if onto == "branch" else shortcut + branch
 
 
 @contextmanager

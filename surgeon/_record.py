@@ -8,6 +8,7 @@ two tensors that share ancestry and tells it from shape arithmetic. Hooks on eve
 
 import functools
 import itertools
+import logging
 import operator
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from surgeon._example import mode, tensors, untouched
+from surgeon._example import generators_kept, mode, tensors, untouched
+from surgeon._gate import held_open
 from surgeon.errors import RecordError
 
 aten = torch.ops.aten
@@ -67,7 +69,8 @@ class Call:
         first_op, last_op: The range of operators that ran in it and below it.
         additions: Additions of two tensors with a common ancestor that its own forward made.
         biases: Other additions of an activation and a tensor (weight, mask, table).
-        rewritten: Something wrote in place to what it returned, after it returned.
+        rewritten: After it returned, something wrote in place to what it took or gave, or may do so since
+            that leaves the model.
     """
 
     module: nn.Module
@@ -87,25 +90,24 @@ class Recording:
 
     Attributes:
         calls: Every module call in the order of entry; the model itself is the first.
-        ops: Every ATen operator in order.
-        fake: The mode whose fake tensors the calls' arguments are.
         flops: FLOPs of the whole forward.
-        training: Whether modules were in training mode.
+        log: The log of every operator.
     """
 
     calls: tuple[Call, ...]
-    ops: tuple[Op, ...]
-    fake: FakeTensorMode
-    training: bool
+    flops: int
     log: "OpLog" = field(repr=False)
 
-    @property
-    def flops(self) -> int:
-        return sum(op.flops for op in self.ops)
-
-    def children(self, index: int) -> list[int]:
-        """Indices of the calls made directly by call ``index``."""
-        return [i for i, call in enumerate(self.calls) if call.parent == index]
+    def arguments(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any], "OpLog"]:
+        """A call's arguments as fake tensors, and the log that knows which of them are active."""
+        if not self.log.real:
+            return call.args, call.kwargs, self.log
+        log = OpLog(FakeTensorMode(allow_non_fake_inputs=True))
+        args, kwargs = to_fake(log.fake, (call.args, call.kwargs))
+        for ran, stands_for in zip(tensors((call.args, call.kwargs)), tensors((args, kwargs)), strict=True):
+            if self.log.active(ran):
+                log.root(stands_for)
+        return args, kwargs, log
 
 
 class OpLog(TorchDispatchMode):
@@ -118,6 +120,7 @@ class OpLog(TorchDispatchMode):
     def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()
         self.fake = fake
+        self.real = False
         self.ops: list[Op] = []
         self.stack: list[int] = [-1]
         self.additions: Counter[int] = Counter()
@@ -136,7 +139,7 @@ class OpLog(TorchDispatchMode):
 
     def shadow(self, tensor: Tensor) -> Tensor:
         """The fake tensor that stands for ``tensor``, always the same one for the same weight."""
-        if isinstance(tensor, FakeTensor):
+        if isinstance(tensor, FakeTensor) or self.real:
             return tensor
         if id(tensor) not in self._shadows:
             fake = self.fake.from_tensor(tensor)
@@ -195,44 +198,86 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = True) -> Recording:
+def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
     """Runs ``model(*args, **kwargs)`` on fake tensors and returns what happened; the model is left as it was.
+
+    First as in training. A model that cannot run so (a batch of one under BatchNorm, a detector without its
+    targets) is run with each batch of one doubled, then as in evaluation, and where values decide shapes
+    (non-maximum suppression) in evaluation on real tensors.
 
     Args:
         model: Any module, on any device.
         args: Positional arguments; tensors are replaced by fake ones.
         kwargs: Keyword arguments, likewise.
-        training: Record the training forward (the one in which existing stochastic depth is live) or the
-            evaluating one.
 
     Raises:
-        RecordError: The model's own forward failed on these arguments.
+        RecordError: The model's own forward failed on these arguments in every way.
     """
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    log, calls = OpLog(fake), list[Call]()
+    attempts = [(True, False, False), (True, True, False), (False, False, False), (False, False, True)]
+    first: Exception | None = None
+    for training, doubled, real in attempts:
+        given = pytree.tree_map_only(Tensor, _doubled, (args, kwargs)) if doubled else (args, kwargs)
+        if real and any(t.is_meta for t in (*model.parameters(), *tensors((args, kwargs)))):
+            continue
+        try:
+            return _record(model, *given, training=training, real=real)
+        except Exception as error:
+            first = first or error
+    raise RecordError(_failure(model, args, kwargs, first)) from first
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, tensor]) if tensor.ndim > 1 and tensor.shape[0] == 1 else tensor
+
+
+def _record(model: nn.Module, args: Any, kwargs: Any, *, training: bool, real: bool) -> Recording:
+    log, calls = OpLog(FakeTensorMode(allow_non_fake_inputs=True)), list[Call]()
+    log.real = real
     with ExitStack() as stack:
-        stack.enter_context(untouched(model))
-        stack.enter_context(mode(model, training))
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for context in (untouched(model), mode(model, training), generators_kept(), held_open(), _quiet()):
+            stack.enter_context(context)
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_watch(model, log, calls))
-        stack.enter_context(fake)
-        fake_args, fake_kwargs = to_fake(fake, (args, kwargs))
-        for tensor in tensors((fake_args, fake_kwargs)):
+        given = (args, kwargs) if real else to_fake(log.fake, (args, kwargs))
+        for tensor in tensors(given):
             log.root(tensor)
+        if not real:
+            stack.enter_context(log.fake)
         stack.enter_context(log)
-        try:
-            model(*fake_args, **fake_kwargs)
-        except Exception as error:
-            raise RecordError(_failure(model, args, kwargs, error)) from error
+        model(*given[0], **given[1])
     for index, call in enumerate(calls):
         call.additions, call.biases = log.additions[index], log.biases[index]
-    return Recording(tuple(calls), tuple(log.ops), fake, training, log)
+    return Recording(tuple(calls), sum(op.flops for op in log.ops), log)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A forward that fails on fake tensors is an answer here, not worth PyTorch's own error log."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
 
 
 def to_fake(fake: FakeTensorMode, tree: Any) -> Any:
-    """The same nest with every tensor replaced by a fresh fake one of ``fake``."""
-    return pytree.tree_map_only(Tensor, lambda t: fake.from_tensor(t.detach()), tree)
+    """The same nest with every tensor replaced by a fresh fake one of ``fake``; equal objects stay equal."""
+    made: dict[int, Tensor] = {}
+
+    def convert(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            plain = tensor.layout == torch.strided and not isinstance(tensor, FakeTensor)
+            made[id(tensor)] = _blank(fake, tensor) if plain else fake.from_tensor(tensor.detach())
+        return made[id(tensor)]
+
+    return pytree.tree_map_only(Tensor, convert, tree)
+
+
+def _blank(fake: FakeTensorMode, tensor: Tensor) -> Tensor:
+    with fake:
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 @contextmanager
@@ -246,23 +291,26 @@ def _watch(model: nn.Module, log: OpLog, calls: list[Call]) -> Iterator[None]:
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call = calls[log.stack.pop()]
         call.last_op = len(log.ops)
-        returned.extend((call, t, t._version) for t in tensors(output))
+        seen.extend((call, t, t._version) for t in tensors((output, call.args, call.kwargs)))
+        if call.parent == -1:
+            final.update(_storage(t) for t in tensors(output))
 
-    returned: list[tuple[Call, Tensor, int]] = []
+    seen: list[tuple[Call, Tensor, int]] = []
+    final: set[int] = set()
     handles = []
     try:
         for module in model.modules():
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave))
         yield
-        for call, tensor, version in returned:
-            call.rewritten |= tensor._version != version
+        for call, tensor, version in seen:
+            call.rewritten |= tensor._version != version or _storage(tensor) in final
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> str:
+def _failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception | None) -> str:
     shapes = ", ".join(
         [_brief(a) for a in args] + [f"{name}={_brief(value)}" for name, value in kwargs.items()]
     )

@@ -29,6 +29,7 @@ REASONS = {
     "aliased": "writes in place to a tensor that is read again under another name",
     "bias": "adds a weight, mask or table that depends on no input",
     "broadcast": "the two sides differ in shape, so neither carries the whole block input",
+    "form": "is made inside one operator or in a form that cannot take a gate",
     "fusion": "merges two branches with activations of their own; neither side is a shortcut",
     "gating": "mixes two activations with weights computed from the input",
     "linear": "sums linear paths (a reparametrisation branch); no activation to skip",
@@ -38,7 +39,7 @@ REASONS = {
     "untraceable": "the block could not be traced",
 }
 
-_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__", "__radd__"}
+_ADDS = {operator.add, operator.iadd}  # surgeon._canonical leaves no other spelling
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +154,12 @@ def additions(flow: Flow) -> list[Addition]:
 
 def writes_to(node: fx.Node) -> fx.Node | None:
     """The operand that an addition writes its result to; ``None`` if it makes a new tensor."""
-    in_place = node.target in (operator.iadd, "add_", "__iadd__")
-    left = node.args[0] if in_place else None
+    left = node.args[0] if node.target is operator.iadd else None
     return left if isinstance(left, fx.Node) else None
 
 
 def _is_addition(flow: Flow, node: fx.Node) -> bool:
-    if node.op not in ("call_function", "call_method") or node.target not in _ADDS or len(node.args) != 2:
+    if node.target not in _ADDS:
         return False
     value = flow.fact(node).value
     operands = [a for a in node.args if isinstance(a, fx.Node) and isinstance(flow.fact(a).value, Tensor)]

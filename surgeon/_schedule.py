@@ -1,7 +1,9 @@
 """Schedules: the rule that gives each block its drop rate.
 
 Blocks are counted l = 1..L in the order in which they first run; the residual adds of one block (two in a
-transformer block) share its rate, as in the paper, timm and torchvision. With final drop rate r:
+transformer block) share its rate, as in the paper, timm and torchvision. A module whose own forward performs
+more than four residual adds is a stack of blocks written in one place: there each add counts as a block.
+With final drop rate r:
 
 * ``"linear"``: ``1 - p_l = (l / L) * r``, the paper's linear decay (Huang et al. 2016, equation 4, whose
   ``p_L`` is ``1 - r``); the last block drops with r, the first with ``r / L``;
@@ -15,6 +17,7 @@ transformer block) share its rate, as in the paper, timm and torchvision. With f
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 
@@ -23,6 +26,7 @@ from surgeon.errors import UsageError
 Schedule = str | Callable[[int, int], float] | Sequence[float]
 
 NAMES = ("linear", "linear-from-zero", "uniform")
+_MOST_ADDS = 4
 
 
 def drop_rates(
@@ -49,12 +53,14 @@ def drop_rates(
         UsageError: An unknown name, a rate outside [0, 1) or NaN, a sequence of another length, a pattern
             that matches nothing.
     """
-    order = {block: index for index, block in enumerate(dict.fromkeys(blocks), start=1)}
+    schedule = schedule.tolist() if hasattr(schedule, "tolist") else schedule  # NumPy, torch
+    units = [block if blocks.count(block) <= _MOST_ADDS else (block, i) for i, block in enumerate(blocks)]
+    order = {unit: index for index, unit in enumerate(dict.fromkeys(units), start=1)}
     if isinstance(schedule, Sequence) and not isinstance(schedule, str):
-        rates = _explicit(schedule, blocks, order)
+        rates = _explicit(schedule, units, order)
     else:
         per_block = _scheduled(schedule, drop_rate, len(order))
-        rates = [per_block[order[block] - 1] for block in blocks]
+        rates = [per_block[order[unit] - 1] for unit in units]
     for pattern, rate in (overrides or {}).items():
         hits = [i for i, (n, b) in enumerate(zip(names, blocks, strict=True)) if _matches(pattern, n, b)]
         if not hits:
@@ -79,7 +85,7 @@ def checked_rate(rate: float, what: str = "drop_rate") -> float:
     return value
 
 
-def _explicit(rates: Sequence[float], blocks: Sequence[str], order: Mapping[str, int]) -> list[float]:
+def _explicit(rates: Sequence[float], blocks: Sequence[Any], order: Mapping[Any, int]) -> list[float]:
     if len(rates) == len(blocks):
         return list(rates)
     if len(rates) == len(order):

@@ -14,19 +14,19 @@ import copy
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from surgeon._example import mode, tensors, untouched
+from surgeon._example import tensors, untouched
 from surgeon._flow import Flow
-from surgeon._gate import Gate, evaluating_add, masked_add, skipping_add
+from surgeon._gate import Gate, evaluating_add, held_open, masked_add, skipping_add
 from surgeon._record import OpLog, to_fake
 from surgeon._residual import Addition, additions, row_mask, writes_to
-from surgeon._trace import is_size, storage, trace
+from surgeon._trace import CONSTANTS, is_size, storage, trace
 from surgeon.errors import TraceError, UnseenCallError
 
 Run = Callable[..., Any]
@@ -88,7 +88,7 @@ class _Writer:
         self.flow, self.rewritten = flow, rewritten
         self.graph = fx.Graph()
         self.block = _receiver(self.graph)
-        self.gates = self.graph.placeholder("gates")
+        self.gates = self.graph.placeholder("_gates")
         self.env: dict[fx.Node, fx.Node] = {}
         self.replaced: dict[fx.Node, Callable[[], fx.Node]] = {}
         self.left_out: set[fx.Node] = set()
@@ -123,10 +123,12 @@ class _Writer:
                 continue
             if node in self.replaced:
                 self.env[node] = self.replaced[node]()
-                if _onto(node) is not None:  # the name that was added to in place now means the sum
+                if writes_to(node) is not None:  # the name that was added to in place now means the sum
                     self.env[node.args[0]] = self.env[node]
             elif node in self.passed:
                 self.env[node] = self.env[self.passed[node]]
+            elif node.op == "placeholder":
+                self.env[node] = _input(self.graph, node)
             else:
                 self.env[node] = self.graph.node_copy(node, self.env.__getitem__)
         return _compile(self.graph)
@@ -151,7 +153,7 @@ class _Writer:
         for node in inside:
             self._gather(node, own, reads)
         for node in reads:
-            env[node] = graph.placeholder(node.name)
+            env[node] = _input(graph, node)
         todo = sorted(own, key=self.flow.position)
         for node in todo:
             env[node] = env[self.passed[node]] if node in self.passed else graph.node_copy(node, env.__getitem__)
@@ -171,20 +173,18 @@ class _Writer:
                 reads.append(source)
 
     def _fresh(self, addition: Addition) -> bool:
-        """Whether something writes to the result in place later on, in the block or after it."""
-        result = storage(self.flow.fact(addition.node).value)
+        """Whether something writes in place later on to the result, or to the shortcut it would share."""
+        shared = {storage(self.flow.fact(n).value) for n in (addition.node, addition.shortcut) if n is not None}
         later = self.flow.order[self.flow.position(addition.node) + 1 : -1]
-        if any(result in self.flow.fact(node).writes for node in later):
-            return True
-        returned = {s for n in self.flow.order[-1].all_input_nodes for s in self.flow.storages(n)}
-        return self.rewritten and result in returned
+        return self.rewritten or any(shared & self.flow.fact(node).writes for node in later)
 
 
-def _onto(addition: Addition | fx.Node) -> Any:
-    """Which side an addition writes to: ``"shortcut"`` or ``""``; for a bare node, None if it is not in place."""
-    if isinstance(addition, fx.Node):
-        return "" if writes_to(addition) is not None else None
-    return "shortcut" if writes_to(addition.node) is addition.shortcut else ""
+def _onto(addition: Addition) -> str:
+    """The side that an addition writes to in place: ``"shortcut"``, ``"branch"``, or ``""`` for neither."""
+    left = writes_to(addition.node)
+    if left is None:
+        return ""
+    return "shortcut" if left is addition.shortcut else "branch"
 
 
 @functools.cache
@@ -200,6 +200,11 @@ def _skipper(branch: Run) -> Run:
 def _receiver(graph: fx.Graph) -> fx.Node:
     """The block itself as a value in generated code; fx clears names after their last use, ``self`` must stay."""
     return graph.create_node("placeholder", "self", name="block")
+
+
+def _input(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A placeholder for ``node``; its target is private, so that no argument's name can clash."""
+    return graph.create_node("placeholder", f"_{node.name}_", name=node.name)
 
 
 _compiled: dict[tuple[Any, ...], Run] = {}
@@ -233,11 +238,13 @@ class Gating:
         self.gates = tuple(gates)
         self.rewritten = rewritten
         self.exact = False
+        self.ambient = False
+        self.attributes: tuple[str, ...] = ()
         self.runs: dict[Any, Run] = {}
 
     def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The gated forward of ``block``."""
-        run = self.runs.get(self._key(block.training, args, kwargs))
+        run = self.runs.get(self._key(block, args, kwargs))
         if run is None:
             run = self._extend(block, args, kwargs)
         return run(block, self.gates, *args, *kwargs.values())
@@ -247,8 +254,8 @@ class Gating:
         """Whether evaluation is the block's own forward, untouched."""
         return all(gate.scale == 1.0 and gate.marked_as is None for gate in self.gates)
 
-    def prepare(self, flow: Flow, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spliced:
-        """Makes the forward for one way of calling the block, given its trace.
+    def prepare(self, block: nn.Module, flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spliced:
+        """Makes the forward for one way of calling the block, in the mode it is in, given its trace.
 
         Raises:
             UnseenCallError: The trace lacks one of the residual adds that carry a gate.
@@ -256,12 +263,15 @@ class Gating:
         spliced = splice(
             flow,
             self._chosen(additions(flow)),
-            training=training,
+            training=block.training,
             skip=any(gate.skips for gate in self.gates),
             rewritten=self.rewritten,
         )
-        self.exact |= spliced.exact
-        self.runs[self._key(training, args, kwargs)] = spliced.run
+        found = flow.trace
+        self.exact |= found.exact
+        self.ambient |= found.ambient
+        self.attributes = tuple(sorted({*self.attributes, *found.attributes}))
+        self.runs[self._key(block, args, kwargs)] = spliced.run
         return spliced
 
     def _extend(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
@@ -272,12 +282,12 @@ class Gating:
             if tensor.is_floating_point():
                 log.root(tensor)
         try:
-            with mode(block, block.training), untouched(block):
+            with torch.inference_mode(False), untouched(block), held_open():
                 flow = Flow(trace(block, fake_args, fake_kwargs, log))
-                self.prepare(flow, block.training, args, kwargs)
+            self.prepare(block, flow, args, kwargs)
         except TraceError as error:
             raise UnseenCallError(f"{self._called(args, kwargs)}, and tracing it that way failed: {error}") from error
-        return self.runs[self._key(block.training, args, kwargs)]
+        return self.runs[self._key(block, args, kwargs)]
 
     def _chosen(self, found: Sequence[Addition]) -> list[Addition]:
         by_ordinal = {addition.ordinal: addition for addition in found if addition.kind}
@@ -289,9 +299,15 @@ class Gating:
             )
         return [by_ordinal[gate.ordinal] for gate in self.gates]
 
-    def _key(self, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        pattern = tuple([_kind(value, self.exact) for value in args])
-        return training, pattern, tuple([(name, _kind(value, self.exact)) for name, value in kwargs.items()])
+    def _key(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Everything that decides which code the block's forward runs."""
+        return (
+            block.training,
+            tuple([_kind(value, self.exact) for value in args]),
+            tuple([(name, _kind(value, self.exact)) for name, value in kwargs.items()]),
+            tuple([getattr(block, name, None) for name in self.attributes]),
+            (torch.is_grad_enabled(), torch.is_autocast_enabled()) if self.ambient else None,
+        )
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         pattern = [str(_kind(a, True)) for a in args] + [f"{k}={_kind(v, True)}" for k, v in kwargs.items()]
@@ -299,7 +315,8 @@ class Gating:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Gating":
         twin = Gating(self.name, copy.deepcopy(self.gates, memo), self.rewritten)
-        twin.exact, twin.runs = self.exact, dict(self.runs)
+        twin.exact, twin.ambient, twin.attributes = self.exact, self.ambient, self.attributes
+        twin.runs = dict(self.runs)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
@@ -314,9 +331,11 @@ Gating._extend._torchdynamo_disable = True  # type: ignore[attr-defined]
 def _kind(value: Any, exact: bool) -> Any:
     """What of an argument decides which code runs: for tensors the rank, or the whole shape if exact."""
     if isinstance(value, Tensor):
-        return (tuple(value.shape), value.dtype) if exact else value.ndim
-    if value is None or isinstance(value, (bool, str)):
+        return (tuple(value.shape), value.dtype, value.device.type) if exact else value.ndim
+    if isinstance(value, CONSTANTS):
         return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value), tuple([_kind(getattr(value, f.name), exact) for f in fields(value)])
     if isinstance(value, (list, tuple)):
         return type(value), tuple([_kind(item, exact) for item in value])
     if isinstance(value, dict):
@@ -331,8 +350,10 @@ class GatedBlock(nn.Module):
     _surgeon: Gating
 
     def extra_repr(self) -> str:
-        gates = ", ".join(f"{g.name.rpartition('.')[2]} p={g.survival:.4g}" for g in self._surgeon.gates)
-        own = super().extra_repr()
+        gating, own = gating_of(self), super().extra_repr()
+        if gating is None:
+            return own
+        gates = ", ".join(f"{g.name.rpartition('.')[2]} p={g.survival:.4g}" for g in gating.gates)
         return f"{own}, gates: {gates}" if own else f"gates: {gates}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -353,8 +374,9 @@ def gated_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        gating = self._surgeon
-        if not self.training and gating.evaluates_plainly:
+        # A slice of a gated Sequential is of the gated class and has no gates.
+        gating = getattr(self, "_surgeon", None)
+        if gating is None or (not self.training and gating.evaluates_plainly):
             return original(self, *args, **kwargs)
         return gating.run(self, args, kwargs)
 

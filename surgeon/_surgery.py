@@ -1,6 +1,7 @@
 """The operations on a model: gates in, gates re-scheduled, gates out."""
 
 import copy
+import numbers
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,13 +16,13 @@ from surgeon._example import Example, inputs, mode, untouched
 from surgeon._flow import Flow
 from surgeon._fold import FoldPlan, commit
 from surgeon._fold import plan as plan_fold
-from surgeon._gate import Gate, Origin, Scaling, Unit, marking
+from surgeon._gate import Gate, Origin, Scaling, Unit, held_open, marking
 from surgeon._plain import check_plain
 from surgeon._record import Recording
 from surgeon._report import GateStatus, Status, schedule_text
 from surgeon._residual import Findings
-from surgeon._schedule import Schedule, checked_rate, drop_rates
-from surgeon._splice import Gating, gate_block, gating_of, ungate_block
+from surgeon._schedule import NAMES, Schedule, drop_rates
+from surgeon._splice import Gating, gate_block, gated_class, gating_of, ungate_block
 from surgeon._trace import trace
 from surgeon.errors import AlreadyGatedError, NoResidualsError, NotGatedError, UsageError
 
@@ -112,7 +113,8 @@ def apply(
     residuals = [r for block in analysis.blocks for r in block.residuals]
     rates = drop_rates(schedule, drop_rate, [r.block for r in residuals], [r.name for r in residuals], overrides)
     flops = max(analysis.recording.flops, 1)
-    origin = Origin(schedule, drop_rate, *pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs)))
+    given = tuple((overrides or {}).items())
+    origin = Origin(schedule_text(schedule), given, *pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs)))
     ordinals = [addition.ordinal for block in analysis.blocks for addition in block.found]
     gates = {
         r.name: Gate(
@@ -145,7 +147,7 @@ def status(model: nn.Module) -> Status:
     rows, schedule = [], ""
     for name, block, gating in gated_blocks(model):
         for gate in [gate for gate in gating.gates if not gate.folded]:
-            schedule = schedule or schedule_text(gate.origin.schedule)
+            schedule = schedule or gate.origin.schedule
             rows.append((gate.order, _gate_status(name, block, gate)))
     if not rows:
         raise NotGatedError("the model has no gates; surgeon.apply(model) puts them in")
@@ -159,8 +161,8 @@ def set_drop_rate(model: nn.Module, rate: float | Sequence[float] | Callable[[in
 
     Args:
         model: A gated model.
-        rate: A final drop rate in [0, 1) for the schedule the gates were made with (named schedules only), or
-            a new sequence of rates or callable, as in `apply`.
+        rate: A final drop rate in [0, 1) for the schedule the gates were made with (named schedules only;
+            overrides stay), or a new sequence of rates or callable, as in `apply`.
 
     Raises:
         UsageError: A rate outside [0, 1), or one number for gates made with explicit rates.
@@ -169,12 +171,14 @@ def set_drop_rate(model: nn.Module, rate: float | Sequence[float] | Callable[[in
     gates = gates_of(model)
     if not gates:
         raise NotGatedError("the model has no gates; surgeon.apply(model) puts them in")
-    schedule = gates[0].origin.schedule
-    blocks = [gate.name.rpartition(".")[0] for gate in gates]
-    if isinstance(rate, (int, float)):
-        if not isinstance(schedule, str):
-            raise UsageError(f"the gates follow {schedule_text(schedule)}; give a sequence of drop rates or a callable")
-        rates = drop_rates(schedule, checked_rate(rate), blocks)
+    origin = gates[0].origin
+    blocks, names = [gate.name.rpartition(".")[0] for gate in gates], [gate.name for gate in gates]
+    if isinstance(rate, numbers.Real):
+        if origin.schedule not in NAMES:
+            raise UsageError(f"the gates follow {origin.schedule}; give a sequence of drop rates or a callable")
+        rates = drop_rates(origin.schedule, float(rate), blocks, names, dict(origin.overrides))
+    elif isinstance(rate, str):
+        raise UsageError(f"rate is {rate!r}; give a number, a sequence of drop rates or a callable")
     else:
         rates = drop_rates(rate, 0.0, blocks)
     for gate, value in zip(gates, rates, strict=True):
@@ -259,16 +263,29 @@ def _prepare(block: Block, recording: Recording, gates: Mapping[str, Gate]) -> G
     """The gating of one block with its training forward made, and its evaluating one where that differs."""
     chosen = [gates[r.name] for r in block.residuals]
     gating = Gating(block.name, chosen, block.call.rewritten)
-    call = block.call
-    spliced = gating.prepare(block.flow, True, call.args, call.kwargs)
+    args, kwargs, log = recording.arguments(block.call)
+    with mode(block.module, True):
+        spliced = gating.prepare(block.module, block.flow, args, kwargs)
     for gate in chosen:
         if gate.ordinal in spliced.kept_whole:
             gate.skips, gate.note = False, f"computed also when dropped: {spliced.kept_whole[gate.ordinal]}"
     if not gating.evaluates_plainly:
-        with mode(block.module, False), untouched(block.module):
-            flow = Flow(trace(block.module, call.args, call.kwargs, recording.log))
-        gating.prepare(flow, False, call.args, call.kwargs)
+        with mode(block.module, False), untouched(block.module), held_open():
+            flow = Flow(trace(block.module, args, kwargs, log))
+            gating.prepare(block.module, flow, args, kwargs)
+    _check_class(block)
     return gating
+
+
+def _check_class(block: Block) -> None:
+    """Makes the class that the block is about to get, so that nothing can fail half-way."""
+    try:
+        gated_class(type(block.module))
+    except Exception as error:
+        raise UsageError(
+            f"{block.name or 'the model'}: its class {block.module._get_name()} cannot be subclassed ({error}), so it "
+            f"cannot carry a gate; leave it out with exclude={block.name!r}"
+        ) from error
 
 
 def _recorded_inputs(model: nn.Module, gate: Gate) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -14,6 +14,7 @@ import enum
 import inspect
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +23,14 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 
-from surgeon._example import tensors, untouched
+from surgeon._canonical import canonical
+from surgeon._example import generators_kept, tensors, untouched
+from surgeon._guards import guarded
 from surgeon._record import Op, OpLog
 from surgeon.errors import TraceError
 
-_CONSTANTS = (type(None), bool, str, enum.Enum, torch.dtype, torch.device)
-_RANK = ("ndim", "dim")
+CONSTANTS = (type(None), bool, str, enum.Enum, torch.dtype, torch.device, torch.memory_format, torch.layout)
+_PLAIN = (*CONSTANTS, int, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +64,15 @@ class Trace:
         graph: One placeholder per argument (positional first, then keywords, as called), then the body.
         facts: What each node is.
         exact: Python control flow consumed a size or a number, so the graph holds for these shapes only.
+        ambient: The forward asked for the grad or autocast mode, so the graph holds for this mode only.
+        attributes: The plain attributes (numbers, flags, strings) of the block that its forward read.
     """
 
     graph: fx.Graph
     facts: dict[fx.Node, Fact]
     exact: bool
+    ambient: bool
+    attributes: tuple[str, ...]
 
 
 def trace(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], log: OpLog) -> Trace:
@@ -83,10 +90,11 @@ def trace(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], log: 
     if "forward" in block.__dict__:
         raise TraceError("its forward was replaced on the instance")
     before = dict(block.__dict__)
-    with untouched(block), torch.random.fork_rng(devices=[]), torch.enable_grad():
+    read: set[str] = set()
+    with untouched(block), generators_kept(), torch.enable_grad(), _watched(block, read):
         tracer = BlockTracer(log, args, kwargs)
         try:
-            with _Capture(tracer):
+            with guarded(tracer), _Capture(tracer):
                 graph = tracer.trace(block)
         except TraceError:
             raise
@@ -96,7 +104,29 @@ def trace(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], log: 
     if changed:
         raise TraceError(f"its forward assigns self.{changed[0]}")
     _drop_unused_sizes(graph, tracer.facts)
-    return Trace(graph, tracer.facts, tracer.exact)
+    plain = (name for name in sorted(read) if name in before and isinstance(before[name], _PLAIN))
+    attributes = tuple(name for name in plain if name != "training")
+    return Trace(graph, tracer.facts, tracer.exact, tracer.ambient, attributes)
+
+
+@contextmanager
+def _watched(block: nn.Module, read: set[str]) -> Iterator[None]:
+    """Notes the names of the block's attributes that are read inside the ``with``."""
+    cls = type(block)
+
+    def look_up(self: nn.Module, name: str) -> Any:
+        read.add(name)
+        return cls.__getattribute__(self, name)
+
+    try:
+        watching = type(cls.__name__, (cls,), {"__getattribute__": look_up, "__module__": cls.__module__})
+        block.__class__ = watching
+    except Exception as error:
+        raise TraceError(f"its class {cls.__name__} cannot be subclassed: {error}") from error
+    try:
+        yield
+    finally:
+        block.__class__ = cls
 
 
 class ValueProxy(fx.Proxy):
@@ -188,6 +218,8 @@ class BlockTracer(fx.Tracer):
         self.log, self.args, self.kwargs = log, args, kwargs
         self.facts: dict[fx.Node, Fact] = {}
         self.exact = False
+        self.ambient = False
+        self._proxies: dict[fx.Node, ValueProxy] = {}
         self.listening = False
         self._state = _global_state()
 
@@ -221,7 +253,16 @@ class BlockTracer(fx.Tracer):
         active = any(self.log.active(t) for t in tensors(value))
         self.facts[node] = Fact(value, frozenset(), frozenset(), (), active)
         # Optional and flag arguments decide which code runs: the forward must see the value itself.
-        return value if isinstance(value, _CONSTANTS) else ValueProxy(node, self, value)
+        return value if isinstance(value, CONSTANTS) else self._wrap(node, value)
+
+    def _wrap(self, node: fx.Node, value: Any) -> "ValueProxy":
+        proxy = ValueProxy(node, self, value)
+        self._proxies[node] = proxy
+        return proxy
+
+    def proxy_of(self, node: fx.Node) -> "ValueProxy":
+        """The proxy that was made for ``node``."""
+        return self._proxies[node]
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Node:
         if _global_state() != self._state:
@@ -237,10 +278,35 @@ class BlockTracer(fx.Tracer):
         return super().create_arg(a)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *_: Any, **__: Any) -> Any:
+        with self.deaf():
+            if kind in ("call_function", "call_method"):
+                same = canonical(lambda f, a: self._emit("call_function", f, a, {}), target, args, kwargs)
+                if same is not None:
+                    return same
+            return self._emit(kind, target, args, kwargs)
+
+    def _emit(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
+        value = self._execute(node)
+        # The forward must see None itself, and flags that came in inside a nest of arguments.
+        if value is None or (isinstance(value, CONSTANTS) and self._is_part_of_argument(node)):
+            return value
+        return self._wrap(node, value)
+
+    def _is_part_of_argument(self, node: fx.Node) -> bool:
+        """Whether ``node`` only takes a nest of arguments apart (tensors excepted)."""
+        if node.op == "placeholder":
+            return True
+        takes = node.target in (operator.getitem, getattr, "get")
+        nest = node.args[0] if takes and isinstance(node.args[0], fx.Node) else None
+        return nest is not None and not isinstance(self.facts[nest].value, Tensor) and self._is_part_of_argument(nest)
+
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Inside, torch calls and module calls are surgeon's own, not the forward's."""
         listening, self.listening = self.listening, False
         try:
-            node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
-            return ValueProxy(node, self, self._execute(node))
+            yield
         finally:
             self.listening = listening
 
@@ -256,11 +322,8 @@ class BlockTracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if not self.listening:
             return attr_val
-        self.listening = False
-        try:
+        with self.deaf():
             return super().getattr(attr, attr_val, parameter_proxy_cache)
-        finally:
-            self.listening = True
 
     def _execute(self, node: fx.Node) -> Any:
         """Runs one node on fake values and notes its facts."""

@@ -1,0 +1,90 @@
+"""One spelling for every addition: while a block is traced, its additions become ``a + b`` of two operands.
+
+``torch.add(a, b, alpha=k)`` becomes ``a + b * k``; ``addcmul(a, t, u, value=k)`` becomes ``a + t * u * k``
+(``addcdiv`` likewise); ``torch.stack([a, b, ...]).sum(dim)`` over the stacked dimension becomes the chain
+``a + b + ...``. In-place spellings stay in place. The rest of surgeon then knows one form only. The values
+are the same to rounding; evaluation under the default scaling runs the block's own forward in any case.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+Emit = Callable[..., Any]
+
+_ADD = {torch.add: False, "add": False, "add_": True}
+_FUSED = {
+    torch.addcmul: (operator.mul, False),
+    "addcmul": (operator.mul, False),
+    "addcmul_": (operator.mul, True),
+    torch.addcdiv: (operator.truediv, False),
+    "addcdiv": (operator.truediv, False),
+    "addcdiv_": (operator.truediv, True),
+}
+_NAMES = ("input", "other")
+
+
+def canonical(emit: Emit, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The canonical form of one call, emitted; ``None`` if the call is no addition in another spelling.
+
+    Args:
+        emit: ``emit(target, args)`` puts one function call into the graph and returns its proxy.
+        target: What is called: a function, or a method's name.
+        args: Its positional arguments, proxies among them.
+        kwargs: Its keyword arguments.
+    """
+    if target in _ADD and "out" not in kwargs:
+        return _add(emit, _ADD[target], args, dict(kwargs))
+    if target in _FUSED and "out" not in kwargs:
+        return _fused(emit, *_FUSED[target], args, dict(kwargs))
+    if target in (torch.sum, "sum"):
+        return _sum_of_stack(emit, args, kwargs)
+    return None
+
+
+def _add(emit: Emit, in_place: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    alpha = kwargs.pop("alpha", 1)
+    operands = [*args, *(kwargs[name] for name in _NAMES[len(args) :] if name in kwargs)]
+    if len(operands) != 2:
+        return None
+    return _sum(emit, in_place, operands[0], _times(emit, operands[1], alpha))
+
+
+def _fused(emit: Emit, op: Callable[..., Any], in_place: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    value = kwargs.pop("value", 1)
+    operands = [*args, *kwargs.values()]
+    if len(operands) != 3:
+        return None
+    product = emit(op, (operands[1], operands[2]))
+    return _sum(emit, in_place, operands[0], _times(emit, product, value))
+
+
+def _sum(emit: Emit, in_place: bool, left: Any, right: Any) -> Any:
+    return emit(operator.iadd if in_place else operator.add, (left, right))
+
+
+def _times(emit: Emit, operand: Any, factor: Any) -> Any:
+    return operand if isinstance(factor, (int, float)) and factor == 1 else emit(operator.mul, (operand, factor))
+
+
+def _sum_of_stack(emit: Emit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``stack(terms, d).sum(d)`` as a chain of additions."""
+    stack = args[0].node if args and isinstance(args[0], fx.Proxy) else None
+    if stack is None or stack.target is not torch.stack or len(args) > 2 or kwargs.keys() - {"dim", "axis"}:
+        return None
+    terms = stack.args[0]
+    over = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
+    along = stack.args[1] if len(stack.args) > 1 else stack.kwargs.get("dim", 0)
+    rank = args[0].value.ndim
+    if isinstance(over, (tuple, list)) and len(over) == 1:
+        over = over[0]
+    if not (isinstance(over, int) and isinstance(along, int) and over % rank == along % rank and len(terms) > 1):
+        return None
+    proxies = [args[0].tracer.proxy_of(term) for term in terms]
+    total = proxies[0]
+    for term in proxies[1:]:
+        total = emit(operator.add, (total, term))
+    return total

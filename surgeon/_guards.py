@@ -1,0 +1,108 @@
+"""What a graph cannot hold is noticed while a block is traced, and what the forward asks of torch is noted.
+
+Grad and autocast regions, gradient checkpoints and `torch.autograd.Function` act outside of the calls that fx
+sees. Inside `guarded` their entry points answer to the tracer: a region of its own stops the trace, an
+autograd function becomes a leaf, a question about the ambient mode makes the trace hold for that mode only.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+from unittest import mock
+
+import torch
+import torch.utils.checkpoint
+from torch import fx
+
+from surgeon.errors import TraceError
+
+
+class Listener(Protocol):
+    """What the guards need of a tracer."""
+
+    listening: bool
+    ambient: bool
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any: ...
+
+
+_REGIONS = (
+    (torch.amp.autocast_mode.autocast, "autocast"),
+    (torch.no_grad, "grad mode"),
+    (torch.enable_grad, "grad mode"),
+    (torch.set_grad_enabled, "grad mode"),
+    (torch.inference_mode, "grad mode"),
+)
+_QUESTIONS = ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled")
+
+
+@contextmanager
+def guarded(tracer: Listener) -> Iterator[None]:
+    """Inside, the traced forward cannot slip a region or a function past the tracer.
+
+    Raises:
+        TraceError: From within, when the forward opens a grad or autocast region or a checkpoint.
+    """
+    with ExitStack() as stack:
+        for cls, what in _REGIONS:
+            stack.enter_context(mock.patch.object(cls, "__enter__", _refusing(tracer, cls.__enter__, what)))
+        for name in _QUESTIONS:
+            stack.enter_context(mock.patch.object(torch, name, _noting(tracer, getattr(torch, name))))
+        checkpointing = torch.utils.checkpoint._checkpoint_without_reentrant_generator
+        stopped = _stopping(tracer, checkpointing, "its forward calls torch.utils.checkpoint")
+        stack.enter_context(
+            mock.patch.object(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", stopped)
+        )
+        stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", _leaf(tracer)))
+        yield
+
+
+def _refusing(tracer: Listener, enter: Callable[[Any], Any], what: str) -> Callable[[Any], Any]:
+    def guard(region: Any) -> Any:
+        if tracer.listening:
+            raise TraceError(f"part of its forward runs under its own {what}")
+        return enter(region)
+
+    return guard
+
+
+def _noting(tracer: Listener, question: Callable[..., bool]) -> Callable[..., bool]:
+    def guard(*args: Any) -> bool:
+        tracer.ambient |= tracer.listening
+        return question(*args)
+
+    return guard
+
+
+def _stopping(tracer: Listener, function: Callable[..., Any], why: str) -> Callable[..., Any]:
+    def guard(*args: Any, **kwargs: Any) -> Any:
+        if tracer.listening:
+            raise TraceError(why)
+        return function(*args, **kwargs)
+
+    return guard
+
+
+def _leaf(tracer: Listener) -> Any:
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def guard(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not tracer.listening or not any(isinstance(a, fx.Proxy) for a in args):
+            return original.__get__(None, cls)(*args, **kwargs)
+        if cls is torch.utils.checkpoint.CheckpointFunction:
+            raise TraceError("its forward calls torch.utils.checkpoint")
+        return tracer.create_proxy("call_function", _caller(cls), args, kwargs)
+
+    return classmethod(guard)
+
+
+@functools.cache
+def _caller(cls: Any) -> Callable[..., Any]:
+    """``cls.apply`` as a function that generated code can name."""
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        return cls.apply(*args, **kwargs)
+
+    apply.__name__ = apply.__qualname__ = cls.__name__
+    return apply
