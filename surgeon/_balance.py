@@ -24,7 +24,7 @@ _MOST = 4  # the largest power of a scale worth writing into a weight
 _REACHES_SHORTCUT = (
     "the branch reaches its own shortcut without passing a parameter that could take the scale"
 )
-_CHOICES = 2000  # tries per gate; real branches need fewer than ten
+_CHOICES = 300  # tries per gate; real branches need fewer than ten, and each may be a level of recursion
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,11 +206,11 @@ class _Search:
     def run(self) -> Exponents | Refusal:
         """Exponents of the parameters, or the reason nearest to the gate."""
         marks = [call for gate in sorted(self.gates) for call in self.balance.marks[gate]]
-        seeds = [(call.outputs[0], 0) for call in marks] + [(call.inputs[0], 1) for call in marks]
-        for value, exponent in seeds:
-            if not self._assign(self.balance.root(value), exponent, value, 0):
+        seeds = [(mark, mark.outputs[0], 0) for mark in marks] + [(mark, mark.inputs[0], 1) for mark in marks]
+        for mark, value, exponent in seeds:
+            if not self._assign(self.balance.root(value), exponent, value, 0, mark):
                 return self._refusal()
-        if not self._settle([self.balance.root(value) for value, _ in seeds]) or not self._choose():
+        if not self._settle([self.balance.root(value) for _, value, _ in seeds]) or not self._choose():
             return self._refusal()
         found = {v: self.exponents.get(self.balance.root(v), 0) for v in self.balance.flat.parameters}
         changed = {value: exponent for value, exponent in found.items() if exponent}
@@ -224,7 +224,7 @@ class _Search:
         _, reason = min(self.reasons, key=lambda one: one[0])
         return Refusal(reason, frozenset(self.tried))
 
-    def _assign(self, root: int, exponent: int, entry: Value, depth: int) -> bool:
+    def _assign(self, root: int, exponent: int, entry: Value, depth: int, call: Call) -> bool:
         """Give a class its exponent; on a contradiction note why."""
         known = self.exponents.get(root)
         if known == exponent or (root == _STAYS and not exponent):
@@ -237,7 +237,7 @@ class _Search:
             self.exponents[root], self.depth[root] = exponent, depth
             self.trail.append(root)
             return True
-        self.reasons.append(self._why(root, entry, depth))
+        self.reasons.append(self._why(root, entry, depth, call))
         return False
 
     def _allowed(self, root: int, exponent: int) -> bool:
@@ -284,7 +284,7 @@ class _Search:
             self.reasons.append((depth, f"only a root of the scale would do before {described(call)}"))
             return False
         entry = next(value for value, _ in law.terms if self.balance.root(value) == root)
-        if not self._assign(root, exponent, entry, depth):
+        if not self._assign(root, exponent, entry, depth, call):
             return False
         queue.append(root)
         return True
@@ -320,29 +320,31 @@ class _Search:
 
     # Words for what went wrong.
 
-    def _why(self, root: int, entry: Value, depth: int) -> tuple[int, str]:
+    def _why(self, root: int, entry: Value, depth: int, call: Call) -> tuple[int, str]:
         """Distance and reason for a class that cannot have the exponent asked of it.
 
         A class stays because of a pin in it; another one may not be scaled because one of its values does
         not lead to the gate. The nearest of these is to blame.
         """
+        if root != _STAYS and not self._inside(entry):
+            return depth, _outside(None, call)
         queue = deque([(entry, not depth)])
         seen = {entry}
         while queue:
             value, ends = queue.popleft()
             links = self.balance.near.get(value, [])
-            if any(self._is_shortcut(call) for _, call in links):
+            if any(self._is_shortcut(by) for _, by in links):
                 return depth, _REACHES_SHORTCUT
             if (reason := self._blame(value, ends)) is not None:
                 return depth, reason
-            for other, call in links:
+            for other, by in links:
                 if other in seen or self.balance.root(other) != root:
                     continue
                 seen.add(other)
                 named = self.balance.flat.parameters.get(value)
                 if (root != _STAYS or named) and not self._inside(other):
-                    return depth, _outside(named, call)
-                queue.append((other, ends and value in call.outputs and other in call.inputs))
+                    return depth, _outside(named, by)
+                queue.append((other, ends and value in by.outputs and other in by.inputs))
         return depth, "no parameter of the branch can take the scale without changing something else"
 
     def _is_shortcut(self, call: Call) -> bool:

@@ -17,7 +17,7 @@ from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from surgeon import _gate  # noqa: F401 - registers the mark
+from surgeon import _balance, _gate  # noqa: F401 - the gate registers the mark
 from surgeon._fold import FoldPlan, Kept, Step, commit, plan
 from surgeon.errors import FoldError
 
@@ -388,6 +388,19 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]] = 
         tokens,
         "the branch reaches its own shortcut without passing a parameter that could take the scale",
     ),
+    "fake-quantised weight": (
+        lambda: Of(
+            lambda m, x: x.relu() @ torch.fake_quantize_per_tensor_affine(m.w, 0.1, 0, -99, 99),
+            w=torch.ones(8, 8),
+        ),
+        tokens,
+        "the branch reaches its own shortcut without passing a parameter that could take the scale",
+    ),
+    "square of the only weight": (
+        lambda: Of(lambda m, x: x.sigmoid() * m.w**2, w=torch.ones(8)),
+        tokens,
+        "only a root of the scale would do before pow in 'branch'",
+    ),
     "buffer": (
         _with_buffer,
         tokens,
@@ -614,6 +627,12 @@ def test_a_branch_value_returned_beside_the_output_stays() -> None:
     assert len(made.kept) == 1
 
 
+def test_the_search_is_cut_where_it_would_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_balance, "_CHOICES", 1)
+    made = plan(Gated(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))), (tokens().float(),), {}, {0: SCALE})
+    assert made.kept == (Kept(0, "the search for a place to put the scale was cut after 1 tries"),)
+
+
 # The plan changes nothing.
 
 
@@ -817,6 +836,10 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "ghost": lambda: Ghost(CHANNELS),
     "gamma": lambda: Of(lambda m, x: x * m.gamma, gamma=torch.ones(CHANNELS, 1, 1)),
     "spatial": SpatialAttention,
+    "halves": lambda: Of(lambda m, x: torch.cat([x[:, :2].relu(), x[:, 2:] * m.gain], 1), gain=torch.ones(1)),
+    "first half": lambda: Of(
+        lambda m, x: torch.cat([x[:, :2], F.silu(x[:, :2]) * m.gain], 1), gain=torch.ones(1)
+    ),
 }
 
 
