@@ -42,6 +42,8 @@ def main(config: str, overrides: list[str]) -> dict[str, Any]:
     """Runs the whole job; returns its figures and the files it wrote ({} on further processes)."""
     settings = load_config(config, overrides)
     state = prepare_folder(settings)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     accelerator = Accelerator(
         mixed_precision=settings.train.precision,
         gradient_accumulation_steps=settings.train.accumulate,

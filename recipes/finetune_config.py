@@ -117,6 +117,7 @@ class Config(Section):
     output: HomePath
     seed: int = 0
     device: Literal["auto", "cpu"] = "auto"
+    threads: int | None = Field(None, ge=1)  # of the CPU; None: as many as PyTorch takes
     resume: bool = False  # go on from output/last.pt
     overwrite: bool = False  # replace what an earlier run left in output
     model: Model

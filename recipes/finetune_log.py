@@ -15,6 +15,7 @@ from surgeon.errors import SurgeonError, UsageError
 MAY_CHANGE = {
     "output",
     "device",
+    "threads",
     "resume",
     "overwrite",
     "deliver",
