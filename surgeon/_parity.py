@@ -37,7 +37,8 @@ class ParityRow:
         absolute: Largest absolute difference.
         relative: ``absolute`` over the largest absolute value in PyTorch.
         top1: Share of rows, 0 to 1, with the largest value at the same place; None unless rows are scores.
-        note: What makes numbers meaningless: other shapes, values that are not finite; else empty.
+        note: What makes the numbers say little: other shapes, values that are not finite, nothing but zeros;
+            else empty.
         ok: Whether the row is within the tolerance.
     """
 
@@ -84,7 +85,7 @@ class ParityReport:
     @property
     def worst(self) -> ParityRow:
         """The row that is furthest from agreement."""
-        return max(self.rows, key=lambda row: (not row.ok, bool(row.note), row.relative))
+        return max(self.rows, key=lambda row: (not row.ok, math.isnan(row.relative), row.relative))
 
     def require(self) -> "ParityReport":
         """Returns the report itself if it is ok.
@@ -136,16 +137,9 @@ def _row(name: str, reference: Array, other: Array, batch: int, tolerance: float
     if note:
         return ParityRow(name, batch, reference.shape, math.nan, math.nan, None, note, ok=False)
     absolute, relative = _distance(reference, other)
-    return ParityRow(
-        name,
-        batch,
-        reference.shape,
-        absolute,
-        relative,
-        _top1(reference, other),
-        "",
-        ok=relative <= tolerance,
-    )
+    note = "" if reference.any() or not relative <= tolerance else "PyTorch computes nothing but zeros"
+    top1, ok = _top1(reference, other), relative <= tolerance
+    return ParityRow(name, batch, reference.shape, absolute, relative, top1, note, ok=ok)
 
 
 def _incomparable(reference: Array, other: Array) -> str:

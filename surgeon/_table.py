@@ -1,5 +1,6 @@
 """What people see of results: tables of rich, made of the same dataclasses that go out as JSON."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -83,10 +84,16 @@ def parity(report: Any) -> Sequence[RenderableType]:
     table.add_column("", overflow="fold")
     for row in report.rows:
         top1 = "" if row.top1 is None else f"{row.top1:.0%}"
-        numbers = ("", "") if row.note else (f"{row.absolute:.2g}", f"{row.relative:.2g}")
-        table.add_row(row.output, str(row.batch), *numbers, top1, row.note or ("ok" if row.ok else "FAIL"))
+        numbers = ("", "") if math.isnan(row.relative) else (f"{row.absolute:.2g}", f"{row.relative:.2g}")
+        table.add_row(row.output, str(row.batch), *numbers, top1, _verdict(row))
     shown = _titled(title, table)
     return (shown, _findings(report.findings)) if report.findings else (shown,)
+
+
+def _verdict(row: Any) -> str:
+    if row.ok:
+        return f"ok, but {row.note}" if row.note else "ok"
+    return row.note or "FAIL"
 
 
 def exported(model: str, report: Any) -> Sequence[RenderableType]:

@@ -61,6 +61,9 @@ def lively(model):
                 module.running_var.uniform_(0.8, 1.2)
                 module.weight.uniform_(0.8, 1.2)
                 module.bias.normal_(std=0.1)
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(std=0.1)  # torchvision's ViT starts with a head of zeros
     return model
 
 

@@ -116,6 +116,13 @@ def test_values_that_are_not_finite(where, tmp_path):
     assert f"2 of 6 values are not finite in {where} (the first is" in report.fault
 
 
+def test_zeros_prove_little_and_say_so(tmp_path):
+    report = verify(Model(WEIGHT * 0), linear(tmp_path / "m.onnx", WEIGHT * 0), example=EXAMPLE)
+    assert report.ok
+    assert report.worst.note == "PyTorch computes nothing but zeros"
+    assert not verify(Model(WEIGHT * 0), linear(tmp_path / "m.onnx"), example=EXAMPLE).ok
+
+
 def test_two_outputs_are_told_apart(tmp_path):
     class Two(nn.Module):
         def forward(self, x):
