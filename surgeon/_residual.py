@@ -5,7 +5,8 @@ An addition ``a + b`` of two activations is a residual add when one side carries
 * ``"identity"``: one side, or what it hands on (as a term of a sum, a view, times a scale per channel), is
   an ancestor of the other side, so the other side is a function of it;
 * ``"projection"``: both sides part from a common ancestor, one of them through layers without an
-  activation (convolution, linear, norm, pooling, resizing): that one is the shortcut.
+  activation (convolution, linear, norm, pooling, resizing) or through a single layer where the other has
+  more: that one is the shortcut.
 
 Everything is read from the graph and from the ATen operators that each node ran; no module class, model
 or library is known by name.
@@ -13,7 +14,7 @@ or library is known by name.
 
 import operator
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
@@ -28,7 +29,7 @@ aten = torch.ops.aten
 REASONS = {
     "aliased": "writes in place to a tensor that is read again under another name",
     "bias": "adds a weight, mask or table that depends on no input",
-    "broadcast": "the two sides differ in shape, so neither carries the whole block input",
+    "broadcast": "the two sides differ in shape, so one of them is spread over the other",
     "form": "is made inside one operator or in a form that cannot take a gate",
     "fusion": "merges two branches with activations of their own; neither side is a shortcut",
     "gating": "mixes two activations with weights computed from the input",
@@ -149,7 +150,19 @@ def additions(flow: Flow) -> list[Addition]:
         elif addition.code is None:
             inside |= _branch_only(flow, addition)
         found.append(addition)
-    return found[::-1]
+    merged = _merged(flow, nodes)
+    return [replace(a, code="fusion") if a.code is None and a.node in merged else a for a in reversed(found)]
+
+
+def _merged(flow: Flow, nodes: list[fx.Node]) -> set[fx.Node]:
+    """Additions side by side whose sums are concatenated: the paths of a cell, not steps of a residual stream."""
+    merged: set[fx.Node] = set()
+    for cat in (node for node in flow.order if node.target in (torch.cat, torch.concat)):
+        parts = {stem for source in cat.all_input_nodes for stem in _stems(flow, source)} & set(nodes)
+        for a in parts:
+            if any(a is not b and not flow.precedes(a, b) and not flow.precedes(b, a) for b in parts):
+                merged.add(a)
+    return merged
 
 
 def writes_to(node: fx.Node) -> fx.Node | None:
@@ -172,7 +185,7 @@ def _classify(flow: Flow, node: fx.Node, ordinal: int) -> Addition:
     kind, shortcut, branch, code = _sides(flow, left, right)
     if not kind:
         return Addition(node, ordinal, code)
-    if flow.fact(shortcut).value.shape != flow.fact(node).value.shape:
+    if not flow.fact(shortcut).value.shape == flow.fact(branch).value.shape == flow.fact(node).value.shape:
         return Addition(node, ordinal, "broadcast")
     if _seen_elsewhere(flow, node):
         return Addition(node, ordinal, "aliased")
@@ -195,11 +208,18 @@ def _sides(flow: Flow, left: fx.Node, right: fx.Node) -> tuple[str, fx.Node, fx.
     common = flow.ancestors(left) & flow.ancestors(right)
     if not any(flow.fact(n).active and tensors(flow.fact(n).value) for n in common):
         return "", left, right, "no-shortcut"
-    plain = [_plain(flow, _side(flow, a, b)) for a, b in ((left, right), (right, left))]
+    if _is_mixture(flow, left, right):
+        return "", left, right, "gating"
+    sides = [_side(flow, left, right), _side(flow, right, left)]
+    plain = [_plain(flow, side) for side in sides]
     if all(plain):
         return "", left, right, "linear"
     if not any(plain):
-        return "", left, right, "gating" if _is_mixture(flow, left, right) else "fusion"
+        # A pre-activation projection has its norm and activation before its one layer.
+        depth = [sum(op.weighted and op.func.overloadpacket in _LAYERS for op in _ops(flow, s)) for s in sides]
+        plain = [depth[0] <= 1 < depth[1], depth[1] <= 1 < depth[0]]
+        if not any(plain):
+            return "", left, right, "fusion"
     return ("projection", left, right, None) if plain[0] else ("projection", right, left, None)
 
 
@@ -242,7 +262,14 @@ def _unfit(flow: Flow, work: list[fx.Node], branch: fx.Node) -> str | None:
     weighted = [op for op in ops if op.weighted]
     if weighted and all(op.depthwise for op in weighted):
         return "position"
-    return "linear" if all(_linear(op) for op in ops) else None
+    return "linear" if all(_linear(op) for op in ops) and not _pools(ops) else None
+
+
+def _pools(ops: list[Op]) -> bool:
+    """Whether a linear branch mixes tokens by pooling alone: no layer that a sum of linear paths would merge."""
+    packets = [op.func.overloadpacket for op in ops]
+    merges = any(op.weighted and op.func.overloadpacket in _LAYERS for op in ops)
+    return not merges and any(packet in _POOLS for packet in packets)
 
 
 def _seen_elsewhere(flow: Flow, node: fx.Node) -> bool:
@@ -310,6 +337,8 @@ def _linear(op: Op) -> bool:
     return packet in _LINEAR and op.active == 1
 
 
+_LAYERS = {aten.convolution, aten.addmm, aten.mm, aten.bmm, aten.baddbmm}
+_POOLS = {aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d}
 _SCALES = {aten.mul, aten.div, aten.alias, aten.detach, aten.clone, aten.view, aten.unsqueeze, aten._to_copy}
 _ADDITIVE = {
     *(aten.add, aten.add_, aten.sub, aten.sub_, aten.cat, aten.stack, aten.clone, aten.copy_, aten.neg),
@@ -328,5 +357,5 @@ _LINEAR = {
 }
 _PROJECTS = {
     *(aten.max_pool1d, aten.max_pool2d_with_indices, aten.max_pool3d_with_indices, aten.native_layer_norm),
-    *(aten.native_group_norm, aten._fused_rms_norm, aten.adaptive_max_pool2d),
+    *(aten.native_group_norm, aten._fused_rms_norm, aten.adaptive_max_pool2d, aten.max, aten.amax),
 }

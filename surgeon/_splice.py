@@ -174,6 +174,8 @@ class _Writer:
 
     def _fresh(self, addition: Addition) -> bool:
         """Whether something writes in place later on to the result, or to the shortcut it would share."""
+        if _onto(addition) == "shortcut":
+            return False  # there the result is the shortcut in the original too
         shared = {storage(self.flow.fact(n).value) for n in (addition.node, addition.shortcut) if n is not None}
         later = self.flow.order[self.flow.position(addition.node) + 1 : -1]
         return self.rewritten or any(shared & self.flow.fact(node).writes for node in later)

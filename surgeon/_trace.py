@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 
@@ -327,7 +328,7 @@ class BlockTracer(fx.Tracer):
 
     def _execute(self, node: fx.Node) -> Any:
         """Runs one node on fake values and notes its facts."""
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.facts[n].value)
+        args, kwargs = _mutable(map_arg((node.args, node.kwargs), lambda n: self.facts[n].value))
         read = tensors((args, kwargs))
         versions = [t._version for t in read]
         start = len(self.log.ops)
@@ -385,6 +386,15 @@ def _operator(func: Any, name: str) -> Any:
         if hasattr(operator, plain):
             return getattr(operator, plain)
     return func
+
+
+def _mutable(tree: Any) -> Any:
+    """fx keeps arguments in immutable lists and dicts; what is called may want to write to them."""
+    if isinstance(tree, immutable_list):
+        return [_mutable(item) for item in tree]
+    if isinstance(tree, immutable_dict):
+        return {key: _mutable(item) for key, item in tree.items()}
+    return tuple(_mutable(item) for item in tree) if type(tree) is tuple else tree
 
 
 def storage(tensor: Tensor) -> int:
