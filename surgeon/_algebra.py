@@ -35,7 +35,7 @@ asks for ``s ** -1`` on the first weight of ``f``. In a ghost module the cheap c
 primary features and its norm wants exponent 0, so its weight takes ``s ** -1``. In ``w = g v / |v|`` only
 ``g`` can take it, and in spectral normalisation ``w / sigma(w)`` nothing can.
 
-Each rule below is a pure function from one call to its laws. ``surgeon._balance`` solves them.
+Each rule below is a pure function from one call to its laws. ``surgeon._search`` solves them.
 """
 
 import math

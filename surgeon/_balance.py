@@ -1,46 +1,23 @@
-"""Solving the laws of the fold: the cheapest exponents that push one gate's scale into parameters.
+"""The laws of a whole flat model, merged into classes of values that share one exponent.
 
-``Balance`` holds the laws of a whole flat model. Most of them are equalities and zeros, so they are
-first merged into classes of values that must share one exponent, with one class for everything that must
-stay. What is left are the few products, and the gates.
-
-``solve`` then asks for exponent 1 on the branch of a gate (or of several gates of equal scale that share
-weights) and 0 behind it. Everything else counts as 0 until a law forces it. Where a product leaves a
-choice, the parameter takes the scale before an activation does, which finds the absorbers nearest to the
-gate; a dead end goes back to the last choice. Only values that lead to the gate may be scaled: what else
-the model computes keeps every number it had.
+Most laws are equalities and zeros. Merging them leaves one class for everything that must stay, a few
+products between classes, and the gates. ``near`` and ``pins`` remember which call joined which values, and
+which call made a value stay, so that a refusal can name the nearest obstacle.
 """
 
-from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from surgeon._algebra import Law, laws
-from surgeon._flat import Call, Flat, Source, Value
+from surgeon._flat import Call, Flat, Value
 
 MARK = "surgeon.mark"
-_STAYS = -1  # root of the class of everything that must keep exponent 0
-_MOST = 4  # the largest power of a scale worth writing into a weight
-_REACHES_SHORTCUT = (
-    "the branch reaches its own shortcut without passing a parameter that could take the scale"
-)
-_CHOICES = 300  # tries per gate; real branches need fewer than ten, and each may be a level of recursion
+STAYS = -1
+"""Root of the class of everything that must keep exponent 0."""
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why no exponents exist, and which parameters were tried on the way."""
-
-    reason: str
-    tried: frozenset[Value]
-
-
-Exponents = Mapping[Value, int]
-"""Of the parameters that change; all others have exponent 0."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Pin:
+class Pin:
     """A value that must stay, by which call (none for a source), and why."""
 
     call: Call | None
@@ -64,7 +41,7 @@ class Balance:
             self.producer.update(dict.fromkeys(call.outputs, call))
             for value in dict.fromkeys(call.inputs):
                 self.readers.setdefault(value, []).append(call)
-        self.pins: dict[Value, _Pin] = {}
+        self.pins: dict[Value, Pin] = {}
         self.near: dict[Value, list[tuple[Value, Call]]] = {}
         """Which values share a value's exponent, and by which call."""
         self._root: dict[Value, int] = {}
@@ -84,7 +61,7 @@ class Balance:
         found: dict[int, int] = {}
         for value, coefficient in law.terms:
             root = self.root(value)
-            if root != _STAYS:
+            if root != STAYS:
                 found[root] = found.get(root, 0) + coefficient
         return {root: coefficient for root, coefficient in found.items() if coefficient}
 
@@ -103,23 +80,23 @@ class Balance:
                 if not all(self.reach.get(value) for value, _ in law.terms):
                     continue
                 if len(law.terms) == 1:
-                    self.pins.setdefault(law.terms[0][0], _Pin(call, law.why))
+                    self.pins.setdefault(law.terms[0][0], Pin(call, law.why))
                 else:
                     yield law, call
         for value in self.reach:
             if (source := self._source(value)) is not None:
                 self.pins[value] = source
 
-    def _source(self, value: Value) -> _Pin | None:
+    def _source(self, value: Value) -> Pin | None:
         """Why a value must stay whatever reads it; None where that is for the laws to say."""
         if value in self.flat.outputs:
-            return _Pin(None, "is an output of the model")
+            return Pin(None, "is an output of the model")
         if name := self.flat.buffers.get(value):
-            return _Pin(None, f"is the buffer {name!r}, or shares its memory, and must not be written")
+            return Pin(None, f"is the buffer {name!r}, or shares its memory, and must not be written")
         if not value.scalable:
-            return _Pin(self.producer.get(value), "holds no real numbers")
+            return Pin(self.producer.get(value), "holds no real numbers")
         if not self._may_scale(value):
-            return _Pin(None, "comes from outside of the model's parameters")
+            return Pin(None, "comes from outside of the model's parameters")
         return None
 
     def _may_scale(self, value: Value) -> bool:
@@ -128,7 +105,7 @@ class Balance:
     def _merge(self, found: list[tuple[Law, Call]]) -> None:
         """Join classes until only laws with a choice are left; equalities first, as they say most."""
         for value in self.pins:
-            self._parent[self._find(value.number)] = _STAYS
+            self._parent[self._find(value.number)] = STAYS
         found.sort(key=lambda one: len(one[0].terms))
         while True:
             self.kept = [(law, call) for law, call in found if not self._joined(law, call)]
@@ -139,7 +116,7 @@ class Balance:
     def _joined(self, law: Law, call: Call) -> bool:
         """Whether a law is done with: empty, a zero, or an equality, which are carried out here."""
         values = [value for value, _ in law.terms]
-        live = [value for value in values if self.root(value) != _STAYS]
+        live = [value for value in values if self.root(value) != STAYS]
         match list(self.terms(law).items()):
             case []:
                 self._link(values if len(values) == 2 else [], values, call)
@@ -148,7 +125,7 @@ class Balance:
                 # A factor pinned by itself is not to blame where another one stays because of something.
                 others = [value for value in values if value in live or value not in self.pins]
                 self._link(live, others if len(others) > len(live) else values, call)
-                self._parent[root] = _STAYS
+                self._parent[root] = STAYS
                 return True
             case [(one, a), (other, b)] if a == -b:
                 self._link(live, live, call)
@@ -184,232 +161,3 @@ def _independent_of_inputs(flat: Flat) -> frozenset[Value]:
         if fixed.issuperset(call.inputs):
             fixed.update(call.outputs)
     return frozenset(fixed)
-
-
-@dataclass(slots=True)
-class _Search:
-    """One solve: exponents found so far, and how to take them back."""
-
-    balance: Balance
-    gates: frozenset[int]
-    equations: list[tuple[dict[int, int], Law, Call]]
-    touching: dict[int, list[int]]
-    exponents: dict[int, int] = field(default_factory=dict)
-    depth: dict[int, int] = field(default_factory=dict)
-    trail: list[int] = field(default_factory=list)
-    open: list[int] = field(default_factory=list)
-    """Laws that were seen broken with more than one way to mend them."""
-    tried: set[Value] = field(default_factory=set)
-    reasons: list[tuple[int, str]] = field(default_factory=list)
-    choices: int = 0
-
-    def run(self) -> Exponents | Refusal:
-        """Exponents of the parameters, or the reason nearest to the gate."""
-        marks = [call for gate in sorted(self.gates) for call in self.balance.marks[gate]]
-        seeds = [(mark, mark.outputs[0], 0) for mark in marks] + [(mark, mark.inputs[0], 1) for mark in marks]
-        for mark, value, exponent in seeds:
-            if not self._assign(self.balance.root(value), exponent, value, 0, mark):
-                return self._refusal()
-        if not self._settle([self.balance.root(value) for _, value, _ in seeds]) or not self._choose():
-            return self._refusal()
-        found = {v: self.exponents.get(self.balance.root(v), 0) for v in self.balance.flat.parameters}
-        changed = {value: exponent for value, exponent in found.items() if exponent}
-        return changed or Refusal("the branch is always zero, or no parameter leads to it", frozenset())
-
-    def _refusal(self) -> Refusal:
-        if self.choices >= _CHOICES:
-            self.reasons.append(
-                (0, f"the search for a place to put the scale was cut after {_CHOICES} tries")
-            )
-        _, reason = min(self.reasons, key=lambda one: one[0])
-        return Refusal(reason, frozenset(self.tried))
-
-    def _assign(self, root: int, exponent: int, entry: Value, depth: int, call: Call) -> bool:
-        """Give a class its exponent; on a contradiction note why."""
-        known = self.exponents.get(root)
-        if known == exponent or (root == _STAYS and not exponent):
-            return True
-        if root != _STAYS:
-            self.tried.update(
-                v for v in self.balance.members.get(root, ()) if v in self.balance.flat.parameters
-            )
-        if known is None and (not exponent or self._allowed(root, exponent)):
-            self.exponents[root], self.depth[root] = exponent, depth
-            self.trail.append(root)
-            return True
-        self.reasons.append(self._why(root, entry, depth, call))
-        return False
-
-    def _allowed(self, root: int, exponent: int) -> bool:
-        return (
-            root != _STAYS
-            and abs(exponent) <= _MOST
-            and all(map(self._inside, self.balance.members.get(root, ())))
-        )
-
-    def _inside(self, value: Value) -> bool:
-        """Whether a value leads to one of the gates."""
-        bits = self.balance.reach[value]
-        return any(bits & 2 << gate for gate in self.gates)
-
-    def _settle(self, roots: list[int]) -> bool:
-        """Follow every consequence of new exponents; False on a contradiction."""
-        queue = deque(roots)
-        while queue:
-            for index in self.touching.get(queue.popleft(), ()):
-                terms, _, _ = self.equations[index]
-                rest, unknown = self._state(terms)
-                if not rest:
-                    continue
-                if not unknown:
-                    self._broken(index)
-                    return False
-                if len(unknown) > 1:
-                    self.open.append(index)
-                elif not self._mend(index, unknown[0], rest, queue):
-                    return False
-        return True
-
-    def _state(self, terms: Mapping[int, int]) -> tuple[int, list[int]]:
-        """What the known exponents of a law add up to, and the classes not known yet."""
-        rest = sum(c * self.exponents[root] for root, c in terms.items() if root in self.exponents)
-        return rest, [root for root in terms if root not in self.exponents]
-
-    def _mend(self, index: int, root: int, rest: int, queue: deque[int]) -> bool:
-        """Give one class of a law the exponent that makes it hold."""
-        terms, law, call = self.equations[index]
-        depth = 1 + max(self.depth.get(other, 0) for other in terms if other in self.exponents)
-        exponent, remainder = divmod(-rest, terms[root])
-        if remainder:
-            self.reasons.append((depth, f"only a root of the scale would do before {described(call)}"))
-            return False
-        entry = next(value for value, _ in law.terms if self.balance.root(value) == root)
-        if not self._assign(root, exponent, entry, depth, call):
-            return False
-        queue.append(root)
-        return True
-
-    def _broken(self, index: int) -> None:
-        terms, _, call = self.equations[index]
-        depth = 1 + max(self.depth[root] for root in terms)
-        self.reasons.append((depth, f"the scale would reach both sides of {described(call)}, or neither"))
-
-    def _choose(self) -> bool:
-        """Mend the oldest broken law that leaves a choice, and all after it; undo what fails."""
-        for index in self.open:
-            rest, unknown = self._state(self.equations[index][0])
-            if rest:
-                break
-        else:
-            return True
-        for root in sorted(unknown, key=self._is_activation):
-            self.choices += 1
-            if self.choices >= _CHOICES:
-                return False
-            at, pending, queue = len(self.trail), list(self.open), deque[int]()
-            if self._mend(index, root, rest, queue) and self._settle(list(queue)) and self._choose():
-                return True
-            self.open = pending
-            while len(self.trail) > at:
-                self.exponents.pop(self.trail.pop())
-        return False
-
-    def _is_activation(self, root: int) -> bool:
-        """Whether a class holds anything that depends on the model's input."""
-        return any(value not in self.balance.fixed for value in self.balance.members.get(root, ()))
-
-    # Words for what went wrong.
-
-    def _why(self, root: int, entry: Value, depth: int, call: Call) -> tuple[int, str]:
-        """Distance and reason for a class that cannot have the exponent asked of it.
-
-        A class stays because of a pin in it; another one may not be scaled because one of its values does
-        not lead to the gate. The nearest of these is to blame.
-        """
-        if root != _STAYS and not self._inside(entry):
-            return depth, _outside(None, call)
-        queue = deque([(entry, not depth)])
-        seen = {entry}
-        while queue:
-            value, ends = queue.popleft()
-            links = self.balance.near.get(value, [])
-            if any(self._is_shortcut(by) for _, by in links):
-                return depth, _REACHES_SHORTCUT
-            if (reason := self._blame(value, ends)) is not None:
-                return depth, reason
-            for other, by in links:
-                if other in seen or self.balance.root(other) != root:
-                    continue
-                seen.add(other)
-                named = self.balance.flat.parameters.get(value)
-                if (root != _STAYS or named) and not self._inside(other):
-                    return depth, _outside(named, by)
-                queue.append((other, ends and value in by.outputs and other in by.inputs))
-        return depth, "no parameter of the branch can take the scale without changing something else"
-
-    def _is_shortcut(self, call: Call) -> bool:
-        behind = {mark.outputs[0] for gate in self.gates for mark in self.balance.marks[gate]}
-        return not behind.isdisjoint(call.inputs)
-
-    def _blame(self, value: Value, ends: bool) -> str | None:
-        pin = self.balance.pins.get(value)
-        if pin is None:
-            return None
-        if pin.call is None:
-            return f"the scale would have to go into a value that {pin.why}"
-        if ends and value in pin.call.outputs:
-            return f"the branch ends in {described(pin.call)}, which {pin.why}"
-        return f"the scale would have to pass {described(pin.call)}, which {pin.why}"
-
-
-def _outside(source: Source | None, call: Call) -> str:
-    if source is not None:
-        return f"the parameter {source.names[0]!r} is also used outside of the branch"
-    return f"a value inside the branch is also read outside of it, by {described(call)}"
-
-
-def solve(balance: Balance, gates: frozenset[int]) -> Exponents | Refusal:
-    """Push the common scale of some gates into parameters.
-
-    Args:
-        balance: The merged laws.
-        gates: One gate, or several whose scales are the same number.
-    """
-    linear = [
-        (Law(((call.outputs[0], 1), (call.inputs[0], -1))), call)
-        for gate, calls in balance.marks.items()
-        if gate not in gates
-        for call in calls
-        if balance.reach.get(call.outputs[0])
-    ]
-    equations = [(balance.terms(law), law, call) for law, call in (*balance.kept, *linear)]
-    touching: dict[int, list[int]] = {}
-    for index, (terms, _, _) in enumerate(equations):
-        for root in terms:
-            touching.setdefault(root, []).append(index)
-    return _Search(balance, gates, equations, touching).run()
-
-
-_SPOKEN = {
-    "native_batch_norm": "batch_norm",
-    "_native_batch_norm_legit_no_training": "batch_norm",
-    "cudnn_batch_norm": "batch_norm",
-    "native_layer_norm": "layer_norm",
-    "native_group_norm": "group_norm",
-    "_fused_rms_norm": "rms_norm",
-    "_softmax": "softmax",
-    "_safe_softmax": "softmax",
-    "linalg_vector_norm": "norm",
-    "mm": "matmul",
-    "bmm": "matmul",
-    "addmm": "linear",
-}
-
-
-def described(call: Call) -> str:
-    """An operator as a user knows it, with the module it ran in."""
-    name = call.name.split(".", 1)[1] if call.name.startswith("aten.") else call.name
-    name = _SPOKEN.get(name, name.removeprefix("_"))
-    if name == "hardtanh" and (call.arguments["min_val"], call.arguments["max_val"]) == (0, 6):
-        name = "relu6"
-    return f"{name} in {call.module!r}" if call.module else name

@@ -15,7 +15,6 @@ How, and why so:
   ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` are off: this list is only read.
 """
 
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from surgeon._still import evaluating, unchanged
 from surgeon.errors import FoldError
 
 
@@ -133,7 +132,7 @@ def _record(
         result = torch.func.functional_call(model, state, positional, keyword, tie_weights=False)
         return list(_tensors_in(result))
 
-    with _evaluating(model), _naming(recorder), fake, recorder:
+    with evaluating(model), _naming(recorder), fake, recorder:
         out = torch.func.functionalize(forward, remove="mutations")(*held, *fed)
     return values, frozenset(recorder.value(tensor) for tensor in out)
 
@@ -295,59 +294,3 @@ def _naming(recorder: _Recorder) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation without gradients, without fused attention, and without a trace in the random state.
-
-    The flag is written directly: an overridden ``train()`` may clear caches or return nothing. Writing it
-    back is left to ``unchanged``.
-    """
-    fast, state, plain = torch.backends.mha.get_fastpath_enabled(), random.getstate(), torch.get_rng_state()
-    for module in model.modules():
-        module.__dict__["training"] = False
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        random.setstate(state)
-        torch.set_rng_state(plain)
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Give every module its attributes back, and every container in them its content.
-
-    Modules keep things as they run: LeViT an attention bias per device, others their last attention map.
-    After a run on fake tensors these would be poison.
-    """
-    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
-    contents: dict[int, tuple[Any, Any]] = {}
-    for _, saved in attributes:
-        _keep(saved.values(), contents, depth=3)
-    try:
-        yield
-    finally:
-        for module, saved in attributes:
-            module.__dict__.clear()
-            module.__dict__.update(saved)
-        for container, content in contents.values():
-            _refill(container, content)
-
-
-def _keep(items: Iterable[Any], contents: dict[int, tuple[Any, Any]], depth: int) -> None:
-    for item in items:
-        if isinstance(item, dict | list | set) and id(item) not in contents and depth:
-            contents[id(item)] = (item, item.copy())
-            _keep(list(item.values() if isinstance(item, dict) else item), contents, depth - 1)
-
-
-def _refill(container: Any, content: Any) -> None:
-    container.clear()
-    if isinstance(container, list):
-        container.extend(content)
-    else:
-        container.update(content)

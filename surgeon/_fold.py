@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon._balance import Balance, Exponents, Refusal, solve
+from surgeon._balance import Balance
 from surgeon._flat import Flat, flatten
 from surgeon._rows import by_rows
+from surgeon._search import Exponents, Refusal, solve
 from surgeon.errors import FoldError
 
 

@@ -1,0 +1,196 @@
+"""The plan changes nothing; the commit changes what the plan says, or nothing."""
+
+import random
+
+import pytest
+import torch
+from test_fold import SCALE, Gated, SqueezeExcite, exponents, image, randomised, tokens
+from torch import Tensor, nn
+
+from surgeon._fold import FoldPlan, Kept, Step, commit, plan
+from surgeon.errors import FoldError
+
+# The plan changes nothing.
+
+
+class Caching(nn.Module):
+    """Keeps what it saw, in every place a module may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.cache: dict[str, object] = {"old": 1, "deep": {"list": [1]}}
+        self.seen: list[Tensor] = []
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x + torch.rand(()) + random.random())  # noqa: S311
+        self.cache["new"] = y
+        self.cache["deep"]["list"].append(y)  # type: ignore[index]
+        self.seen.append(y)
+        self.last = y
+        return y
+
+    def train(self, mode: bool = True) -> "Caching":
+        raise AssertionError("an overridden train() is not to be called")
+
+
+def test_the_plan_leaves_everything_as_it_was() -> None:
+    model = Gated(nn.Sequential(Caching(), nn.BatchNorm1d(5), nn.Dropout()))
+    object.__setattr__(model.branch[1], "training", False)  # type: ignore[index]
+    state = {name: (id(t), t.clone(), t._version) for name, t in model.state_dict(keep_vars=True).items()}
+    flags = [module.training for module in model.modules()]
+    attributes = [{k: id(v) for k, v in vars(module).items()} for module in model.modules()]
+    plain, python = torch.get_rng_state(), random.getstate()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    made = plan(model, (torch.randn(2, 5, 8),), {}, {0: SCALE})
+    torch.set_rng_state(plain)  # the example itself was drawn after the state was taken
+    assert made.steps
+    after = model.state_dict(keep_vars=True)
+    for name, (identity, value, version) in state.items():
+        assert (id(after[name]), after[name]._version) == (identity, version)
+        assert torch.equal(after[name], value)
+    assert [module.training for module in model.modules()] == flags
+    assert [{k: id(v) for k, v in vars(module).items()} for module in model.modules()] == attributes
+    caching = model.branch[0]  # type: ignore[index]
+    assert caching.cache == {"old": 1, "deep": {"list": [1]}}
+    assert (caching.seen, caching.last) == ([], None)
+    assert random.getstate() == python
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+
+
+def test_the_plan_leaves_the_random_state_alone() -> None:
+    model, x = Gated(Caching()), torch.randn(2, 5, 8)
+    before = torch.get_rng_state()
+    plan(model, (x,), {}, {0: SCALE})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_plan_is_the_same_in_training_mode() -> None:
+    model, x = Gated(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(5))), tokens().float()
+    assert plan(model.train(), (x,), {}, {0: SCALE}) == plan(model.eval(), (x,), {}, {0: SCALE})
+
+
+def test_keyword_arguments_and_frozen_parameters() -> None:
+    model = randomised(Gated(nn.Linear(8, 8))).requires_grad_(requires_grad=False)
+    assert exponents(plan(model, (), {"x": tokens()}, {0: SCALE})) == {"weight": 1, "bias": 1}
+
+
+# The commit.
+
+
+def test_the_commit_keeps_the_parameters() -> None:
+    model = Gated(nn.Linear(8, 8))
+    before = [(id(p), p.clone(), p.requires_grad) for p in model.parameters()]
+    commit(model, plan(model, (tokens().float(),), {}, {0: SCALE}), {0: SCALE})
+    for (identity, value, grad), parameter in zip(before, model.parameters(), strict=True):
+        assert (id(parameter), parameter.requires_grad) == (identity, grad)
+        assert torch.equal(parameter, (value.double() * SCALE).float())  # rounded once
+
+
+def test_the_inverse_scales_undo_the_fold() -> None:
+    model, x = (
+        randomised(Gated(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), SqueezeExcite(4)))),
+        image(),
+    )
+    made = plan(model, (x,), {}, {0: SCALE})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    commit(model, made, {0: 1 / SCALE})
+    assert not torch.equal(model.state_dict()["branch.1.weight"], before["branch.1.weight"])
+    commit(model, made, {0: SCALE})
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("damage", "dtype", "scale", "message"),
+    [
+        (float("nan"), torch.float32, 0.5, "'branch.bias' holds NaN or infinite values"),
+        (float("inf"), torch.float32, 0.5, "'branch.bias' holds NaN or infinite values"),
+        (3e38, torch.float32, 2.0, "'branch.bias' overflows torch.float32"),
+        (6e4, torch.float16, 2.0, "'branch.bias' overflows torch.float16"),
+        (1e-45, torch.float32, 0.3, "'branch.bias' underflows torch.float32"),
+        (1e-6, torch.float16, 0.77, "'branch.bias' underflows torch.float16"),
+    ],
+)
+def test_a_commit_that_fails_changes_nothing(
+    damage: float, dtype: torch.dtype, scale: float, message: str
+) -> None:
+    model = Gated(nn.Linear(8, 8))
+    made = plan(model, (tokens().float(),), {}, {0: scale})
+    model.to(dtype)
+    nn.init.constant_(model.branch.bias, damage)  # type: ignore[arg-type, union-attr]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(FoldError, match=message):
+        commit(model, made, {0: scale})
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_single_weights_may_vanish_beside_larger_ones() -> None:
+    model = Gated(nn.Linear(8, 8))
+    made = plan(model, (tokens().float(),), {}, {0: 0.3})
+    model.branch.weight.data[0, 0] = 1e-45  # type: ignore[union-attr, index]
+    commit(model, made, {0: 0.3})
+    assert model.branch.weight[0, 0] == 0  # type: ignore[union-attr, index]
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("nan"), float("inf")])
+def test_a_scale_must_be_positive(scale: float) -> None:
+    model = Gated(nn.Linear(8, 8))
+    made = plan(model, (tokens().float(),), {}, {0: SCALE})
+    with pytest.raises(FoldError, match="only a finite scale above 0 can be folded"):
+        plan(model, (tokens().float(),), {}, {0: scale})
+    with pytest.raises(FoldError, match="only a finite scale above 0 can be folded"):
+        commit(model, made, {0: scale})
+    with pytest.raises(FoldError, match="no scale was given"):
+        commit(model, made, {})
+
+
+def test_a_plan_for_another_model_is_refused() -> None:
+    made = FoldPlan((Step("branch.weight", 0, 1), Step("elsewhere.weight", 0, 1)), ())
+    model = Gated(nn.Linear(8, 8))
+    before = model.branch.weight.clone()  # type: ignore[union-attr, operator]
+    with pytest.raises(FoldError, match=r"no parameter 'elsewhere\.weight'"):
+        commit(model, made, {0: 0.5})
+    assert torch.equal(model.branch.weight, before)  # type: ignore[arg-type]
+
+
+def test_meta_parameters_are_planned_but_not_written() -> None:
+    model = Gated(nn.Linear(8, 8)).to("meta")
+    made = plan(model, (torch.randn(2, 5, 8, device="meta"),), {}, {0: SCALE})
+    assert len(made.steps) == 2
+    with pytest.raises(FoldError, match="on the meta device"):
+        commit(model, made, {0: SCALE})
+
+
+def test_a_model_that_cannot_run_is_an_error() -> None:
+    with pytest.raises(FoldError, match="could not run on fake tensors in evaluation mode"):
+        plan(Gated(nn.Linear(8, 8)), (torch.randn(2, 5),), {}, {0: SCALE})
+
+
+def test_a_forward_that_asks_for_a_value_is_an_error() -> None:
+    class Asking(Gated):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.sum().item() > 0 else x
+
+    with pytest.raises(FoldError, match="could not run on fake tensors"):
+        plan(Asking(nn.Linear(8, 8)), (tokens().float(),), {}, {0: SCALE})
+
+
+def test_a_plan_prints_well() -> None:
+    steps = (
+        Step("a.weight", 0, 1),
+        Step("b.weight", 0, -1),
+        Step("table", 1, 1, rows=(2, 3)),
+        Step("w", 1, 1, (0, 4), 1),
+    )
+    made = FoldPlan(steps, (Kept(2, "the branch ends in silu, which does not commute with a scale"),))
+    assert str(made).splitlines() == [
+        "2 gates fold into 4 parameters, 1 keep a factor",
+        "gate 0: a.weight *= scale",
+        "gate 0: b.weight *= scale ** -1",
+        "gate 1: table[2:3] *= scale",
+        "gate 1: w[:, 0:4] *= scale",
+        "gate 2: kept, the branch ends in silu, which does not commute with a scale",
+    ]
