@@ -10,9 +10,10 @@ PIP_ARGS ?=
 ARGS     ?=
 WORKERS  ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 8 ] && echo 8 || echo $$n)
 
-# The first Python that is new enough; its own name last, so that the message below can name it.
+# The first Python that is new enough.
+NEW_ENOUGH := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON   ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
-	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+	$$p -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && echo $$p && break; done)
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.surgeon-installed
@@ -48,8 +49,11 @@ install: $(STAMP)  ## make the environment
 
 # The stamp is newer than pyproject.toml when the environment holds what it asks for.
 $(STAMP): pyproject.toml
-	@test -n "$(PYTHON)" || { echo "surgeon needs Python 3.11 or later with its venv module; say which: make PYTHON=..." >&2; exit 1; }
-	@test -x $(BIN)/python || { echo "making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@test -x $(BIN)/python || { \
+		$(or $(PYTHON),false) -c '$(NEW_ENOUGH)' 2>/dev/null || { \
+			echo "surgeon needs Python 3.11 or later with its venv module, and '$(PYTHON)' is none;" >&2; \
+			echo "name one: make $(or $(MAKECMDGOALS),install) PYTHON=..." >&2; exit 1; }; \
+		echo "making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing torch, timm, onnx and the rest (about 6 GB, some minutes)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[all]'
 	@touch $@
