@@ -1,12 +1,46 @@
 """surgeon: stochastic depth into, and out of, networks that already exist.
 
-    surgeon.apply(model, schedule="linear")     # gates on every residual add, in place
-    ...                                         # train as ever
-    surgeon.export(model, "model.onnx")         # folded, checked, plain ONNX
+surgeon.apply(model, schedule="linear")     # gates on every residual add, in place
+...                                         # train as ever
+surgeon.export(model, "model.onnx")         # folded, checked, plain ONNX
 """
 
-from surgeon._surgery import apply, find, fold, remove, set_drop_rate, status
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from surgeon._version import __version__
 from surgeon.errors import SurgeonError
 
-__all__ = ["SurgeonError", "__version__", "apply", "find", "fold", "remove", "set_drop_rate", "status"]
+if TYPE_CHECKING:
+    from surgeon._export import export
+    from surgeon._surgery import apply, find, fold, remove, set_drop_rate, status
+    from surgeon._verify import verify
+
+__all__ = [
+    "SurgeonError",
+    "__version__",
+    "apply",
+    "export",
+    "find",
+    "fold",
+    "remove",
+    "set_drop_rate",
+    "status",
+    "verify",
+]
+
+_HOMES = {name: "_surgery" for name in ("apply", "find", "fold", "remove", "set_drop_rate", "status")}
+_HOMES |= {"export": "_export", "verify": "_verify"}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a function's room when it is first asked for, so that the command line answers before torch loads."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'surgeon' has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"surgeon.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

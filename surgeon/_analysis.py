@@ -4,6 +4,7 @@ Nothing here changes the model; `surgeon._surgery` acts on what comes out.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -148,10 +149,11 @@ class _Scan:
 
     def _trace(self, call: Call) -> None:
         module, name = call.module, self.names[call.module]
+        arguments = self.recording.arguments(call)
         try:
-            flow = Flow(trace(module, *self.recording.arguments(call)))
+            flow = Flow(trace(module, *arguments))
         except TraceError as error:
-            self._refuse_all(module, call.additions, "untraceable", f"{REASONS['untraceable']}: {error}")
+            self._untraced(call, arguments, error)
             return
         block = Block(name, module, call, flow)
         found = additions(flow)
@@ -161,6 +163,20 @@ class _Scan:
         self._refuse_all(module, unseen, "form", first=len(found))
         if block.found:
             self.blocks.append(block)
+
+    def _untraced(self, call: Call, arguments: tuple[Any, ...], error: TraceError) -> None:
+        """Refuses a block that does not trace as in training; one recorded in evaluation may tell why there."""
+        found: list[Addition] = []
+        if not self.recording.training:
+            with mode(call.module, False), suppress(TraceError):
+                found = additions(Flow(trace(call.module, *arguments)))
+        name, kind = self.names[call.module], type(call.module).__name__
+        why = f"{REASONS['untraceable']}: {error}"
+        for addition in found:
+            code = addition.code or "untraceable"
+            reason = REASONS[code] if addition.code else why
+            self.refused.append(Refusal(_name(name, addition.ordinal), name, kind, code, reason))
+        self._refuse_all(call.module, call.additions - len(found), "untraceable", why, first=len(found))
 
     def _sort(self, block: Block, addition: Addition) -> None:
         name, kind = _name(block.name, addition.ordinal), type(block.module).__name__

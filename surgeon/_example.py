@@ -90,6 +90,19 @@ def generators_kept() -> Iterator[None]:
 
 
 @contextmanager
+def no_autocast_cache() -> Iterator[None]:
+    """Keeps autocast from remembering casts of weights: real and fake ones must not meet in its cache."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+        torch.set_autocast_cache_enabled(enabled)
+
+
+@contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Restores every module's attributes afterwards, also those kept in plain lists and dicts.
 

@@ -2,7 +2,7 @@
 
 Grad and autocast regions, gradient checkpoints and `torch.autograd.Function` act outside of the calls that fx
 sees. Inside `guarded` their entry points answer to the tracer: a region of its own stops the trace, an
-autograd function becomes a leaf, a question about the ambient mode makes the trace hold for that mode only.
+autograd function becomes a leaf, a tensor factory a node whatever its sizes are, a question about the ambient mode makes the trace hold for that mode only.
 """
 
 import functools
@@ -34,6 +34,11 @@ _REGIONS = (
     (torch.set_grad_enabled, "grad mode"),
     (torch.inference_mode, "grad mode"),
 )
+# Their C parsers refuse a proxy as a size before any override of theirs is asked.
+_FACTORIES = (
+    *("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm"),
+    *("scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros"),
+)
 _QUESTIONS = ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled")
 
 
@@ -49,6 +54,8 @@ def guarded(tracer: Listener) -> Iterator[None]:
             stack.enter_context(mock.patch.object(cls, "__enter__", _refusing(tracer, cls.__enter__, what)))
         for name in _QUESTIONS:
             stack.enter_context(mock.patch.object(torch, name, _noting(tracer, getattr(torch, name))))
+        for name in _FACTORIES:
+            stack.enter_context(mock.patch.object(torch, name, _factory(tracer, getattr(torch, name))))
         checkpointing = torch.utils.checkpoint._checkpoint_without_reentrant_generator
         stopped = _stopping(tracer, checkpointing, "its forward calls torch.utils.checkpoint")
         stack.enter_context(
@@ -71,6 +78,15 @@ def _noting(tracer: Listener, question: Callable[..., bool]) -> Callable[..., bo
     def guard(*args: Any) -> bool:
         tracer.ambient |= tracer.listening
         return question(*args)
+
+    return guard
+
+
+def _factory(tracer: Listener, factory: Callable[..., Any]) -> Callable[..., Any]:
+    def guard(*args: Any, **kwargs: Any) -> Any:
+        if tracer.listening:
+            return tracer.create_proxy("call_function", factory, args, kwargs)
+        return factory(*args, **kwargs)
 
     return guard
 

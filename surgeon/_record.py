@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from surgeon._example import generators_kept, mode, tensors, untouched
+from surgeon._example import generators_kept, mode, no_autocast_cache, tensors, untouched
 from surgeon._gate import held_open
 from surgeon.errors import RecordError
 
@@ -91,11 +91,13 @@ class Recording:
     Attributes:
         calls: Every module call in the order of entry; the model itself is the first.
         flops: FLOPs of the whole forward.
+        training: Whether it ran as in training.
         log: The log of every operator.
     """
 
     calls: tuple[Call, ...]
     flops: int
+    training: bool
     log: "OpLog" = field(repr=False)
 
     def arguments(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any], "OpLog"]:
@@ -234,8 +236,10 @@ def _record(model: nn.Module, args: Any, kwargs: Any, *, training: bool, real: b
     log, calls = OpLog(FakeTensorMode(allow_non_fake_inputs=True)), list[Call]()
     log.real = real
     with ExitStack() as stack:
-        for context in (untouched(model), mode(model, training), generators_kept(), held_open(), _quiet()):
+        for context in (untouched(model), mode(model, training), generators_kept(), no_autocast_cache()):
             stack.enter_context(context)
+        stack.enter_context(held_open())
+        stack.enter_context(_quiet())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_watch(model, log, calls))
@@ -248,7 +252,7 @@ def _record(model: nn.Module, args: Any, kwargs: Any, *, training: bool, real: b
         model(*given[0], **given[1])
     for index, call in enumerate(calls):
         call.additions, call.biases = log.additions[index], log.biases[index]
-    return Recording(tuple(calls), sum(op.flops for op in log.ops), log)
+    return Recording(tuple(calls), sum(op.flops for op in log.ops), training, log)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 
 from surgeon._canonical import canonical
-from surgeon._example import generators_kept, tensors, untouched
+from surgeon._example import generators_kept, no_autocast_cache, tensors, untouched
 from surgeon._guards import guarded
 from surgeon._record import Op, OpLog
 from surgeon.errors import TraceError
@@ -92,7 +92,7 @@ def trace(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], log: 
         raise TraceError("its forward was replaced on the instance")
     before = dict(block.__dict__)
     read: set[str] = set()
-    with untouched(block), generators_kept(), torch.enable_grad(), _watched(block, read):
+    with untouched(block), generators_kept(), no_autocast_cache(), torch.enable_grad(), _watched(block, read):
         tracer = BlockTracer(log, args, kwargs)
         try:
             with guarded(tracer), _Capture(tracer):
@@ -185,6 +185,8 @@ class ValueProxy(fx.Proxy):
         value = self.__dict__["value"]
         if isinstance(value, dict):
             return iter(value)
+        if not hasattr(value, "__getitem__"):  # a view of a dict
+            return iter(self.tracer.create_proxy("call_function", list, (self,), {}))
         return iter([self[i] for i in range(len(self))])
 
     def keys(self) -> Any:
@@ -273,6 +275,10 @@ class BlockTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
             return a.node
+        if is_dataclass(a) and not isinstance(a, type):
+            return self._emit("call_function", type(a), (), {f.name: getattr(a, f.name) for f in fields(a)}).node
+        if isinstance(a, tuple) and hasattr(a, "_fields"):
+            return self._emit("call_function", type(a), tuple(a), {}).node
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
             if not any(a is b for b in self.root.buffers()):
                 raise TraceError("its forward uses a tensor that is no parameter, buffer or attribute")
