@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from finetune_config import Config, load_config
-from finetune_data import Images, first_classes, load_images
+from finetune_data import Images, check_images, first_classes, load_images
 from finetune_deliver import deliver
 from finetune_log import RunLog, prepare_folder
 from finetune_model import load_network, reset_head
@@ -41,6 +41,7 @@ Metrics = dict[str, float]
 def main(config: str, overrides: list[str]) -> dict[str, Any]:
     """Runs the whole job; returns its figures and the files it wrote ({} on further processes)."""
     settings = load_config(config, overrides)
+    check_images(settings.data)
     state = prepare_folder(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)

@@ -27,6 +27,21 @@ class Images:
     std: tuple[float, ...]
 
 
+def check_images(config: Data) -> None:
+    """Says so at once if the folders are not there, before anything is fetched.
+
+    Raises:
+        UsageError: If a split has no folder.
+    """
+    for key, name in (("data.train", config.train), ("data.test", config.test)):
+        folder = config.root / name
+        if config.kind == "folder" and not folder.is_dir():
+            raise UsageError(
+                f"{key}: there is no folder {folder}; expected {folder}/CLASS/IMAGE. "
+                "Say where with data.root=PATH."
+            )
+
+
 def load_images(config: Data, model: nn.Module) -> Images:
     """The images that the config names, prepared as the model expects them."""
     match config.kind:
@@ -112,11 +127,6 @@ def _folder(config: Data, model: nn.Module) -> Images:
 
 
 def _split(folder: Path, key: str, transform: Any) -> ImageFolder:
-    if not folder.is_dir():
-        raise UsageError(
-            f"{key}: there is no folder {folder}; expected {folder}/CLASS/IMAGE. "
-            "Say where with data.root=PATH."
-        )
     try:
         return ImageFolder(str(folder), transform=transform)
     except FileNotFoundError as error:

@@ -136,6 +136,7 @@ def _metadata(settings: Config, images: Images) -> dict[str, object]:
     gates = settings.gates
     return {
         "model": settings.model.name,
+        "model_kwargs": settings.model.kwargs or None,
         "input_size": list(images.input_size),
         "mean": list(images.mean),
         "std": list(images.std),
@@ -150,11 +151,12 @@ def _lines(report: dict[str, Any], settings: Config) -> list[str]:
     """The report in lines of at most 80 characters."""
     total, stock = report["samples"], report["stock"]
     paper = settings.gates.scaling == "paper"
-    work = "wrote p_l into the weights" if paper else "had nothing to write (inverted)"
+    rule = "branches times p_l, the paper's rule" if paper else "branches as they are"
+    work = "wrote p_l into the weights" if paper else "had nothing to write"
     lines = [
         "",
         f"before      top-1 {report['before']:6.2f} %   new head, {total} held-out images",
-        f"after       top-1 {report['after']:6.2f} %   gated network, evaluation mode",
+        f"after       top-1 {report['after']:6.2f} %   gated network, {rule}",
         f"folded      top-1 {stock['top1']:6.2f} %   the fold {work};",
         "                             a stock network with model.safetensors:",
         f"                             {stock['disagree']} of {total} answers differ,",
