@@ -151,7 +151,8 @@ class _Scan:
         module, name = call.module, self.names[call.module]
         arguments = self.recording.arguments(call)
         try:
-            flow = Flow(trace(module, *arguments))
+            replays = self.recording.replays(call) if self.recording.training else {}
+            flow = Flow(trace(module, *arguments, replays))
         except TraceError as error:
             self._untraced(call, arguments, error)
             return

@@ -56,11 +56,9 @@ def guarded(tracer: Listener) -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch, name, _noting(tracer, getattr(torch, name))))
         for name in _FACTORIES:
             stack.enter_context(mock.patch.object(torch, name, _factory(tracer, getattr(torch, name))))
-        checkpointing = torch.utils.checkpoint._checkpoint_without_reentrant_generator
-        stopped = _stopping(tracer, checkpointing, "its forward calls torch.utils.checkpoint")
-        stack.enter_context(
-            mock.patch.object(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", stopped)
-        )
+        checkpoint = torch.utils.checkpoint._checkpoint_impl  # what checkpoint() calls, however it was imported
+        stopped = _stopping(tracer, checkpoint, "its forward calls torch.utils.checkpoint")
+        stack.enter_context(mock.patch.object(torch.utils.checkpoint, "_checkpoint_impl", stopped))
         stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", _leaf(tracer)))
         yield
 
@@ -106,8 +104,6 @@ def _leaf(tracer: Listener) -> Any:
     def guard(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if not tracer.listening or not any(isinstance(a, fx.Proxy) for a in args):
             return original.__get__(None, cls)(*args, **kwargs)
-        if cls is torch.utils.checkpoint.CheckpointFunction:
-            raise TraceError("its forward calls torch.utils.checkpoint")
         return tracer.create_proxy("call_function", _caller(cls), args, kwargs)
 
     return classmethod(guard)

@@ -66,6 +66,8 @@ class Call:
         module: The module.
         parent: Index of the call it was made from, -1 for the model itself.
         args, kwargs: What its forward got; tensors are fake.
+        output: What it gave.
+        wrote: Whether it changed one of its arguments in place.
         first_op, last_op: The range of operators that ran in it and below it.
         additions: Additions of two tensors with a common ancestor that its own forward made.
         biases: Other additions of an activation and a tensor (weight, mask, table).
@@ -79,6 +81,8 @@ class Call:
     kwargs: dict[str, Any]
     first_op: int
     last_op: int = -1
+    output: Any = None
+    wrote: bool = False
     additions: int = 0
     biases: int = 0
     rewritten: bool = False
@@ -99,6 +103,22 @@ class Recording:
     flops: int
     training: bool
     log: "OpLog" = field(repr=False)
+
+    def replays(self, call: Call) -> dict[nn.Module, list[Call]]:
+        """The calls made directly by ``call`` whose result a trace may take from here, by module, in order.
+
+        Those that hand on or write to their arguments are run anew, as the trace's arguments are other tensors.
+        """
+        if self.log.real:
+            return {}
+        found: dict[nn.Module, list[Call]] = {}
+        index = next(i for i, c in enumerate(self.calls) if c is call)
+        for child in self.calls[index + 1 :]:
+            if child.parent == index:
+                found.setdefault(child.module, []).append(child)
+            elif child.parent < index:
+                break
+        return found
 
     def arguments(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any], "OpLog"]:
         """A call's arguments as fake tensors, and the log that knows which of them are active."""
@@ -197,7 +217,8 @@ class OpLog(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    """An identity of the memory behind a tensor, equal for views of it."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
@@ -290,15 +311,18 @@ def _watch(model: nn.Module, log: OpLog, calls: list[Call]) -> Iterator[None]:
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(Call(module, log.stack[-1], args, kwargs, len(log.ops)))
+        entered.append([(t, t._version) for t in tensors((args, kwargs))])
         log.stack.append(len(calls) - 1)
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call = calls[log.stack.pop()]
-        call.last_op = len(log.ops)
+        call.last_op, call.output = len(log.ops), output
+        call.wrote = any(t._version != version for t, version in entered.pop())
         seen.extend((call, t, t._version) for t in tensors((output, call.args, call.kwargs)))
         if call.parent == -1:
             final.update(_storage(t) for t in tensors(output))
 
+    entered: list[list[tuple[Tensor, int]]] = []
     seen: list[tuple[Call, Tensor, int]] = []
     final: set[int] = set()
     handles = []

@@ -13,7 +13,7 @@ draws random numbers.
 import enum
 import inspect
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from surgeon._canonical import canonical
 from surgeon._example import generators_kept, no_autocast_cache, tensors, untouched
 from surgeon._guards import guarded
-from surgeon._record import Op, OpLog
+from surgeon._record import Call, Op, OpLog
 from surgeon.errors import TraceError
 
 CONSTANTS = (type(None), bool, str, enum.Enum, torch.dtype, torch.device, torch.memory_format, torch.layout)
@@ -76,7 +76,13 @@ class Trace:
     attributes: tuple[str, ...]
 
 
-def trace(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], log: OpLog) -> Trace:
+def trace(
+    block: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    log: OpLog,
+    replays: Mapping[nn.Module, list[Call]] | None = None,
+) -> Trace:
     """Traces ``block`` as called with ``args`` and ``kwargs``; the block is left as it was.
 
     Args:
@@ -84,6 +90,7 @@ def trace(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], log: 
         args: Positional arguments; tensors are fake ones of ``log``'s mode.
         kwargs: Keyword arguments, likewise.
         log: The operator log that knows which of them depend on a model input.
+        replays: The recorded calls of its children in the same mode, whose results need no second run.
 
     Raises:
         TraceError: The forward does something that a graph cannot hold, named in the message.
@@ -92,8 +99,8 @@ def trace(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], log: 
         raise TraceError("its forward was replaced on the instance")
     before = dict(block.__dict__)
     read: set[str] = set()
-    with untouched(block), generators_kept(), no_autocast_cache(), torch.enable_grad(), _watched(block, read):
-        tracer = BlockTracer(log, args, kwargs)
+    with untouched(block), generators_kept(), no_autocast_cache(), _watched(block, read):
+        tracer = BlockTracer(log, args, kwargs, replays or {})
         try:
             with guarded(tracer), _Capture(tracer):
                 graph = tracer.trace(block)
@@ -216,8 +223,15 @@ class BlockTracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, log: OpLog, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        log: OpLog,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        replays: Mapping[nn.Module, list[Call]],
+    ) -> None:
         super().__init__()
+        self._replays = {module: list(calls) for module, calls in replays.items()}
         self.log, self.args, self.kwargs = log, args, kwargs
         self.facts: dict[fx.Node, Fact] = {}
         self.exact = False
@@ -336,6 +350,16 @@ class BlockTracer(fx.Tracer):
         """Runs one node on fake values and notes its facts."""
         args, kwargs = _mutable(map_arg((node.args, node.kwargs), lambda n: self.facts[n].value))
         read = tensors((args, kwargs))
+        recorded = self._recorded(node, args, kwargs, read)
+        if recorded is not None:
+            self.facts[node] = Fact(
+                recorded.output,
+                frozenset(storage(t) for t in read),
+                frozenset(),
+                tuple(self.log.ops[recorded.first_op : recorded.last_op]),
+                any(self.log.active(t) for t in tensors(recorded.output)),
+            )
+            return recorded.output
         versions = [t._version for t in read]
         start = len(self.log.ops)
         with torch.no_grad(), self.log.fake, self.log:
@@ -349,6 +373,18 @@ class BlockTracer(fx.Tracer):
             any(self.log.active(t) for t in tensors(value)),
         )
         return value
+
+    def _recorded(self, node: fx.Node, args: Any, kwargs: Any, read: list[Tensor]) -> Call | None:
+        """The recorded call that this node repeats, if its result can be taken as it is."""
+        module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        calls = self._replays.get(module) if module is not None else None
+        if not calls:
+            return None
+        call = calls.pop(0)
+        before = tensors((call.args, call.kwargs))
+        same = [(t.shape, t.dtype) for t in before] == [(t.shape, t.dtype) for t in read]
+        shared = {storage(t) for t in before} & {storage(t) for t in tensors(call.output)}
+        return call if same and not shared and not call.wrote and tensors(call.output) else None
 
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.op == "call_function":
@@ -405,7 +441,7 @@ def _mutable(tree: Any) -> Any:
 
 def storage(tensor: Tensor) -> int:
     """An identity of the memory behind a tensor, equal for views of it."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _global_state() -> tuple[bool, ...]:
