@@ -23,7 +23,9 @@ def census(findings: Findings) -> dict[str, Any]:
     """How many residual adds of each kind, how many additions refused for each reason."""
     kinds = Counter(r.kind for r in findings)
     reasons = Counter(r.code for r in findings.refused)
-    untraced = [f"{r.name}: {r.reason}" for r in findings.refused if r.code in ("untraceable", "form", "aliased")]
+    untraced = [
+        f"{r.name}: {r.reason}" for r in findings.refused if r.code in ("untraceable", "form", "aliased")
+    ]
     return {
         "gates": len(findings),
         "identity": kinds["identity"],
@@ -75,7 +77,9 @@ def numbers(model: nn.Module, given: Any) -> dict[str, Any]:
     row: dict[str, Any] = {"eval_equal": _equal(before, _outputs(model, args, kwargs))}
     surgeon.set_drop_rate(model, 0.0)
     model.train()
-    untouched = {n for n, p in model.named_parameters() if p.requires_grad and _gradient(model, args, kwargs, n, p)}
+    untouched = {
+        n for n, p in model.named_parameters() if p.requires_grad and _gradient(model, args, kwargs, n, p)
+    }
     row["train_ok"] = not untouched
     row["live"] = _live(model, args, kwargs)
     surgeon.remove(model)

@@ -75,7 +75,10 @@ def _library(library: str, rows: list[dict[str, Any]]) -> str:
     gated = sum(bool(row.get("gates")) for row in rows)
     failed = sum(bool(row.get("error")) for row in rows)
     live, hit = (sum(row.get(key) or 0 for row in rows) for key in ("own_live", "recalled"))
-    gates, missed = sum(row.get("gates") or 0 for row in rows), sum(len(row.get("missed") or ()) for row in rows)
+    gates, missed = (
+        sum(row.get("gates") or 0 for row in rows),
+        sum(len(row.get("missed") or ()) for row in rows),
+    )
     none = sum(not row.get("error") and not row.get("gates") for row in rows)
     return f"| {library} | {len(rows)} | {gated} | {none} | {failed} | {gates} | {hit} of {live} | {missed} |"
 
@@ -108,11 +111,15 @@ def _numbers(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _missed(rows: list[dict[str, Any]]) -> list[str]:
-    lines = [f"- {row['library']}:{row['model']}: {', '.join(row['missed'])}" for row in rows if row.get("missed")]
+    lines = [
+        f"- {row['library']}:{row['model']}: {', '.join(row['missed'])}" for row in rows if row.get("missed")
+    ]
     return lines or ["None."]
 
 
 def _failures(rows: list[dict[str, Any]]) -> list[str]:
     lines = [f"- {row['library']}:{row['model']}: {row['error']}" for row in rows if row.get("error")]
-    lines += [f"- {row['library']}:{row['model']}: {text}" for row in rows for text in row.get("unexplained") or ()]
+    lines += [
+        f"- {row['library']}:{row['model']}: {text}" for row in rows for text in row.get("unexplained") or ()
+    ]
     return lines or ["None."]

@@ -102,7 +102,9 @@ def _run(todo: list[Entry], output: Path, jobs: int, deep: bool, limit_s: float)
                     continue
                 row = {"library": entry.library, "model": entry.name}
                 try:
-                    row = receive.recv() if receive.poll() else row | {"error": f"no answer in {limit_s:.0f} s"}
+                    row = (
+                        receive.recv() if receive.poll() else row | {"error": f"no answer in {limit_s:.0f} s"}
+                    )
                 except EOFError:
                     row["error"] = f"the process ended with exit code {process.exitcode}"
                 process.kill() if over else process.join()
@@ -122,7 +124,14 @@ def _run(todo: list[Entry], output: Path, jobs: int, deep: bool, limit_s: float)
 @click.option("--rows", type=click.Path(path_type=Path), default=Path("runs/zoo.jsonl"), show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), default=DEFAULT, show_default=True)
 def main(
-    library: str | None, match: str, resume: bool, jobs: int, deep: bool, limit: float, rows: Path, output: Path
+    library: str | None,
+    match: str,
+    resume: bool,
+    jobs: int,
+    deep: bool,
+    limit: float,
+    rows: Path,
+    output: Path,
 ) -> None:
     """Measure every model and write the coverage table."""
     rows.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ __all__ = [
     "verify",
 ]
 
-_HOMES = {name: "_surgery" for name in ("apply", "find", "fold", "remove", "set_drop_rate", "status")}
+_HOMES = dict.fromkeys(("apply", "find", "fold", "remove", "set_drop_rate", "status"), "_surgery")
 _HOMES |= {"export": "_export", "verify": "_verify"}
 
 

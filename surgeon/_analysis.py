@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from surgeon._example import mode, untouched
+from surgeon._example import mode, no_inference_mode, untouched
 from surgeon._flow import Flow
 from surgeon._gate import held_open
 from surgeon._record import Call, Recording, record
@@ -80,7 +80,7 @@ def analyse(
     names = {module: name for name, module in model.named_modules()}
     scan = _Scan(recording, names, _Choice(include, exclude))
     # Always in training mode, where stochastic depth that is already there is live.
-    with mode(model, True), untouched(model), held_open():
+    with no_inference_mode(), mode(model, True), untouched(model), held_open():
         for index, call in enumerate(recording.calls):
             scan.visit(index, call)
     scan.choice.check()

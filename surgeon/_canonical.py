@@ -53,7 +53,9 @@ def _add(emit: Emit, in_place: bool, args: tuple[Any, ...], kwargs: dict[str, An
     return _sum(emit, in_place, operands[0], _times(emit, operands[1], alpha))
 
 
-def _fused(emit: Emit, op: Callable[..., Any], in_place: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _fused(
+    emit: Emit, op: Callable[..., Any], in_place: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     value = kwargs.pop("value", 1)
     operands = [*args, *kwargs.values()]
     if len(operands) != 3:
@@ -67,7 +69,9 @@ def _sum(emit: Emit, in_place: bool, left: Any, right: Any) -> Any:
 
 
 def _times(emit: Emit, operand: Any, factor: Any) -> Any:
-    return operand if isinstance(factor, (int, float)) and factor == 1 else emit(operator.mul, (operand, factor))
+    return (
+        operand if isinstance(factor, (int, float)) and factor == 1 else emit(operator.mul, (operand, factor))
+    )
 
 
 def _sum_of_stack(emit: Emit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -81,7 +85,9 @@ def _sum_of_stack(emit: Emit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     rank = args[0].value.ndim
     if isinstance(over, (tuple, list)) and len(over) == 1:
         over = over[0]
-    if not (isinstance(over, int) and isinstance(along, int) and over % rank == along % rank and len(terms) > 1):
+    if not (
+        isinstance(over, int) and isinstance(along, int) and over % rank == along % rank and len(terms) > 1
+    ):
         return None
     proxies = [args[0].tracer.proxy_of(term) for term in terms]
     total = proxies[0]

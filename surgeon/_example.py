@@ -103,6 +103,16 @@ def no_autocast_cache() -> Iterator[None]:
 
 
 @contextmanager
+def no_inference_mode() -> Iterator[None]:
+    """Leaves inference mode inside, whose tensors have no version counters; the grad mode stays as it is."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Restores every module's attributes afterwards, also those kept in plain lists and dicts.
 

@@ -79,8 +79,13 @@ class Flow:
         while True:
             inside = self._region(end, reader, barred)
             made = {s for node in inside for s in self.storages(node)}
-            made -= {s for node in self.order[:-1] if node not in inside for s in self.storages(node) if
-                     self.position(node) < self.position(reader)}
+            made -= {
+                s
+                for node in self.order[:-1]
+                if node not in inside
+                for s in self.storages(node)
+                if self.position(node) < self.position(reader)
+            }
             outward = {node for node in inside if self.fact(node).writes - made}
             if not outward:
                 return tuple(node for node in self.order if node in inside)

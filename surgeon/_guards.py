@@ -36,7 +36,19 @@ _REGIONS = (
 )
 # Their C parsers refuse a proxy as a size before any override of theirs is asked.
 _FACTORIES = (
-    *("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm"),
+    *(
+        "arange",
+        "empty",
+        "eye",
+        "full",
+        "linspace",
+        "logspace",
+        "ones",
+        "rand",
+        "randint",
+        "randn",
+        "randperm",
+    ),
     *("scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros"),
 )
 _QUESTIONS = ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled")
@@ -56,7 +68,9 @@ def guarded(tracer: Listener) -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch, name, _noting(tracer, getattr(torch, name))))
         for name in _FACTORIES:
             stack.enter_context(mock.patch.object(torch, name, _factory(tracer, getattr(torch, name))))
-        checkpoint = torch.utils.checkpoint._checkpoint_impl  # what checkpoint() calls, however it was imported
+        checkpoint = (
+            torch.utils.checkpoint._checkpoint_impl
+        )  # what checkpoint() calls, however it was imported
         stopped = _stopping(tracer, checkpoint, "its forward calls torch.utils.checkpoint")
         stack.enter_context(mock.patch.object(torch.utils.checkpoint, "_checkpoint_impl", stopped))
         stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", _leaf(tracer)))

@@ -20,10 +20,14 @@ def check_plain(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise UsageError(f"model is a {type(model).__name__}; give a torch.nn.Module")
     if isinstance(model, torch.jit.ScriptModule):
-        raise UsageError("model is a TorchScript module, whose code cannot be edited; give the module it was made from")
+        raise UsageError(
+            "model is a TorchScript module, whose code cannot be edited; give the module it was made from"
+        )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
-            raise UsageError(f"{name} is not initialised yet (a lazy module); run the model once on real data first")
+            raise UsageError(
+                f"{name} is not initialised yet (a lazy module); run the model once on real data first"
+            )
     for name, module in model.named_modules():
         for is_wrapper, what, instead in _WRAPPERS:
             if is_wrapper(module):

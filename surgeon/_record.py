@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from surgeon._example import generators_kept, mode, no_autocast_cache, tensors, untouched
+from surgeon._example import generators_kept, mode, no_autocast_cache, no_inference_mode, tensors, untouched
 from surgeon._gate import held_open
 from surgeon.errors import RecordError
 
@@ -69,7 +69,8 @@ class Call:
         output: What it gave.
         wrote: Whether it changed one of its arguments in place.
         first_op, last_op: The range of operators that ran in it and below it.
-        additions: Additions of two tensors with a common ancestor that its own forward made.
+        additions: Additions of two activations, or of two tensors with a common ancestor, that its own
+            forward made.
         biases: Other additions of an activation and a tensor (weight, mask, table).
         rewritten: After it returned, something wrote in place to what it took or gave, or may do so since
             that leaves the model.
@@ -201,7 +202,7 @@ class OpLog(TorchDispatchMode):
             for t in written if union else ():
                 self._mark(t, union)
         if func.overloadpacket in _SUMS and active and len(read) > 1 and written[0].is_floating_point():
-            related = any(a & b for a, b in itertools.combinations(bits, 2))
+            related = active > 1 or any(a & b for a, b in itertools.combinations(bits, 2))
             (self.additions if related else self.biases)[self.stack[-1]] += 1
         self.ops.append(self._op(func, args, kwargs, out, read, active))
         return out
@@ -261,7 +262,7 @@ def _record(model: nn.Module, args: Any, kwargs: Any, *, training: bool, real: b
             stack.enter_context(context)
         stack.enter_context(held_open())
         stack.enter_context(_quiet())
-        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(no_inference_mode())
         stack.enter_context(torch.no_grad())
         stack.enter_context(_watch(model, log, calls))
         given = (args, kwargs) if real else to_fake(log.fake, (args, kwargs))

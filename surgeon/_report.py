@@ -62,11 +62,14 @@ class Status:
 
     def __str__(self) -> str:
         rows = [
-            (g.name, g.block_type, g.kind, f"{g.survival:.4f}", f"{g.flops_share:.1%}", g.note) for g in self.gates
+            (g.name, g.block_type, g.kind, f"{g.survival:.4f}", f"{g.flops_share:.1%}", g.note)
+            for g in self.gates
         ]
         head = ("gate", "block", "kind", "p_l", "FLOPs", "")
         first = self.gates[0] if self.gates else None
-        title = f"{len(self.gates)} gates" + (f", {self.schedule}, unit {first.unit}, {first.scaling}" if first else "")
+        title = f"{len(self.gates)} gates" + (
+            f", {self.schedule}, unit {first.unit}, {first.scaling}" if first else ""
+        )
         foot = f"expected depth {self.expected_depth:.2f} of {len(self.gates)}, training FLOPs {self.expected_flops:.1%}"
         return "\n".join([title, *table(head, rows), foot])
 
@@ -88,7 +91,10 @@ def findings_text(findings: Findings) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Left-aligned columns, two spaces apart."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)]
+    return [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in (head, *rows)
+    ]
 
 
 def schedule_text(schedule: Any) -> str:

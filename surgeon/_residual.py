@@ -216,7 +216,9 @@ def _sides(flow: Flow, left: fx.Node, right: fx.Node) -> tuple[str, fx.Node, fx.
         return "", left, right, "linear"
     if not any(plain):
         # A pre-activation projection has its norm and activation before its one layer.
-        depth = [sum(op.weighted and op.func.overloadpacket in _LAYERS for op in _ops(flow, s)) for s in sides]
+        depth = [
+            sum(op.weighted and op.func.overloadpacket in _LAYERS for op in _ops(flow, s)) for s in sides
+        ]
         plain = [depth[0] <= 1 < depth[1], depth[1] <= 1 < depth[0]]
         if not any(plain):
             return "", left, right, "fusion"
@@ -232,7 +234,9 @@ def _stems(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
     """``node`` and the values it hands on: what it is a sum of, a view of its own shape of, a scaling of."""
     yield node
     for source in node.all_input_nodes:
-        if isinstance(flow.fact(source).value, Tensor) and (node.target in _ADDS or _hands_on(flow, source, node)):
+        if isinstance(flow.fact(source).value, Tensor) and (
+            node.target in _ADDS or _hands_on(flow, source, node)
+        ):
             yield from _stems(flow, source)
 
 
@@ -285,7 +289,11 @@ def _seen_elsewhere(flow: Flow, node: fx.Node) -> bool:
 def _is_mixture(flow: Flow, *sides: fx.Node) -> bool:
     def gated(node: fx.Node) -> bool:
         product = node.target in (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-        return product and all(flow.fact(a).active for a in node.all_input_nodes) and len(node.all_input_nodes) > 1
+        return (
+            product
+            and all(flow.fact(a).active for a in node.all_input_nodes)
+            and len(node.all_input_nodes) > 1
+        )
 
     return all(gated(side) for side in sides)
 
@@ -299,9 +307,17 @@ def _drops(flow: Flow, work: Iterable[fx.Node]) -> Iterator[fx.Node]:
         if node.op == "call_module":
             drawn = [op.random for op in flow.fact(node).ops if op.random]
             alone = not any(op.weighted or op.flops for op in flow.fact(node).ops)
-            if drawn and alone and all(n in (1, value.shape[0]) for n in drawn) and value.numel() > value.shape[0]:
+            if (
+                drawn
+                and alone
+                and all(n in (1, value.shape[0]) for n in drawn)
+                and value.numel() > value.shape[0]
+            ):
                 yield node
-        elif node.target in (operator.mul, operator.imul, "mul", torch.mul) and row_mask(flow, node) is not None:
+        elif (
+            node.target in (operator.mul, operator.imul, "mul", torch.mul)
+            and row_mask(flow, node) is not None
+        ):
             yield node
 
 
@@ -311,7 +327,9 @@ def row_mask(flow: Flow, product: fx.Node) -> fx.Node | None:
         fact = flow.fact(operand)
         if fact.active or not isinstance(fact.value, Tensor):
             continue
-        drawn = [op.random for n in flow.ancestors(operand, itself=True) for op in _node_ops(flow, n) if op.random]
+        drawn = [
+            op.random for n in flow.ancestors(operand, itself=True) for op in _node_ops(flow, n) if op.random
+        ]
         if drawn and fact.value.numel() in (1, flow.fact(product).value.shape[0]):
             return operand
     return None
@@ -342,17 +360,47 @@ _POOLS = {aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d}
 _SCALES = {aten.mul, aten.div, aten.alias, aten.detach, aten.clone, aten.view, aten.unsqueeze, aten._to_copy}
 _ADDITIVE = {
     *(aten.add, aten.add_, aten.sub, aten.sub_, aten.cat, aten.stack, aten.clone, aten.copy_, aten.neg),
-    *(aten._to_copy, aten.constant_pad_nd, aten.roll, aten.flip, aten.index_select, aten.index, aten.empty_like),
-    *(aten._unsafe_view, aten.zeros_like, aten.new_zeros, aten.new_empty, aten.new_empty_strided, aten.contiguous),
+    *(
+        aten._to_copy,
+        aten.constant_pad_nd,
+        aten.roll,
+        aten.flip,
+        aten.index_select,
+        aten.index,
+        aten.empty_like,
+    ),
+    *(
+        aten._unsafe_view,
+        aten.zeros_like,
+        aten.new_zeros,
+        aten.new_empty,
+        aten.new_empty_strided,
+        aten.contiguous,
+    ),
     *(aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_no_training),
     *(aten._native_batch_norm_legit_functional, aten.cudnn_batch_norm, aten.miopen_batch_norm),
 }
 _LINEAR = {
-    *(aten.convolution, aten.addmm, aten.mm, aten.bmm, aten.baddbmm, aten.mul, aten.mul_, aten.div, aten.div_),
+    *(
+        aten.convolution,
+        aten.addmm,
+        aten.mm,
+        aten.bmm,
+        aten.baddbmm,
+        aten.mul,
+        aten.mul_,
+        aten.div,
+        aten.div_,
+    ),
     *(aten.mean, aten.sum, aten.avg_pool1d),
     *(aten.avg_pool2d, aten.avg_pool3d, aten._adaptive_avg_pool2d, aten._adaptive_avg_pool3d, aten.addcmul),
     *(aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d, aten.upsample_bilinear2d),
-    *(aten.upsample_bicubic2d, aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa, aten.reflection_pad2d),
+    *(
+        aten.upsample_bicubic2d,
+        aten._upsample_bilinear2d_aa,
+        aten._upsample_bicubic2d_aa,
+        aten.reflection_pad2d,
+    ),
     *(aten.native_dropout, aten.replication_pad2d),
 }
 _PROJECTS = {

@@ -67,7 +67,10 @@ def drop_rates(
             raise UsageError(f"overrides: {pattern!r} matches no residual add; see surgeon.find(model)")
         for i in hits:
             rates[i] = rate
-    return [checked_rate(rate, f"drop rate of {block or 'the model'}") for rate, block in zip(rates, blocks, strict=True)]
+    return [
+        checked_rate(rate, f"drop rate of {block or 'the model'}")
+        for rate, block in zip(rates, blocks, strict=True)
+    ]
 
 
 def checked_rate(rate: float, what: str = "drop_rate") -> float:
@@ -81,7 +84,9 @@ def checked_rate(rate: float, what: str = "drop_rate") -> float:
     except (TypeError, ValueError):
         raise UsageError(f"{what} is {rate!r}; give a number in [0, 1)") from None
     if math.isnan(value) or not 0 <= value < 1:
-        raise UsageError(f"{what} is {value}; a drop rate lies in [0, 1) (0 never drops, 0.5 drops every second)")
+        raise UsageError(
+            f"{what} is {value}; a drop rate lies in [0, 1) (0 never drops, 0.5 drops every second)"
+        )
     return value
 
 

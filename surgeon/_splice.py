@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from surgeon._example import tensors, untouched
+from surgeon._example import no_inference_mode, tensors, untouched
 from surgeon._flow import Flow
 from surgeon._gate import Gate, evaluating_add, held_open, masked_add, skipping_add
 from surgeon._record import OpLog, to_fake
@@ -139,7 +139,11 @@ class _Writer:
     def _take_off_drops(self, addition: Addition) -> None:
         for drop in addition.drops:
             mask = None if drop.op == "call_module" else row_mask(self.flow, drop)
-            kept = [n for n in drop.all_input_nodes if n is not mask and isinstance(self.flow.fact(n).value, Tensor)]
+            kept = [
+                n
+                for n in drop.all_input_nodes
+                if n is not mask and isinstance(self.flow.fact(n).value, Tensor)
+            ]
             self.passed[drop] = kept[0]
             if mask is not None:
                 self.left_out |= set(self.flow.region(mask, drop))
@@ -156,7 +160,9 @@ class _Writer:
             env[node] = _input(graph, node)
         todo = sorted(own, key=self.flow.position)
         for node in todo:
-            env[node] = env[self.passed[node]] if node in self.passed else graph.node_copy(node, env.__getitem__)
+            env[node] = (
+                env[self.passed[node]] if node in self.passed else graph.node_copy(node, env.__getitem__)
+            )
         graph.output(env[addition.branch])
         return _compile(graph), reads
 
@@ -176,7 +182,9 @@ class _Writer:
         """Whether something writes in place later on to the result, or to the shortcut it would share."""
         if _onto(addition) == "shortcut":
             return False  # there the result is the shortcut in the original too
-        shared = {storage(self.flow.fact(n).value) for n in (addition.node, addition.shortcut) if n is not None}
+        shared = {
+            storage(self.flow.fact(n).value) for n in (addition.node, addition.shortcut) if n is not None
+        }
         later = self.flow.order[self.flow.position(addition.node) + 1 : -1]
         return self.rewritten or any(shared & self.flow.fact(node).writes for node in later)
 
@@ -279,16 +287,18 @@ class Gating:
     def _extend(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
         """Traces the block anew for a way of calling it that was not seen before."""
         log = OpLog(FakeTensorMode(allow_non_fake_inputs=True))
-        fake_args, fake_kwargs = to_fake(log.fake, (args, kwargs))
-        for tensor in tensors((fake_args, fake_kwargs)):
-            if tensor.is_floating_point():
-                log.root(tensor)
         try:
-            with torch.inference_mode(False), untouched(block), held_open():
+            with no_inference_mode(), untouched(block), held_open():
+                fake_args, fake_kwargs = to_fake(log.fake, (args, kwargs))
+                for tensor in tensors((fake_args, fake_kwargs)):
+                    if tensor.is_floating_point():
+                        log.root(tensor)
                 flow = Flow(trace(block, fake_args, fake_kwargs, log))
             self.prepare(block, flow, args, kwargs)
         except TraceError as error:
-            raise UnseenCallError(f"{self._called(args, kwargs)}, and tracing it that way failed: {error}") from error
+            raise UnseenCallError(
+                f"{self._called(args, kwargs)}, and tracing it that way failed: {error}"
+            ) from error
         return self.runs[self._key(block, args, kwargs)]
 
     def _chosen(self, found: Sequence[Addition]) -> list[Addition]:
@@ -313,7 +323,9 @@ class Gating:
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         pattern = [str(_kind(a, True)) for a in args] + [f"{k}={_kind(v, True)}" for k, v in kwargs.items()]
-        return f"{self.name or 'the model'} is called in a way not seen on the example: ({', '.join(pattern)})"
+        return (
+            f"{self.name or 'the model'} is called in a way not seen on the example: ({', '.join(pattern)})"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Gating":
         twin = Gating(self.name, copy.deepcopy(self.gates, memo), self.rewritten)
@@ -409,4 +421,3 @@ def ungate_block(block: nn.Module) -> None:
 def gating_of(module: nn.Module) -> Gating | None:
     """The gating of a gated block, else None."""
     return module.__dict__.get("_surgeon") if isinstance(module, GatedBlock) else None
-

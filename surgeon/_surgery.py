@@ -111,10 +111,14 @@ def apply(
     if not analysis.blocks:
         raise NoResidualsError(_nothing_found(model, analysis))
     residuals = [r for block in analysis.blocks for r in block.residuals]
-    rates = drop_rates(schedule, drop_rate, [r.block for r in residuals], [r.name for r in residuals], overrides)
+    rates = drop_rates(
+        schedule, drop_rate, [r.block for r in residuals], [r.name for r in residuals], overrides
+    )
     flops = max(analysis.recording.flops, 1)
     given = tuple((overrides or {}).items())
-    origin = Origin(schedule_text(schedule), given, *pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs)))
+    origin = Origin(
+        schedule_text(schedule), given, *pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+    )
     ordinals = [addition.ordinal for block in analysis.blocks for addition in block.found]
     gates = {
         r.name: Gate(
@@ -175,7 +179,9 @@ def set_drop_rate(model: nn.Module, rate: float | Sequence[float] | Callable[[in
     blocks, names = [gate.name.rpartition(".")[0] for gate in gates], [gate.name for gate in gates]
     if isinstance(rate, numbers.Real):
         if origin.schedule not in NAMES:
-            raise UsageError(f"the gates follow {origin.schedule}; give a sequence of drop rates or a callable")
+            raise UsageError(
+                f"the gates follow {origin.schedule}; give a sequence of drop rates or a callable"
+            )
         rates = drop_rates(origin.schedule, float(rate), blocks, names, dict(origin.overrides))
     elif isinstance(rate, str):
         raise UsageError(f"rate is {rate!r}; give a number, a sequence of drop rates or a callable")

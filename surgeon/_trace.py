@@ -107,7 +107,9 @@ def trace(
         except TraceError:
             raise
         except Exception as error:
-            raise TraceError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+            raise TraceError(
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            ) from error
         changed = [name for name, value in block.__dict__.items() if before.get(name, block) is not value]
     if changed:
         raise TraceError(f"its forward assigns self.{changed[0]}")
@@ -153,7 +155,17 @@ class ValueProxy(fx.Proxy):
         tracer, value = self.tracer, self.__dict__["value"]
         if isinstance(value, Tensor) and name == "ndim":
             return value.ndim
-        if isinstance(value, Tensor) and name in ("shape", "T", "mT", "H", "mH", "real", "imag", "data", "grad"):
+        if isinstance(value, Tensor) and name in (
+            "shape",
+            "T",
+            "mT",
+            "H",
+            "mH",
+            "real",
+            "imag",
+            "data",
+            "grad",
+        ):
             return tracer.create_proxy("call_function", getattr, (self, name), {})
         attribute = getattr(value, name)
         if not callable(attribute) or isinstance(attribute, torch.dtype):
@@ -290,7 +302,9 @@ class BlockTracer(fx.Tracer):
         if isinstance(a, fx.Proxy):
             return a.node
         if is_dataclass(a) and not isinstance(a, type):
-            return self._emit("call_function", type(a), (), {f.name: getattr(a, f.name) for f in fields(a)}).node
+            return self._emit(
+                "call_function", type(a), (), {f.name: getattr(a, f.name) for f in fields(a)}
+            ).node
         if isinstance(a, tuple) and hasattr(a, "_fields"):
             return self._emit("call_function", type(a), tuple(a), {}).node
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
@@ -320,7 +334,11 @@ class BlockTracer(fx.Tracer):
             return True
         takes = node.target in (operator.getitem, getattr, "get")
         nest = node.args[0] if takes and isinstance(node.args[0], fx.Node) else None
-        return nest is not None and not isinstance(self.facts[nest].value, Tensor) and self._is_part_of_argument(nest)
+        return (
+            nest is not None
+            and not isinstance(self.facts[nest].value, Tensor)
+            and self._is_part_of_argument(nest)
+        )
 
     @contextmanager
     def deaf(self) -> Iterator[None]:
@@ -431,7 +449,7 @@ def _operator(func: Any, name: str) -> Any:
 
 
 def _mutable(tree: Any) -> Any:
-    """fx keeps arguments in immutable lists and dicts; what is called may want to write to them."""
+    """Fx keeps arguments in immutable lists and dicts; what is called may want to write to them."""
     if isinstance(tree, immutable_list):
         return [_mutable(item) for item in tree]
     if isinstance(tree, immutable_dict):
@@ -448,7 +466,9 @@ def _global_state() -> tuple[bool, ...]:
     return (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
 
 
-def _argument_names(forward: Any, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+def _argument_names(
+    forward: Any, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[str]:
     """Readable, distinct placeholder names for the arguments as called."""
     names = []
     parameters = list(inspect.signature(forward).parameters.values())[1:]
@@ -472,5 +492,3 @@ def is_size(node: fx.Node, fact: Fact) -> bool:
     """Whether a node only computes sizes, indices or flags: no tensor in its value and nothing written."""
     pure = node.op in ("call_function", "call_method", "get_attr")
     return pure and not tensors(fact.value) and not fact.writes and node.target is not torch._assert
-
-
