@@ -15,7 +15,7 @@ from surgeon._example import mode, no_inference_mode, untouched
 from surgeon._flow import Flow
 from surgeon._gate import held_open
 from surgeon._record import Call, Recording, record
-from surgeon._residual import REASONS, Addition, Findings, Refusal, Residual, additions
+from surgeon._residual import REASONS, Addition, Findings, Refusal, Residual, additions, side
 from surgeon._trace import trace
 from surgeon.errors import TraceError, UsageError
 
@@ -81,8 +81,8 @@ def analyse(
     scan = _Scan(recording, names, _Choice(include, exclude))
     # Always in training mode, where stochastic depth that is already there is live.
     with no_inference_mode(), mode(model, True), untouched(model), held_open():
-        for index, call in enumerate(recording.calls):
-            scan.visit(index, call)
+        for call in recording.calls:
+            scan.visit(call)
     scan.choice.check()
     return Analysis(recording, tuple(scan.blocks), tuple(scan.refused))
 
@@ -135,7 +135,7 @@ class _Scan:
         self.seen: set[nn.Module] = set()
         self.nested: set[nn.Module] = set()
 
-    def visit(self, index: int, call: Call) -> None:
+    def visit(self, call: Call) -> None:
         module = call.module
         if module in self.seen or not (call.additions or call.biases):
             return
@@ -193,7 +193,7 @@ class _Scan:
 
     def _mark_nested(self, block: Block, addition: Addition) -> None:
         """Everything that runs inside this branch is no residual add of its own."""
-        for node in _work(block, addition):
+        for node in side(block.flow, addition.branch, addition.shortcut):
             if node.op == "call_module":
                 self.nested.update(block.module.get_submodule(str(node.target)).modules())
 
@@ -208,18 +208,9 @@ def _name(block: str, ordinal: int) -> str:
     return f"{block}.{add}" if block else add
 
 
-def _work(block: Block, addition: Addition) -> list[fx.Node]:
-    """The nodes that the branch needs and the shortcut does not."""
-    flow = block.flow
-    assert addition.branch is not None and addition.shortcut is not None
-    mine = flow.ancestors(addition.branch, itself=True) - flow.ancestors(addition.shortcut, itself=True)
-    return [node for node in flow.order if node in mine]
-
-
 def _describe(block: Block, addition: Addition, name: str) -> Residual:
     flow = block.flow
-    assert addition.branch is not None and addition.shortcut is not None
-    side = flow.ancestors(addition.shortcut, itself=True) - flow.ancestors(addition.branch, itself=True)
+    work = [n for n in side(flow, addition.branch, addition.shortcut) if n not in addition.drops]
     drops = [node for node in addition.drops if node.op == "call_module"]
     prefix = f"{block.name}." if block.name else ""
     return Residual(
@@ -227,15 +218,16 @@ def _describe(block: Block, addition: Addition, name: str) -> Residual:
         block=block.name,
         block_type=type(block.module).__name__,
         kind=addition.kind,
-        shortcut="identity" if addition.kind == "identity" else _modules(flow, side),
-        branch=_modules(flow, [n for n in _work(block, addition) if n not in addition.drops]),
+        shortcut="identity"
+        if addition.kind == "identity"
+        else _modules(side(flow, addition.shortcut, addition.branch)),
+        branch=_modules(work),
         flops=addition.flops,
         replaces=tuple(prefix + str(node.target) for node in drops),
     )
 
 
-def _modules(flow: Flow, nodes: Any) -> str:
+def _modules(nodes: list[fx.Node]) -> str:
     """The modules that run among ``nodes``, in order; functions only if there is no module."""
-    ordered = [node for node in flow.order if node in set(nodes)]
-    modules = [str(node.target) for node in ordered if node.op == "call_module"]
-    return " ".join(modules) or " ".join(node.name for node in ordered if node.op != "placeholder")
+    modules = [str(node.target) for node in nodes if node.op == "call_module"]
+    return " ".join(modules) or " ".join(node.name for node in nodes)

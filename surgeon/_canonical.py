@@ -79,7 +79,7 @@ def _sum_of_stack(emit: Emit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     stack = args[0].node if args and isinstance(args[0], fx.Proxy) else None
     if stack is None or stack.target is not torch.stack or len(args) > 2 or kwargs.keys() - {"dim", "axis"}:
         return None
-    terms = stack.args[0]
+    terms: Any = stack.args[0]
     over = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
     along = stack.args[1] if len(stack.args) > 1 else stack.kwargs.get("dim", 0)
     rank = args[0].value.ndim

@@ -141,7 +141,7 @@ class OpLog(TorchDispatchMode):
     """
 
     def __init__(self, fake: FakeTensorMode) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fake = fake
         self.real = False
         self.ops: list[Op] = []
@@ -245,7 +245,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
             continue
         try:
             return _record(model, *given, training=training, real=real)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a model's forward may raise anything
             first = first or error
     raise RecordError(_failure(model, args, kwargs, first)) from first
 
@@ -315,7 +315,7 @@ def _watch(model: nn.Module, log: OpLog, calls: list[Call]) -> Iterator[None]:
         entered.append([(t, t._version) for t in tensors((args, kwargs))])
         log.stack.append(len(calls) - 1)
 
-    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def leave(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         call = calls[log.stack.pop()]
         call.last_op, call.output = len(log.ops), output
         call.wrote = any(t._version != version for t, version in entered.pop())

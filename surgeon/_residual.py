@@ -14,7 +14,7 @@ or library is known by name.
 
 import operator
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -121,7 +121,7 @@ class Addition:
         ordinal: Its place among the additions of the block: 0, 1, ...
         code: Why it is no residual add; ``None`` if it is one.
         kind: ``"identity"`` or ``"projection"``, ``""`` if neither could be told.
-        shortcut, branch: Its two sides, stochastic depth taken off; ``None`` with an empty kind.
+        shortcut, branch: Its two sides; left and right as written with an empty kind.
         drops: The nodes of stochastic depth already on the branch: calls of parameter-free modules, or
             multiplications, that scale whole rows at random.
         region: The nodes that run for the branch alone; empty if its result is also used elsewhere.
@@ -130,12 +130,12 @@ class Addition:
     node: fx.Node
     ordinal: int
     code: str | None
-    kind: str = ""
-    shortcut: fx.Node | None = None
-    branch: fx.Node | None = None
+    kind: str
+    shortcut: fx.Node
+    branch: fx.Node
     drops: tuple[fx.Node, ...] = ()
     region: tuple[fx.Node, ...] = ()
-    flops: int = field(default=0)
+    flops: int = 0
 
 
 def additions(flow: Flow) -> list[Addition]:
@@ -146,16 +146,16 @@ def additions(flow: Flow) -> list[Addition]:
     for ordinal, node in reversed(list(enumerate(nodes))):
         addition = _classify(flow, node, ordinal)
         if node in inside and addition.code != "bias":
-            addition = Addition(node, ordinal, "nested")
+            addition = replace(addition, code="nested")
         elif addition.code is None:
-            inside |= _branch_only(flow, addition)
+            inside.update(side(flow, addition.branch, addition.shortcut))
         found.append(addition)
     merged = _merged(flow, nodes)
     return [replace(a, code="fusion") if a.code is None and a.node in merged else a for a in reversed(found)]
 
 
 def _merged(flow: Flow, nodes: list[fx.Node]) -> set[fx.Node]:
-    """Additions side by side whose sums are concatenated: the paths of a cell, not steps of a residual stream."""
+    """Additions side by side whose sums are concatenated: paths of a cell, not steps of a residual stream."""
     merged: set[fx.Node] = set()
     for cat in (node for node in flow.order if node.target in (torch.cat, torch.concat)):
         parts = {stem for source in cat.all_input_nodes for stem in _stems(flow, source)} & set(nodes)
@@ -181,23 +181,37 @@ def _is_addition(flow: Flow, node: fx.Node) -> bool:
 
 
 def _classify(flow: Flow, node: fx.Node, ordinal: int) -> Addition:
-    left, right = node.args
+    left, right = (operand for operand in node.args if isinstance(operand, fx.Node))
     kind, shortcut, branch, code = _sides(flow, left, right)
-    if not kind:
-        return Addition(node, ordinal, code)
-    if not flow.fact(shortcut).value.shape == flow.fact(branch).value.shape == flow.fact(node).value.shape:
-        return Addition(node, ordinal, "broadcast")
-    if _seen_elsewhere(flow, node):
-        return Addition(node, ordinal, "aliased")
-    region = flow.region(branch, node)
-    work = _side(flow, branch, shortcut)
-    code = code or _unfit(flow, work, branch)
-    flops = sum(flow.fact(n).flops for n in work)
-    return Addition(node, ordinal, code, kind, shortcut, branch, tuple(_drops(flow, work)), region, flops)
+    refusal = code if not kind else _misshapen(flow, node, shortcut, branch)
+    if refusal is not None:
+        return Addition(node, ordinal, refusal, "", shortcut, branch)
+    work = side(flow, branch, shortcut)
+    return Addition(
+        node,
+        ordinal,
+        _unfit(flow, work),
+        kind,
+        shortcut,
+        branch,
+        drops=tuple(_drops(flow, work)),
+        region=flow.region(branch, node),
+        flops=sum(flow.fact(n).flops for n in work),
+    )
 
 
-def _sides(flow: Flow, left: fx.Node, right: fx.Node) -> tuple[str, fx.Node, fx.Node, str | None]:
-    """Kind, shortcut and branch of an addition, and the reason code if it is no residual add."""
+def _misshapen(flow: Flow, node: fx.Node, shortcut: fx.Node, branch: fx.Node) -> str | None:
+    shape = flow.fact(node).value.shape
+    if not flow.fact(shortcut).value.shape == flow.fact(branch).value.shape == shape:
+        return "broadcast"
+    return "aliased" if _seen_elsewhere(flow, node) else None
+
+
+_Sides = tuple[str, fx.Node, fx.Node, str | None]
+
+
+def _sides(flow: Flow, left: fx.Node, right: fx.Node) -> _Sides:
+    """Kind, shortcut, branch of an addition; without a kind the two as they are, and why there is none."""
     forward, backward = _carries(flow, left, right), _carries(flow, right, left)
     if forward != backward:
         return ("identity", left, right, None) if forward else ("identity", right, left, None)
@@ -208,20 +222,23 @@ def _sides(flow: Flow, left: fx.Node, right: fx.Node) -> tuple[str, fx.Node, fx.
     common = flow.ancestors(left) & flow.ancestors(right)
     if not any(flow.fact(n).active and tensors(flow.fact(n).value) for n in common):
         return "", left, right, "no-shortcut"
+    return _projection(flow, left, right)
+
+
+def _projection(flow: Flow, left: fx.Node, right: fx.Node) -> _Sides:
+    """The side without an activation, or of a single layer, is the shortcut; there must be just one such."""
     if _is_mixture(flow, left, right):
         return "", left, right, "gating"
-    sides = [_side(flow, left, right), _side(flow, right, left)]
-    plain = [_plain(flow, side) for side in sides]
+    ops = [_ops(flow, side(flow, left, right)), _ops(flow, side(flow, right, left))]
+    plain = [all(_linear(op) or op.func.overloadpacket in _PROJECTS for op in mine) for mine in ops]
     if all(plain):
         return "", left, right, "linear"
     if not any(plain):
         # A pre-activation projection has its norm and activation before its one layer.
-        depth = [
-            sum(op.weighted and op.func.overloadpacket in _LAYERS for op in _ops(flow, s)) for s in sides
-        ]
-        plain = [depth[0] <= 1 < depth[1], depth[1] <= 1 < depth[0]]
-        if not any(plain):
-            return "", left, right, "fusion"
+        layers = [sum(op.weighted and op.func.overloadpacket in _LAYERS for op in mine) for mine in ops]
+        plain = [layers[0] <= 1 < layers[1], layers[1] <= 1 < layers[0]]
+    if not any(plain):
+        return "", left, right, "fusion"
     return ("projection", left, right, None) if plain[0] else ("projection", right, left, None)
 
 
@@ -249,18 +266,13 @@ def _hands_on(flow: Flow, source: fx.Node, node: fx.Node) -> bool:
     return scales and (bool(flow.fact(node).ops) or storage(before) == storage(after))
 
 
-def _side(flow: Flow, side: fx.Node, other: fx.Node) -> list[fx.Node]:
-    """The nodes that ``side`` needs and ``other`` does not, in order."""
-    mine = flow.ancestors(side, itself=True) - flow.ancestors(other, itself=True)
+def side(flow: Flow, one: fx.Node, other: fx.Node) -> list[fx.Node]:
+    """The nodes that ``one`` needs and ``other`` does not, in order."""
+    mine = flow.ancestors(one, itself=True) - flow.ancestors(other, itself=True)
     return [n for n in flow.order if n in mine and n.op != "placeholder"]
 
 
-def _branch_only(flow: Flow, addition: Addition) -> set[fx.Node]:
-    assert addition.branch is not None and addition.shortcut is not None
-    return set(_side(flow, addition.branch, addition.shortcut))
-
-
-def _unfit(flow: Flow, work: list[fx.Node], branch: fx.Node) -> str | None:
+def _unfit(flow: Flow, work: list[fx.Node]) -> str | None:
     """Why a branch beside an identity or projection shortcut is none worth a gate."""
     ops = _ops(flow, work)
     weighted = [op for op in ops if op.weighted]
@@ -270,7 +282,7 @@ def _unfit(flow: Flow, work: list[fx.Node], branch: fx.Node) -> str | None:
 
 
 def _pools(ops: list[Op]) -> bool:
-    """Whether a linear branch mixes tokens by pooling alone: no layer that a sum of linear paths would merge."""
+    """Whether a linear branch mixes tokens by pooling alone, without a layer that linear paths merge into."""
     packets = [op.func.overloadpacket for op in ops]
     merges = any(op.weighted and op.func.overloadpacket in _LAYERS for op in ops)
     return not merges and any(packet in _POOLS for packet in packets)
@@ -341,10 +353,6 @@ def _node_ops(flow: Flow, node: fx.Node) -> tuple[Op, ...]:
 
 def _ops(flow: Flow, nodes: Iterable[fx.Node]) -> list[Op]:
     return [op for node in nodes for op in flow.fact(node).ops if op.active]
-
-
-def _plain(flow: Flow, nodes: Iterable[fx.Node]) -> bool:
-    return all(_linear(op) or op.func.overloadpacket in _PROJECTS for op in _ops(flow, nodes))
 
 
 def _linear(op: Op) -> bool:

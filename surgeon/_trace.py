@@ -146,8 +146,10 @@ class ValueProxy(fx.Proxy):
         super().__init__(node, tracer)
         self.__dict__["value"] = value
 
+    tracer: "BlockTracer"
+
     @property
-    def __class__(self) -> type:  # type: ignore[override]
+    def __class__(self) -> type:  # type: ignore[misc]
         """Of the value's type, so that ``isinstance(x, Tensor)`` in a forward answers as it would."""
         return Tensor if isinstance(self.__dict__["value"], Tensor) else type(self.__dict__["value"])
 
@@ -206,7 +208,7 @@ class ValueProxy(fx.Proxy):
             return iter(value)
         if not hasattr(value, "__getitem__"):  # a view of a dict
             return iter(self.tracer.create_proxy("call_function", list, (self,), {}))
-        return iter([self[i] for i in range(len(self))])
+        return iter([operator.getitem(self, i) for i in range(len(self))])
 
     def keys(self) -> Any:
         """The keys of a dict value, so that ``**proxy`` works."""
@@ -252,7 +254,7 @@ class BlockTracer(fx.Tracer):
         self.listening = False
         self._state = _global_state()
 
-    def trace(self, root: nn.Module, concrete_args: Any = None) -> fx.Graph:
+    def trace(self, root: Any, _concrete_args: Any = None) -> fx.Graph:
         self.traced_func_name = "_ungated_forward" if hasattr(type(root), "_ungated_forward") else "forward"
         return super().trace(root)
 
@@ -261,8 +263,8 @@ class BlockTracer(fx.Tracer):
         self.exact = True
         return proxy.__dict__["value"]
 
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        names = _argument_names(root_fn, self.root, self.args, self.kwargs)
+    def create_args_for_root(self, root_fn: Any, _is_module: bool, _concrete_args: Any = None) -> Any:
+        names = _argument_names(root_fn, self.args, self.kwargs)
         values = [*self.args, *self.kwargs.values()]
         given = [self._placeholder(name, value) for name, value in zip(names, values, strict=True)]
         split = len(self.args)
@@ -368,7 +370,7 @@ class BlockTracer(fx.Tracer):
         """Runs one node on fake values and notes its facts."""
         args, kwargs = _mutable(map_arg((node.args, node.kwargs), lambda n: self.facts[n].value))
         read = tensors((args, kwargs))
-        recorded = self._recorded(node, args, kwargs, read)
+        recorded = self._recorded(node, read)
         if recorded is not None:
             self.facts[node] = Fact(
                 recorded.output,
@@ -392,7 +394,7 @@ class BlockTracer(fx.Tracer):
         )
         return value
 
-    def _recorded(self, node: fx.Node, args: Any, kwargs: Any, read: list[Tensor]) -> Call | None:
+    def _recorded(self, node: fx.Node, read: list[Tensor]) -> Call | None:
         """The recorded call that this node repeats, if its result can be taken as it is."""
         module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
         calls = self._replays.get(module) if module is not None else None
@@ -466,9 +468,7 @@ def _global_state() -> tuple[bool, ...]:
     return (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
 
 
-def _argument_names(
-    forward: Any, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[str]:
+def _argument_names(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
     """Readable, distinct placeholder names for the arguments as called."""
     names = []
     parameters = list(inspect.signature(forward).parameters.values())[1:]
