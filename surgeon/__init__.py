@@ -34,7 +34,7 @@ _HOMES |= {"export": "_export", "verify": "_verify"}
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a function's room when it is first asked for, so that the command line answers before torch loads."""
+    """Loads a function's room when it is first asked for: the command line answers before torch loads."""
     if name not in _HOMES:
         raise AttributeError(f"module 'surgeon' has no attribute {name!r}")
     found = getattr(importlib.import_module(f"surgeon.{_HOMES[name]}"), name)

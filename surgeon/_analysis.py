@@ -166,7 +166,7 @@ class _Scan:
             self.blocks.append(block)
 
     def _untraced(self, call: Call, arguments: tuple[Any, ...], error: TraceError) -> None:
-        """Refuses a block that does not trace as in training; one recorded in evaluation may tell why there."""
+        """Refuses a block that does not trace as in training; in evaluation it may, and tell why."""
         found: list[Addition] = []
         if not self.recording.training:
             with mode(call.module, False), suppress(TraceError):

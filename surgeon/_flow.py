@@ -70,7 +70,7 @@ class Flow:
         return self._index[node]
 
     def region(self, end: fx.Node, reader: fx.Node) -> tuple[fx.Node, ...]:
-        """The nodes that run only for ``reader`` to get ``end``, in order; empty if ``end`` has other readers.
+        """The nodes that run only for ``reader`` to get ``end``, in order; none if ``end`` has other readers.
 
         A node that writes to a storage made outside the region stays outside, as its effect must not
         depend on whether the region runs.
@@ -97,10 +97,6 @@ class Flow:
             if node.op in ("placeholder", "output") or node in barred:
                 continue
             users = self.users(node)
-            if node is end:
-                wanted = users <= {reader}
-            else:
-                wanted = bool(users) and users <= inside
-            if wanted:
+            if users <= {reader} if node is end else users and users <= inside:
                 inside.add(node)
         return inside if end in inside else set()

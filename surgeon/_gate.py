@@ -28,7 +28,7 @@ Branch = Callable[..., Tensor]
 
 
 @torch.library.custom_op("surgeon::mark", mutates_args=())
-def mark(branch: Tensor, gate: int) -> Tensor:
+def mark(branch: Tensor, gate: int) -> Tensor:  # noqa: ARG001 - read from the graph
     """The place of one gate's branch result in a flat graph; a copy of its argument.
 
     Only ``fold`` puts it there, to know where in the graph of the whole model each evaluation scale acts.
@@ -37,7 +37,7 @@ def mark(branch: Tensor, gate: int) -> Tensor:
 
 
 @mark.register_fake
-def _(branch: Tensor, gate: int) -> Tensor:
+def _(branch: Tensor, gate: int) -> Tensor:  # noqa: ARG001 - the operator's signature
     return torch.empty_like(branch)
 
 
@@ -128,7 +128,7 @@ class Gate:
         self.keep.fill_(1 - rate)
 
     def settle(self, note: str = "") -> None:
-        """Ends the gate's part in training: it never drops again. Its scale goes to 1, or stays with a note."""
+        """Ends the gate's part in training. Its scale goes to 1, or stays, with a note."""
         self.set_drop_rate(0.0)
         self.folded = not note
         self.note = note
@@ -136,7 +136,7 @@ class Gate:
             self.scale = 1.0
 
     def correction(self) -> float:
-        """What a surviving branch is multiplied by in training, ``c / p``; exactly 1 under the paper's rule."""
+        """What a surviving branch is multiplied by in training, ``c / p``; 1 under the paper's rule."""
         return 1.0 if self.scale == self.survival else self.scale / self.survival
 
     def mask(self, branch: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ def evaluating_add(gate: Gate, shortcut: Tensor, branch: Tensor, onto: str) -> T
 
 
 def combine(shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:
-    """Adds the two sides as the original did: into ``onto``, ``"shortcut"`` or ``"branch"``, or apart (``""``)."""
+    """Adds the two sides as the original did: into one, ``"shortcut"`` or ``"branch"``, or apart (``""``)."""
     if onto == "shortcut":
         return shortcut.add_(branch)
     return branch.add_(shortcut) if onto == "branch" else shortcut + branch

@@ -2,7 +2,8 @@
 
 Grad and autocast regions, gradient checkpoints and `torch.autograd.Function` act outside of the calls that fx
 sees. Inside `guarded` their entry points answer to the tracer: a region of its own stops the trace, an
-autograd function becomes a leaf, a tensor factory a node whatever its sizes are, a question about the ambient mode makes the trace hold for that mode only.
+autograd function becomes a leaf, a tensor factory a node whatever its sizes are, a question about the
+ambient mode makes the trace hold for that mode only.
 """
 
 import functools

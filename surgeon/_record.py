@@ -108,7 +108,7 @@ class Recording:
     def replays(self, call: Call) -> dict[nn.Module, list[Call]]:
         """The calls made directly by ``call`` whose result a trace may take from here, by module, in order.
 
-        Those that hand on or write to their arguments are run anew, as the trace's arguments are other tensors.
+        Those that hand on or write to their arguments are run anew: the trace's arguments are other tensors.
         """
         if self.log.real:
             return {}
@@ -344,7 +344,8 @@ def _failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], er
         [_brief(a) for a in args] + [f"{name}={_brief(value)}" for name, value in kwargs.items()]
     )
     return (
-        f"{type(model).__name__} could not be run on the example ({shapes}): {type(error).__name__}: {error}. "
+        f"{type(model).__name__} could not be run on the example ({shapes}): "
+        f"{type(error).__name__}: {error}. "
         "Give an example it accepts: example=tensor, example=(a, b) or example={'name': value}"
     )
 

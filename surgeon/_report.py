@@ -70,7 +70,8 @@ class Status:
         title = f"{len(self.gates)} gates" + (
             f", {self.schedule}, unit {first.unit}, {first.scaling}" if first else ""
         )
-        foot = f"expected depth {self.expected_depth:.2f} of {len(self.gates)}, training FLOPs {self.expected_flops:.1%}"
+        depth = f"expected depth {self.expected_depth:.2f} of {len(self.gates)}"
+        foot = f"{depth}, training FLOPs {self.expected_flops:.1%}"
         return "\n".join([title, *table(head, rows), foot])
 
 

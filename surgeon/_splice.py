@@ -208,7 +208,7 @@ def _skipper(branch: Run) -> Run:
 
 
 def _receiver(graph: fx.Graph) -> fx.Node:
-    """The block itself as a value in generated code; fx clears names after their last use, ``self`` must stay."""
+    """The block as a value in generated code; fx clears names after their last use, ``self`` must stay."""
     return graph.create_node("placeholder", "self", name="block")
 
 
@@ -229,7 +229,7 @@ def _compile(graph: fx.Graph) -> Run:
     if key not in _compiled:
         graph.lint()
         scope = dict(code.globals)
-        exec(compile(code.src, "<surgeon>", "exec"), scope)
+        exec(compile(code.src, "<surgeon>", "exec"), scope)  # noqa: S102 - what fx wrote, as GraphModule does
         _compiled[key] = scope["forward"]
     return _compiled[key]
 
@@ -307,7 +307,7 @@ class Gating:
         if missing:
             raise UnseenCallError(
                 f"{self.name or 'the model'} is called in a way in which it does not perform the gated "
-                f"addition {missing[0]}; exclude it (exclude={missing[0]!r}) or call the block as on the example"
+                f"addition {missing[0]}; exclude it (exclude={missing[0]!r}) or call it as on the example"
             )
         return [by_ordinal[gate.ordinal] for gate in self.gates]
 
@@ -371,7 +371,8 @@ class GatedBlock(nn.Module):
         return f"{own}, gates: {gates}" if own else f"gates: {gates}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *rest = super().__reduce_ex__(2)
+        reduced: Any = super().__reduce_ex__(2)
+        _, _, *rest = reduced
         return (_revive, (self._ungated,), *rest)
 
 
@@ -381,9 +382,17 @@ def _revive(ungated: type[nn.Module]) -> nn.Module:
     return block
 
 
-@functools.cache
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def gated_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``cls`` whose forward runs a block's gates; of the same name, in the same module."""
+    if cls not in _classes:
+        _classes[cls] = _subclass(cls)
+    return _classes[cls]
+
+
+def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
     original = cls.forward
 
     @functools.wraps(original)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from surgeon._analysis import Analysis, Block, analyse
-from surgeon._example import Example, inputs, mode, untouched
+from surgeon._example import Example, inputs, mode, no_inference_mode, untouched
 from surgeon._flow import Flow
 from surgeon._fold import FoldPlan, commit
 from surgeon._fold import plan as plan_fold
@@ -177,7 +177,7 @@ def set_drop_rate(model: nn.Module, rate: float | Sequence[float] | Callable[[in
         raise NotGatedError("the model has no gates; surgeon.apply(model) puts them in")
     origin = gates[0].origin
     blocks, names = [gate.name.rpartition(".")[0] for gate in gates], [gate.name for gate in gates]
-    if isinstance(rate, numbers.Real):
+    if isinstance(rate, float | numbers.Real):
         if origin.schedule not in NAMES:
             raise UsageError(
                 f"the gates follow {origin.schedule}; give a sequence of drop rates or a callable"
@@ -276,7 +276,7 @@ def _prepare(block: Block, recording: Recording, gates: Mapping[str, Gate]) -> G
         if gate.ordinal in spliced.kept_whole:
             gate.skips, gate.note = False, f"computed also when dropped: {spliced.kept_whole[gate.ordinal]}"
     if not gating.evaluates_plainly:
-        with mode(block.module, False), untouched(block.module), held_open():
+        with no_inference_mode(), mode(block.module, False), untouched(block.module), held_open():
             flow = Flow(trace(block.module, args, kwargs, log))
             gating.prepare(block.module, flow, args, kwargs)
     _check_class(block)
@@ -289,8 +289,8 @@ def _check_class(block: Block) -> None:
         gated_class(type(block.module))
     except Exception as error:
         raise UsageError(
-            f"{block.name or 'the model'}: its class {block.module._get_name()} cannot be subclassed ({error}), so it "
-            f"cannot carry a gate; leave it out with exclude={block.name!r}"
+            f"{block.name or 'the model'}: its class {block.module._get_name()} cannot be subclassed "
+            f"({error}), so it cannot carry a gate; leave it out with exclude={block.name!r}"
         ) from error
 
 

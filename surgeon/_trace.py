@@ -148,8 +148,8 @@ class ValueProxy(fx.Proxy):
 
     tracer: "BlockTracer"
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         """Of the value's type, so that ``isinstance(x, Tensor)`` in a forward answers as it would."""
         return Tensor if isinstance(self.__dict__["value"], Tensor) else type(self.__dict__["value"])
 
@@ -309,9 +309,9 @@ class BlockTracer(fx.Tracer):
             ).node
         if isinstance(a, tuple) and hasattr(a, "_fields"):
             return self._emit("call_function", type(a), tuple(a), {}).node
-        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
-            if not any(a is b for b in self.root.buffers()):
-                raise TraceError("its forward uses a tensor that is no parameter, buffer or attribute")
+        known = not isinstance(a, Tensor) or isinstance(a, nn.Parameter) or a in self.tensor_attrs
+        if not known and not any(a is b for b in self.root.buffers()):
+            raise TraceError("its forward uses a tensor that is no parameter, buffer or attribute")
         return super().create_arg(a)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *_: Any, **__: Any) -> Any:
