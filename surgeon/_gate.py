@@ -164,7 +164,8 @@ class Gate:
 
 def masked_add(gate: Gate, shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:
     """Training, the branch computed: ``shortcut + mask * branch``."""
-    if gate.drop_rate > 0:
+    # A compiled graph must not depend on the rate's value: it would be compiled anew with each change.
+    if torch.compiler.is_compiling() or gate.drop_rate > 0:
         branch = branch * gate.mask(branch)
     elif gate.scale != 1.0:
         branch = branch * gate.scale

@@ -387,6 +387,8 @@ _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 def gated_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``cls`` whose forward runs a block's gates; of the same name, in the same module."""
+    if issubclass(cls, GatedBlock):  # a slice or a sibling of a gated block has its class and no gates
+        return cls
     if cls not in _classes:
         _classes[cls] = _subclass(cls)
     return _classes[cls]

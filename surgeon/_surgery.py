@@ -290,7 +290,7 @@ def _check_class(block: Block) -> None:
     except Exception as error:
         raise UsageError(
             f"{block.name or 'the model'}: its class {block.module._get_name()} cannot be subclassed "
-            f"({error}), so it cannot carry a gate; leave it out with exclude={block.name!r}"
+            f"({error}), so it cannot carry a gate; leave it out with exclude={block.name or type(block.module).__name__!r}"
         ) from error
 
 
