@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from surgeon._gate import Gate
 
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
 
 class Branch(nn.Module):
     """A block without a forward: a branch ``f`` of two linear layers."""
@@ -144,6 +146,23 @@ def randomise(model: nn.Module, seed: int = 1) -> nn.Module:
 def grads(model: nn.Module) -> dict[str, Tensor | None]:
     """The gradient of every parameter, by name; a copy."""
     return {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+
+
+def joined(out: Any) -> Tensor:
+    leaves = out.values() if isinstance(out, dict) else out
+    return out if isinstance(out, Tensor) else torch.cat([leaf.flatten() for leaf in leaves])
+
+
+def step(
+    model: nn.Module, run: Callable[[Tensor], Any], x: Tensor
+) -> tuple[Any, Tensor, dict[str, Tensor | None]]:
+    model.zero_grad(set_to_none=True)
+    x = x.clone().requires_grad_()
+    torch.manual_seed(5)
+    out = run(x)
+    flat = joined(out)
+    (flat * torch.linspace(1, 2, flat.numel()).view_as(flat)).sum().backward()
+    return out, x.grad, grads(model)
 
 
 def same(a: Any, b: Any) -> bool:
