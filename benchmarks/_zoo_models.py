@@ -12,6 +12,13 @@ import torchvision
 from torch import nn
 
 DROP_RATE = 0.3
+# By a part of the module's or the model's name; torchvision's models do not say what they take.
+_SHAPES = (
+    ("video.mvit", (3, 16, 224, 224)),
+    ("video.s3d", (3, 16, 224, 224)),
+    ("models.video", (3, 16, 112, 112)),
+    ("inception", (3, 299, 299)),
+)
 
 
 @dataclass(frozen=True)
@@ -68,15 +75,9 @@ def example(entry: Entry, model: nn.Module, device: str) -> Any:
     if entry.library == "timm":
         return None
     package = type(model).__module__
-    if "optical_flow" in package:
-        return torch.zeros(2, 3, 128, 128, device=device), torch.zeros(2, 3, 128, 128, device=device)
-    if ".video" in package:
-        size = 224 if "mvit" in entry.name or "s3d" in entry.name else 112
-        return torch.zeros(2, 3, 16, size, size, device=device)
     if "detection" in package:
         return ([torch.zeros(3, 320, 320, device=device)] * 2,)
-    if "inception" in entry.name:
-        return torch.zeros(2, 3, 299, 299, device=device)
-    if "vit_h_14" in entry.name:
-        return torch.zeros(2, 3, 224, 224, device=device)
-    return None
+    if "optical_flow" in package:
+        return tuple(torch.zeros(2, 3, 128, 128, device=device) for _ in range(2))
+    shape = next((shape for part, shape in _SHAPES if part in f"{package}.{entry.name}"), None)
+    return None if shape is None else torch.zeros(2, *shape, device=device)

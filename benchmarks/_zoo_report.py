@@ -49,11 +49,13 @@ def _page(rows: list[dict[str, Any]], table: str) -> str:
     lines = [
         "# Coverage",
         "",
-        f"Written by `python -m benchmarks.zoo` with torch {torch.__version__.partition('+')[0]}, "
-        f"timm {timm.__version__}, torchvision {torchvision.__version__.partition('+')[0]}; never by hand. "
-        f"One line per model is in [{table}]({table}).",
+        (
+            f"Written by `python -m benchmarks.zoo` with torch {torch.__version__.partition('+')[0]}, "
+            f"timm {timm.__version__} and torchvision {torchvision.__version__.partition('+')[0]}, "
+            f"never by hand. One line per model is in [{table}]({table})."
+        ),
         "",
-        "| library | models | gated | no residual add | failed | gates | own live gates recalled | own gates missed |",
+        "| library | models | gated | no residual add | failed | gates | own live gates recalled | missed |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for library in ("timm", "torchvision"):
@@ -103,10 +105,14 @@ def _numbers(rows: list[dict[str, Any]]) -> list[str]:
     return [
         f"- models run on real tensors: {len(deep)}",
         f"- evaluation bit for bit as before `apply`: {sum(row['eval_equal'] for row in deep)}",
-        f"- training step finite, every parameter that has a gradient ungated has one gated: "
-        f"{sum(bool(row.get('train_ok')) for row in deep)}",
-        f"- gates whose drop changes the output: {sum(row['live'] for row in deep)} of "
-        f"{sum(row['gates'] for row in deep)}",
+        (
+            "- training step finite, every parameter that has a gradient ungated has one gated: "
+            f"{sum(bool(row.get('train_ok')) for row in deep)}"
+        ),
+        (
+            f"- gates whose drop changes the output: {sum(row['live'] for row in deep)} of "
+            f"{sum(row['gates'] for row in deep)}"
+        ),
     ]
 
 

@@ -68,7 +68,7 @@ def measure(entry: Entry, deep: bool) -> dict[str, Any]:
         row |= structure(entry)
         if deep and row["gates"]:
             row |= numbers(entry)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever a model does is a row of the table
         row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
     row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     return row
@@ -77,7 +77,7 @@ def measure(entry: Entry, deep: bool) -> dict[str, Any]:
 def _child(entry: Entry, deep: bool, pipe: Any) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    with open(os.devnull, "w") as nowhere:
+    with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
         pipe.send(measure(entry, deep))
 
@@ -137,7 +137,7 @@ def main(
     rows.parent.mkdir(parents=True, exist_ok=True)
     if not resume:
         rows.unlink(missing_ok=True)
-    done = {(r["library"], r["model"]) for r in _zoo_report.read(rows)}
+    done = {(r["library"], r["model"]) for r in _zoo_report.read(rows) if not r.get("error")}
     todo = [e for e in entries(library, match) if (e.library, e.name) not in done]
     _run(todo, rows, jobs, deep, limit)
     _zoo_report.write(_zoo_report.read(rows), output)

@@ -15,8 +15,8 @@ from surgeon._example import mode, no_inference_mode, untouched
 from surgeon._flow import Flow
 from surgeon._gate import held_open
 from surgeon._record import Call, Recording, record
-from surgeon._residual import REASONS, Addition, Findings, Refusal, Residual, additions, side
-from surgeon._trace import trace
+from surgeon._residual import REASONS, Addition, Findings, Refusal, Residual, additions, arguments_of, side
+from surgeon._trace import storage, trace
 from surgeon.errors import TraceError, UsageError
 
 
@@ -141,7 +141,8 @@ class _Scan:
             return
         self.seen.add(module)
         if not call.additions:
-            self._refuse_all(module, call.biases, "bias")
+            if any(module.children()):  # the bias of a single layer is no matter for a report
+                self._refuse_all(module, call.biases, "bias")
         elif module in self.nested and not self.choice.asks_for("nested"):
             self._refuse_all(module, call.additions, "nested")
         else:
@@ -182,6 +183,8 @@ class _Scan:
     def _sort(self, block: Block, addition: Addition) -> None:
         name, kind = _name(block.name, addition.ordinal), type(block.module).__name__
         code = "nested" if block.module in self.nested else addition.code
+        if code == "no-shortcut" and self._hands_on(block, addition):
+            code = None
         if addition.kind and self.choice.takes(name, block.name, kind, code):
             block.found.append(addition)
             block.residuals.append(_describe(block, addition, name))
@@ -190,6 +193,22 @@ class _Scan:
             self.refused.append(Refusal(name, block.name, kind, code, REASONS[code]))
         else:
             self.refused.append(Refusal(name, block.name, kind, "excluded", "left out by include or exclude"))
+
+    def _hands_on(self, block: Block, addition: Addition) -> bool:
+        """Whether the caller computed the branch's argument from the shortcut's, with no residual add between.
+
+        A long skip over residual adds, as decoders of segmentation have it, is no step of a residual stream.
+        """
+        if not addition.kind or self.recording.log.real:
+            return False
+        gated = {found.module for found in self.blocks}
+        made_at = block.call.made_at
+        shortcuts, sources = (
+            {made_at.get(storage(t), -1) for t in given} for given in arguments_of(block.flow, addition)
+        )
+        ways = [self.recording.log.between(a, b) for a in shortcuts for b in sources]
+        over = [{self.recording.calls[i].module for i in way if i >= 0} for way in ways if way is not None]
+        return bool(over) and all(gated.isdisjoint(modules) for modules in over)
 
     def _mark_nested(self, block: Block, addition: Addition) -> None:
         """Everything that runs inside this branch is no residual add of its own."""

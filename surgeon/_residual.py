@@ -8,6 +8,9 @@ An addition ``a + b`` of two activations is a residual add when one side carries
   activation (convolution, linear, norm, pooling, resizing) or through a single layer where the other has
   more: that one is the shortcut.
 
+A block may get both from its caller: ``output(branch(x), x)`` performs the add, and the recording knows that
+one argument was computed from the other.
+
 Everything is read from the graph and from the ATen operators that each node ran; no module class, model
 or library is known by name.
 """
@@ -92,7 +95,7 @@ class Findings:
 
     Attributes:
         residuals: The residual adds, in the order in which they first run.
-        refused: Every other addition of two tensors, with its reason.
+        refused: Every other addition of two tensors, with its reason; a single layer's own bias is not listed.
         flops: FLOPs of one forward of the whole model on the example.
     """
 
@@ -190,7 +193,7 @@ def _classify(flow: Flow, node: fx.Node, ordinal: int) -> Addition:
     return Addition(
         node,
         ordinal,
-        _unfit(flow, work),
+        code or _unfit(flow, work),
         kind,
         shortcut,
         branch,
@@ -211,7 +214,7 @@ _Sides = tuple[str, fx.Node, fx.Node, str | None]
 
 
 def _sides(flow: Flow, left: fx.Node, right: fx.Node) -> _Sides:
-    """Kind, shortcut, branch of an addition; without a kind the two as they are, and why there is none."""
+    """Kind, shortcut, branch and reason code; without a kind the two operands as they are."""
     forward, backward = _carries(flow, left, right), _carries(flow, right, left)
     if forward != backward:
         return ("identity", left, right, None) if forward else ("identity", right, left, None)
@@ -221,8 +224,26 @@ def _sides(flow: Flow, left: fx.Node, right: fx.Node) -> _Sides:
         return "", left, right, "bias"
     common = flow.ancestors(left) & flow.ancestors(right)
     if not any(flow.fact(n).active and tensors(flow.fact(n).value) for n in common):
-        return "", left, right, "no-shortcut"
+        return _handed_in(flow, left, right)
     return _projection(flow, left, right)
+
+
+def _handed_in(flow: Flow, left: fx.Node, right: fx.Node) -> _Sides:
+    """Two arguments meet. One side that is an argument may be a shortcut; only the caller's graph can tell."""
+    given = [any(stem.op == "placeholder" for stem in _stems(flow, operand)) for operand in (left, right)]
+    if given[0] == given[1]:
+        return "", left, right, "no-shortcut"
+    return ("identity", *((left, right) if given[0] else (right, left)), "no-shortcut")
+
+
+def arguments_of(flow: Flow, addition: Addition) -> tuple[list[Tensor], list[Tensor]]:
+    """The arguments of the block that a shortcut hands on, and those that a branch is computed from."""
+    stems = [n for n in _stems(flow, addition.shortcut) if n.op == "placeholder"]
+    sources = [n for n in flow.ancestors(addition.branch) if n.op == "placeholder"]
+    return (
+        [t for n in stems for t in tensors(flow.fact(n).value)],
+        [t for n in sources for t in tensors(flow.fact(n).value)],
+    )
 
 
 def _projection(flow: Flow, left: fx.Node, right: fx.Node) -> _Sides:
