@@ -93,10 +93,15 @@ class Flow:
 
     def _region(self, end: fx.Node, reader: fx.Node, barred: set[fx.Node]) -> set[fx.Node]:
         inside: set[fx.Node] = set()
+        others = {s for node in reader.all_input_nodes if node is not end for s in self.storages(node)}
+        memory = self.storages(end) - others
         for node in reversed(self.order[: self.position(reader)]):
             if node.op in ("placeholder", "output") or node in barred:
                 continue
-            users = self.users(node)
-            if users <= {reader} if node is end else users and users <= inside:
+            writes = self.fact(node).writes
+            # The reader needs ``end``, and what changes ``end`` in place before it is read.
+            final = node is end or (bool(writes) and writes <= memory)
+            users = self.users(node) - ({reader} if final else set())
+            if users <= inside and (final or users):
                 inside.add(node)
         return inside if end in inside else set()

@@ -185,7 +185,7 @@ class ValueProxy(fx.Proxy):
 
     def __len__(self) -> int:
         value = self.__dict__["value"]
-        return len(self.tracer.pin(self) if isinstance(value, Tensor) else value)
+        return int(self.tracer.pin(self).shape[0]) if isinstance(value, Tensor) else len(value)
 
     def __index__(self) -> int:
         return operator.index(self.tracer.pin(self))
@@ -208,6 +208,8 @@ class ValueProxy(fx.Proxy):
             return iter(value)
         if not hasattr(value, "__getitem__"):  # a view of a dict
             return iter(self.tracer.create_proxy("call_function", list, (self,), {}))
+        if self.tracer.counts_pieces(self.node):
+            self.tracer.pin(self)
         return iter([operator.getitem(self, i) for i in range(len(self))])
 
     def keys(self) -> Any:
@@ -262,6 +264,13 @@ class BlockTracer(fx.Tracer):
         """The value of ``proxy`` for use in Python; the trace then holds for this value only."""
         self.exact = True
         return proxy.__dict__["value"]
+
+    def counts_pieces(self, node: fx.Node) -> bool:
+        """Whether the length of the node's value follows from a size: pieces of a tensor, unless counted."""
+        pieces = bool(tensors(self.facts[node].value)) and node.op in ("call_function", "call_method")
+        given = [*node.args[1:2], *node.kwargs.values()]
+        counted = node.target in (torch.chunk, "chunk") or any(isinstance(a, (list, tuple)) for a in given)
+        return pieces and node.target is not list and not counted
 
     def create_args_for_root(self, root_fn: Any, _is_module: bool, _concrete_args: Any = None) -> Any:
         names = _argument_names(root_fn, self.args, self.kwargs)
