@@ -1,7 +1,7 @@
 """Traces one block's own ``forward`` into an fx graph, its child modules as leaves, on recorded values.
 
-Every proxy carries the fake value that its node has for the recorded arguments. So `len`, unpacking,
-`isinstance` and Python control flow see what they would see in the real run, while sizes, indices and
+Every proxy (`surgeon._proxy`) carries the fake value that its node has on the recorded arguments. `len`,
+unpacking, `isinstance` and Python control flow see what they would see in the real run, while sizes, indices and
 arithmetic on them stay symbolic in the graph. Where control flow consumes a size, the trace is ``exact``:
 it holds for these shapes only, and the splice makes another one when others arrive.
 
@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from surgeon._canonical import canonical
 from surgeon._example import generators_kept, no_autocast_cache, tensors, untouched
 from surgeon._guards import guarded
+from surgeon._proxy import ValueProxy
 from surgeon._record import Call, Op, OpLog
 from surgeon.errors import TraceError
 
@@ -137,101 +138,6 @@ def _watched(block: nn.Module, read: set[str]) -> Iterator[None]:
         yield
     finally:
         block.__class__ = cls
-
-
-class ValueProxy(fx.Proxy):
-    """An fx proxy that knows its node's value on the recorded arguments."""
-
-    def __init__(self, node: fx.Node, tracer: "BlockTracer", value: Any) -> None:
-        super().__init__(node, tracer)
-        self.__dict__["value"] = value
-
-    tracer: "BlockTracer"
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """Of the value's type, so that ``isinstance(x, Tensor)`` in a forward answers as it would."""
-        return Tensor if isinstance(self.__dict__["value"], Tensor) else type(self.__dict__["value"])
-
-    def __getattr__(self, name: str) -> Any:
-        tracer, value = self.tracer, self.__dict__["value"]
-        if isinstance(value, Tensor) and name == "ndim":
-            return value.ndim
-        if isinstance(value, Tensor) and name in (
-            "shape",
-            "T",
-            "mT",
-            "H",
-            "mH",
-            "real",
-            "imag",
-            "data",
-            "grad",
-        ):
-            return tracer.create_proxy("call_function", getattr, (self, name), {})
-        attribute = getattr(value, name)
-        if not callable(attribute) or isinstance(attribute, torch.dtype):
-            return tracer.create_proxy("call_function", getattr, (self, name), {})
-
-        def method(*args: Any, **kwargs: Any) -> Any:
-            if name == "dim" and isinstance(value, Tensor):
-                return value.ndim
-            return tracer.create_proxy("call_method", name, (self, *args), kwargs)
-
-        return method
-
-    def __bool__(self) -> bool:
-        return bool(self.tracer.pin(self))
-
-    def __len__(self) -> int:
-        value = self.__dict__["value"]
-        return int(self.tracer.pin(self).shape[0]) if isinstance(value, Tensor) else len(value)
-
-    def __index__(self) -> int:
-        return operator.index(self.tracer.pin(self))
-
-    def __int__(self) -> int:
-        return int(self.tracer.pin(self))
-
-    def __float__(self) -> float:
-        return float(self.tracer.pin(self))
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __contains__(self, item: Any) -> bool:
-        return item in self.tracer.pin(self)
-
-    def __iter__(self) -> Iterator[Any]:
-        value = self.__dict__["value"]
-        if isinstance(value, dict):
-            return iter(value)
-        if not hasattr(value, "__getitem__"):  # a view of a dict
-            return iter(self.tracer.create_proxy("call_function", list, (self,), {}))
-        if self.tracer.counts_pieces(self.node):
-            self.tracer.pin(self)
-        return iter([operator.getitem(self, i) for i in range(len(self))])
-
-    def keys(self) -> Any:
-        """The keys of a dict value, so that ``**proxy`` works."""
-        return self.__dict__["value"].keys()
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-
-def _in_place(symbol: str) -> Callable[[ValueProxy, Any], Any]:
-    """The augmented assignment ``symbol`` (``"iadd"``): in place on tensors, as Python does, else not."""
-
-    def method(self: ValueProxy, other: Any) -> Any:
-        name = symbol if isinstance(self.__dict__["value"], Tensor) else symbol[1:]
-        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
-
-    return method
-
-
-for _symbol in ("iadd", "isub", "imul", "itruediv"):
-    setattr(ValueProxy, f"__{_symbol}__", _in_place(_symbol))
 
 
 class BlockTracer(fx.Tracer):
