@@ -6,12 +6,14 @@ carries for each storage the set of model inputs and weights it depends on; so i
 two tensors that share ancestry and tells it from shape arithmetic. Hooks on every module note the calls.
 """
 
+import copy
 import functools
 import itertools
 import logging
 import operator
+import types
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,6 +76,7 @@ class Call:
         biases: Other additions of an activation and a tensor (weight, mask, table).
         rewritten: After it returned, something wrote in place to what it took or gave, or may do so since
             that leaves the model.
+        made_at: For the storage of each tensor it got, the step of the log that made what is in it.
     """
 
     module: nn.Module
@@ -87,6 +90,7 @@ class Call:
     additions: int = 0
     biases: int = 0
     rewritten: bool = False
+    made_at: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +126,12 @@ class Recording:
         return found
 
     def arguments(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any], "OpLog"]:
-        """A call's arguments as fake tensors, and the log that knows which of them are active."""
+        """A call's arguments as fake tensors, and the log that knows which of them are active.
+
+        Objects among them (a cache, say) are copies, so that a trace can write to them.
+        """
         if not self.log.real:
-            return call.args, call.kwargs, self.log
+            return *twin((call.args, call.kwargs)), self.log
         log = OpLog(FakeTensorMode(allow_non_fake_inputs=True))
         args, kwargs = to_fake(log.fake, (call.args, call.kwargs))
         for ran, stands_for in zip(tensors((call.args, call.kwargs)), tensors((args, kwargs)), strict=True):
@@ -154,11 +161,14 @@ class OpLog(TorchDispatchMode):
         self._shadows: dict[int, tuple[Tensor, Tensor]] = {}
         self._ancestry: dict[int, int] = {}
         self._alive: list[Any] = []
+        self._steps: list[tuple[int, int, frozenset[int]]] = []
+        self._made_at: dict[int, int] = {}
 
     def root(self, tensor: Tensor) -> None:
         """Declares ``tensor`` to be a model input."""
         self._inputs |= 1 << self._roots
         self._add_root(tensor)
+        self._step([tensor], [], adds=False)
 
     def shadow(self, tensor: Tensor) -> Tensor:
         """The fake tensor that stands for ``tensor``, always the same one for the same weight."""
@@ -175,6 +185,32 @@ class OpLog(TorchDispatchMode):
     def active(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` depends on a model input."""
         return bool(self._ancestry.get(_storage(tensor), 0) & self._inputs)
+
+    def made_at(self, tensor: Tensor) -> int:
+        """The step that made what is in a tensor's storage now; -1 for a weight or constant."""
+        return self._made_at.get(_storage(tensor), -1)
+
+    def between(self, start: int, end: int) -> set[int] | None:
+        """The calls whose own forward adds on a way from one step to another; ``None`` if there is no way."""
+        if start < 0:
+            return None
+        reached = {start}
+        for step in range(start + 1, end + 1):
+            if not reached.isdisjoint(self._steps[step][2]):
+                reached.add(step)
+        if end not in reached or end == start:
+            return None
+        way, owners = {end}, set()
+        for step in range(end, start, -1):
+            if step in way and step in reached:
+                adds, owner, sources = self._steps[step]
+                way |= sources
+                owners |= {owner} if adds else set()
+        return owners
+
+    def _step(self, made: list[Tensor], sources: list[int], *, adds: bool) -> None:
+        self._steps.append((adds, self.stack[-1], frozenset(sources)))
+        self._made_at.update({_storage(t): len(self._steps) - 1 for t in made})
 
     def _add_root(self, tensor: Tensor) -> None:
         self._mark(tensor, 1 << self._roots)
@@ -195,15 +231,19 @@ class OpLog(TorchDispatchMode):
         read = tensors((args, kwargs))
         bits = [self._ancestry.get(_storage(t), 0) for t in read]
         active = sum(1 for b in bits if b & self._inputs)
+        sources = [self.made_at(t) for t in read]
         out = func(*args, **kwargs)
         written = tensors(out)
+        adds = False
         if func.overloadpacket not in _SHAPE_ONLY:
             union = functools.reduce(operator.or_, bits, 0)
             for t in written if union else ():
                 self._mark(t, union)
         if func.overloadpacket in _SUMS and active and len(read) > 1 and written[0].is_floating_point():
-            related = active > 1 or any(a & b for a, b in itertools.combinations(bits, 2))
-            (self.additions if related else self.biases)[self.stack[-1]] += 1
+            adds = active > 1 or any(a & b for a, b in itertools.combinations(bits, 2))
+            (self.additions if adds else self.biases)[self.stack[-1]] += 1
+        if active and not func.is_view:
+            self._step(written, sources, adds=adds)
         self.ops.append(self._op(func, args, kwargs, out, read, active))
         return out
 
@@ -265,9 +305,8 @@ def _record(model: nn.Module, args: Any, kwargs: Any, *, training: bool, real: b
         stack.enter_context(no_inference_mode())
         stack.enter_context(torch.no_grad())
         stack.enter_context(_watch(model, log, calls))
-        given = (args, kwargs) if real else to_fake(log.fake, (args, kwargs))
-        for tensor in tensors(given):
-            log.root(tensor)
+        given = twin((args, kwargs)) if real else to_fake(log.fake, (args, kwargs))
+        twin(given, log.root)
         if not real:
             stack.enter_context(log.fake)
         stack.enter_context(log)
@@ -298,7 +337,34 @@ def to_fake(fake: FakeTensorMode, tree: Any) -> Any:
             made[id(tensor)] = _blank(fake, tensor) if plain else fake.from_tensor(tensor.detach())
         return made[id(tensor)]
 
-    return pytree.tree_map_only(Tensor, convert, tree)
+    return twin(tree, convert)
+
+
+def twin(tree: Any, of: Callable[[Tensor], Any] | None = None) -> Any:
+    """A copy of a nest, and of the objects in it (a cache, a configuration) with all that they hold.
+
+    Args:
+        tree: The nest.
+        of: What each tensor is replaced by, ``None`` for itself; tensors are never copied.
+    """
+    copies: dict[int, Any] = {}
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            made = of(value) if of else None
+            return value if made is None else made
+        if not hasattr(value, "__dict__") or callable(value) or isinstance(value, types.ModuleType):
+            return value
+        if id(value) not in copies:
+            try:
+                made = copies[id(value)] = copy.copy(value)
+            except Exception:  # noqa: BLE001 - an object may refuse to be copied in any way; then it is shared
+                made = copies[id(value)] = value
+            if made is not value:  # immutable objects copy as themselves
+                made.__dict__.update(pytree.tree_map(leaf, dict(value.__dict__)))
+        return copies[id(value)]
+
+    return pytree.tree_map(leaf, tree)
 
 
 def _blank(fake: FakeTensorMode, tensor: Tensor) -> Tensor:
@@ -311,8 +377,11 @@ def _watch(model: nn.Module, log: OpLog, calls: list[Call]) -> Iterator[None]:
     """Hooks on every module that keep the stack of running calls."""
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(Call(module, log.stack[-1], args, kwargs, len(log.ops)))
-        entered.append([(t, t._version) for t in tensors((args, kwargs))])
+        given = tensors((args, kwargs))
+        kept_args, kept_kwargs = twin((args, kwargs))
+        calls.append(Call(module, log.stack[-1], kept_args, kept_kwargs, len(log.ops)))
+        calls[-1].made_at = {_storage(t): log.made_at(t) for t in given}
+        entered.append([(t, t._version) for t in given])
         log.stack.append(len(calls) - 1)
 
     def leave(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:

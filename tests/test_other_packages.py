@@ -1,0 +1,369 @@
+"""Models of packages that surgeon has never heard of: transformers, segmentation-models-pytorch.
+
+Every model is built from a small configuration with random weights; the gates are counted by hand from it.
+Nothing in surgeon knows a model by name, so what holds here holds by the shape of the graphs alone.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from blocks import Snapshot, coins, randomise, same
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import surgeon
+from surgeon._example import tensors
+from surgeon._surgery import is_gated
+
+RATE = 0.2
+
+
+@dataclass(frozen=True)
+class Package:
+    """One model of another package.
+
+    Attributes:
+        library: What has to be installed.
+        build: Makes the model and the example it is called with.
+        gates: How many residual adds it has, by hand.
+        why: The arithmetic of that number.
+        own: Its own stochastic-depth modules with a rate above zero that a gate stands in for, by hand.
+    """
+
+    library: str
+    build: Callable[[], tuple[nn.Module, dict[str, Any]]]
+    gates: int
+    why: str
+    own: int = 0
+
+
+def transformers() -> Any:
+    return pytest.importorskip("transformers")
+
+
+def images(side: int = 32) -> dict[str, Any]:
+    return {"pixel_values": torch.randn(2, 3, side, side)}
+
+
+def words() -> dict[str, Any]:
+    return {"input_ids": torch.arange(14).view(2, 7)}
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+PATCHES = {"image_size": 32, "patch_size": 8}
+STAGES = {"depths": [2, 2]}
+WINDOWS = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "num_heads": [1, 2], "window_size": 4, **STAGES}
+CONVNEXT = {"num_stages": 2, "hidden_sizes": [8, 16], "drop_path_rate": RATE, **STAGES}
+RESNET = {"embedding_size": 8, "hidden_sizes": [16, 32], **STAGES}
+TEXT = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0}
+SEGFORMER = {
+    "num_encoder_blocks": 2,
+    "sr_ratios": [2, 1],
+    "hidden_sizes": [8, 16],
+    "patch_sizes": [7, 3],
+    **STAGES,
+    "strides": [4, 2],
+    "num_attention_heads": [1, 2],
+    "mlp_ratios": [2, 2],
+    "drop_path_rate": RATE,
+}
+WHISPER = {
+    "d_model": 16,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "num_mel_bins": 8,
+    "max_source_positions": 10,
+}
+
+
+def hugging(
+    model: str, given: Callable[[], dict[str, Any]], config: str = "", **options: Any
+) -> Callable[[], Any]:
+    def build() -> tuple[nn.Module, dict[str, Any]]:
+        package = transformers()
+        settings = getattr(package, config or model.replace("Model", "Config"))(**options)
+        return getattr(package, model)(settings), given()
+
+    return build
+
+
+def whisper() -> tuple[nn.Module, dict[str, Any]]:
+    package = transformers()
+    encoder = package.WhisperModel(
+        package.WhisperConfig(**WHISPER, decoder_layers=1, decoder_attention_heads=2)
+    ).encoder
+    return encoder, {"input_features": torch.randn(2, 8, 20)}
+
+
+def segmentation(kind: str, encoder: str) -> Callable[[], Any]:
+    def build() -> tuple[nn.Module, dict[str, Any]]:
+        package = pytest.importorskip("segmentation_models_pytorch")
+        return getattr(package, kind)(encoder, encoder_weights=None), {"x": torch.randn(2, 3, 64, 64)}
+
+    return build
+
+
+TWO = "2 layers x (attention + mlp)"
+# With drop_path_rate r over l layers the first layer's rate is 0, so its modules draw nothing.
+CASES = {
+    "ViT": Package("transformers", hugging("ViTModel", images, **SMALL, **PATCHES), 4, TWO),
+    "BEiT": Package(
+        "transformers", hugging("BeitModel", images, **SMALL, **PATCHES, drop_path_rate=RATE), 4, TWO, own=2
+    ),
+    "Swin": Package(
+        "transformers",
+        hugging("SwinModel", images, **WINDOWS, drop_path_rate=RATE),
+        8,
+        "2 stages x 2 layers x (attention + mlp); only attention has a drop path",
+        own=3,
+    ),
+    "Swinv2": Package(
+        "transformers",
+        hugging("Swinv2Model", images, **WINDOWS, drop_path_rate=RATE),
+        8,
+        "2 stages x 2 layers x (attention + mlp)",
+        own=6,
+    ),
+    "ConvNext": Package(
+        "transformers", hugging("ConvNextModel", images, **CONVNEXT), 4, "2 stages x 2 layers x 1", own=3
+    ),
+    "ConvNextV2": Package(
+        "transformers", hugging("ConvNextV2Model", images, **CONVNEXT), 4, "2 stages x 2 layers x 1", own=3
+    ),
+    "ResNet": Package(
+        "transformers", hugging("ResNetModel", images, **RESNET), 4, "2 stages x 2 bottlenecks x 1"
+    ),
+    "RegNet": Package(
+        "transformers",
+        hugging("RegNetModel", images, **RESNET, groups_width=8),
+        4,
+        "2 stages x 2 Y layers x 1",
+    ),
+    "Segformer": Package(
+        "transformers",
+        hugging("SegformerModel", images, **SEGFORMER),
+        8,
+        "2 stages x 2 blocks x (attention + mix-FFN)",
+        own=6,
+    ),
+    "Dinov2": Package(
+        "transformers",
+        hugging(
+            "Dinov2Model",
+            images,
+            **{k: v for k, v in SMALL.items() if k != "intermediate_size"},
+            **PATCHES,
+            mlp_ratio=2,
+            drop_path_rate=RATE,
+        ),
+        4,
+        TWO,
+        own=4,
+    ),
+    "BERT": Package("transformers", hugging("BertModel", words, **SMALL, **TEXT), 4, TWO),
+    "GPT-2": Package(
+        "transformers",
+        hugging("GPT2Model", words, n_embd=16, n_layer=2, n_head=2, n_positions=32, **TEXT),
+        4,
+        TWO,
+    ),
+    "Whisper": Package("transformers", whisper, 4, "2 encoder layers x (attention + mlp)"),
+    "Unet-resnet18": Package("smp", segmentation("Unet", "resnet18"), 8, "8 basic blocks, decoder by cat"),
+    "FPN-resnet18": Package(
+        "smp", segmentation("FPN", "resnet18"), 8, "8 basic blocks, not the lateral sums"
+    ),
+    "Unet-mobilenet": Package(
+        "smp", segmentation("Unet", "mobilenet_v2"), 10, "10 of 17 blocks keep stride and width"
+    ),
+    "FPN-mobilenet": Package(
+        "smp", segmentation("FPN", "mobilenet_v2"), 10, "10 of 17 blocks keep stride and width"
+    ),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Package:
+    return CASES[request.param]
+
+
+@pytest.fixture(autouse=True)
+def _their_warnings() -> Iterator[None]:
+    """What other packages deprecate is theirs to mend."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def outputs(model: nn.Module, given: dict[str, Any]) -> list[Tensor]:
+    return [t for t in tensors(model(**given)) if t.is_floating_point()]
+
+
+def test_counted_by_hand(case: Package) -> None:
+    """Every residual add, the stochastic depth that is already there, and nothing left unexplained."""
+    model, given = case.build()
+    found = surgeon.find(model, given)
+    assert len(found) == case.gates, case.why
+    taken = [name for residual in found for name in residual.replaces]
+    assert len(taken) == case.own
+    assert {r.code for r in found.refused} <= {
+        "bias",
+        "nested",
+        "linear",
+        "position",
+        "fusion",
+        "no-shortcut",
+        "form",
+    }
+
+
+def test_evaluation_keeps_its_bits_and_removal_restores(case: Package) -> None:
+    model, given = case.build()
+    randomise(model).eval()
+    with torch.no_grad():
+        expected = outputs(model, given)
+    before = Snapshot.of(model)
+    surgeon.apply(model, example=given)
+    with torch.no_grad():
+        assert same(outputs(model, given), expected)
+    surgeon.remove(model)
+    assert before.differences(model) == []
+
+
+@pytest.mark.parametrize("unit", ["sample", "batch"])
+def test_a_training_step(case: Package, unit: str) -> None:
+    """Finite with either unit, and every gate matters: dropped alone, the result changes."""
+    model, given = case.build()
+    randomise(model)
+    surgeon.apply(model, schedule="uniform", drop_rate=0.5, unit=unit, example=given)
+    model.train()
+    loss = sum(t.float().square().mean() for t in outputs(model, given))
+    loss.backward()
+    assert bool(torch.isfinite(loss))
+    names = [gate.name for gate in surgeon.status(model).gates]
+    for module in model.modules():  # no other randomness, running statistics apart
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+    def forward(dropped: str) -> list[Tensor]:
+        torch.manual_seed(1)
+        with coins(lambda name: name != dropped), torch.no_grad():
+            return outputs(model, given)
+
+    plain = forward("")
+    assert all(not same(forward(name), plain) for name in names)
+
+
+def test_scales_fold(case: Package) -> None:
+    """The paper's scales go into weights; the model that comes out is stock and computes the same."""
+    model, given = case.build()
+    randomise(model).double().eval()
+    given = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, given)
+    surgeon.apply(model, scaling="paper", unit="batch", example=given)
+    with torch.no_grad():
+        expected = outputs(model, given)
+        folded = surgeon.fold(model)
+        result = outputs(folded, given)
+    for a, b in zip(expected, result, strict=True):
+        assert float((a - b).abs().max() / a.abs().max()) < 1e-12
+    assert not is_gated(folded)  # every scale found its weights
+
+
+def test_a_mask_is_one_more_argument() -> None:
+    model, given = CASES["BERT"].build()
+    found = surgeon.find(model, given | {"attention_mask": torch.ones(2, 7, dtype=torch.long)})
+    assert len(found) == 4
+    # The mask, an argument now, is added inside the attention operator.
+    assert {(r.block_type, r.code) for r in found.refused} == {
+        ("BertEmbeddings", "bias"),
+        ("BertSelfAttention", "form"),
+    }
+
+
+# The shapes behind them, without the packages.
+
+
+class Output(nn.Module):
+    """The end of a branch and the addition, the shortcut handed in, as in BERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(4, 4)
+
+    def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        return self.dense(hidden) + residual
+
+
+class Layer(nn.Module):
+    """Calls the module that adds; ``long`` puts a residual add between the two arguments."""
+
+    def __init__(self, *, long: bool = False, foreign: bool = False) -> None:
+        super().__init__()
+        self.first, self.output = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), Output()
+        self.inner = Layer() if long else None
+        self.foreign = foreign
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if self.inner is not None:
+            hidden = self.inner(hidden, other)
+        return self.output(hidden, other if self.foreign else x)
+
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_shortcut_handed_in_by_the_caller() -> None:
+    model = Layer()
+    found = surgeon.find(model, (X, X.clone()))
+    assert [(r.name, r.kind, r.branch) for r in found] == [("output.add", "identity", "dense")]
+    assert not found.refused
+    surgeon.apply(model, example=(X, X.clone()))
+    with coins(False):
+        assert torch.equal(model.train()(X, X), X)
+
+
+@pytest.mark.parametrize("options", [{"long": True}, {"foreign": True}], ids=str)
+def test_what_is_handed_in_is_no_shortcut(options: dict[str, bool]) -> None:
+    """Over another residual add it is a long skip; from elsewhere the branch is no function of it."""
+    found = surgeon.find(Layer(**options), (X, X.clone()))
+    assert [r.name for r in found] == (["inner.output.add"] if "long" in options else [])
+    assert ("output.add", "no-shortcut") in {(r.name, r.code) for r in found.refused}
+
+
+class Cache:
+    """What a block keeps between calls, in an object of its caller's."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+
+class Attend(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:
+        cache.seen.append(x)
+        return self.f(torch.cat(cache.seen)).tanh()[-len(x) :]
+
+
+class Remembering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = Attend()
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:
+        return x + self.attend(x, cache)
+
+
+def test_an_object_among_the_arguments_is_copied() -> None:
+    cache, block, earlier = Cache(), Remembering(), torch.randn(1, 4)
+    cache.seen.append(earlier)
+    found = surgeon.find(block, (X, cache))
+    assert len(found) == 1
+    assert len(cache.seen) == 1 and cache.seen[0] is earlier
