@@ -394,6 +394,66 @@ def test_paper_evaluation_is_the_forward_written_by_hand(name: str) -> None:
         assert not torch.allclose(gated(c.input()), expected, rtol=1e-2)  # the scales do something
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("scaling", ["inverted", "paper"])
+def test_torchs_own_transformer_layers(first: bool, scaling: str) -> None:
+    """Their evaluation may take a fused path; the paper's scale must reach both branches all the same."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, norm_first=first, batch_first=True, dropout=0.0)
+    model, x, mask = (
+        randomise(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)),
+        torch.randn(3, 5, 8),
+        torch.zeros(5, 5),
+    )
+    plain = copy.deepcopy(model)
+    surgeon.apply(model, "uniform", drop_rate=0.25, unit="batch", scaling=scaling, example=x)
+    assert len(surgeon.status(model).gates) == 4
+    s = 0.75 if scaling == "paper" else 1.0
+
+    def by_hand(x: Tensor) -> Tensor:
+        for m in plain.layers:
+            if first:
+                y = m.norm1(x)
+                x = x + s * m.self_attn(y, y, y, need_weights=False)[0]
+                x = x + s * m.linear2(m.linear1(m.norm2(x)).relu())
+            else:
+                x = m.norm1(x + s * m.self_attn(x, x, x, need_weights=False)[0])
+                x = m.norm2(x + s * m.linear2(m.linear1(x).relu()))
+        return x
+
+    for evaluate in (torch.no_grad, torch.enable_grad):
+        with evaluate():
+            torch.testing.assert_close(model.eval()(x), by_hand(x))
+            torch.testing.assert_close(model(x, mask=mask), by_hand(x))
+            torch.testing.assert_close(model(x, src_key_padding_mask=torch.zeros(3, 5).bool()), by_hand(x))
+    with coins(False):
+        dropped = model.train()(x)
+    expected = x
+    for m in plain.layers:
+        expected = expected if first else m.norm2(m.norm1(expected))
+    torch.testing.assert_close(dropped, expected)
+
+
+def test_a_root_that_makes_every_addition_itself() -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fs = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for f in self.fs:
+                x = x + f(x)
+            return x
+
+    model = randomise(Root())
+    surgeon.apply(model, unit="batch", scaling="paper", example=X)
+    assert [g.name for g in surgeon.status(model).gates] == ["add", "add_1", "add_2"]
+    with coins({"add": True, "add_1": False, "add_2": True}):
+        out = model(X)
+    x = X + model.fs[0](X)
+    assert same(out, x + model.fs[2](x))
+    assert type(surgeon.remove(model)) is Root
+
+
 # --- dtypes, devices, frozen weights ------------------------------------------
 
 

@@ -211,6 +211,23 @@ def test_a_list_argument_of_another_length_is_no_wrong_result() -> None:
             assert same(out, ByLength.forward(block, xs))
 
 
+class ByPieces(Branch):
+    def forward(self, x: Tensor) -> Tensor:
+        y, total = self.f(x), 0
+        for piece in y.split(1, 0):
+            total = total + piece.mean()
+        first, *rest = y.unbind(0)
+        return x + y * total * len(rest) * first
+
+
+def test_pieces_of_another_number() -> None:
+    """How many pieces a split gives depends on the batch: three of five rows would be a silent loss."""
+    block = surgeon.apply(ByPieces(), unit="batch", scaling="paper", drop_rate=0.0, example=X)
+    for rows in (3, 5, 2, 3):
+        x = torch.randn(rows, 4)
+        assert same(block(x), ByPieces.forward(block, x))
+
+
 def test_a_block_that_lacks_its_add_on_another_path_says_so() -> None:
     class Sometimes(Branch):
         def forward(self, x: Tensor, bare: bool = False) -> Tensor:
