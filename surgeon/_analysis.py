@@ -5,7 +5,7 @@ Nothing here changes the model; `surgeon._surgery` acts on what comes out.
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,8 +15,18 @@ from surgeon._example import mode, no_inference_mode, untouched
 from surgeon._flow import Flow
 from surgeon._gate import held_open
 from surgeon._record import Call, Recording, record
-from surgeon._residual import REASONS, Addition, Findings, Refusal, Residual, additions, arguments_of, side
-from surgeon._trace import storage, trace
+from surgeon._residual import (
+    REASONS,
+    Addition,
+    Findings,
+    Refusal,
+    Residual,
+    additions,
+    arguments_of,
+    mask_nodes,
+    side,
+)
+from surgeon._trace import is_size, storage, trace
 from surgeon.errors import TraceError, UsageError
 
 
@@ -158,13 +168,35 @@ class _Scan:
             self._untraced(call, arguments, error)
             return
         block = Block(name, module, call, flow)
-        found = additions(flow)
+        found = self._checked(call, arguments, flow, additions(flow))
         for addition in found:
             self._sort(block, addition)
         unseen = call.additions - sum(addition.code != "bias" for addition in found)
         self._refuse_all(module, unseen, "form", first=len(found))
         if block.found:
             self.blocks.append(block)
+
+    def _checked(
+        self, call: Call, arguments: tuple[Any, ...], flow: Flow, found: list[Addition]
+    ) -> list[Addition]:
+        """Refuses branches with stochastic depth written out whose correction would stay when the mask goes.
+
+        With the mask taken off, such a branch must do in training what it does in evaluation.
+        """
+        if not any(drop.op != "call_module" for addition in found for drop in addition.drops):
+            return found
+        try:
+            with mode(call.module, False):
+                evaluating = Flow(trace(call.module, *arguments))
+        except TraceError:
+            return [replace(a, code="stochastic") if a.drops and a.code is None else a for a in found]
+        plain = {a.ordinal: a for a in additions(evaluating)}
+        return [
+            replace(a, code="stochastic")
+            if a.code is None and a.drops and not _agree(flow, a, evaluating, plain.get(a.ordinal))
+            else a
+            for a in found
+        ]
 
     def _untraced(self, call: Call, arguments: tuple[Any, ...], error: TraceError) -> None:
         """Refuses a block that does not trace as in training; in evaluation it may, and tell why."""
@@ -195,7 +227,7 @@ class _Scan:
             self.refused.append(Refusal(name, block.name, kind, "excluded", "left out by include or exclude"))
 
     def _hands_on(self, block: Block, addition: Addition) -> bool:
-        """Whether the caller computed the branch's argument from the shortcut's, with no residual add between.
+        """Whether the caller computed the branch's argument from the shortcut's, no residual add between.
 
         A long skip over residual adds, as decoders of segmentation have it, is no step of a residual stream.
         """
@@ -220,6 +252,24 @@ class _Scan:
         name, kind = self.names[module], type(module).__name__
         for ordinal in range(first, first + count):
             self.refused.append(Refusal(_name(name, ordinal), name, kind, code, reason or REASONS[code]))
+
+
+def _agree(flow: Flow, training: Addition, evaluating: Flow, plain: Addition | None) -> bool:
+    """Whether a branch without its stochastic depth runs the same calls as in evaluation."""
+    if plain is None or plain.code is not None:
+        return False
+    masks = {n for drop in training.drops for n in mask_nodes(flow, drop)}
+    left = [n for n in side(flow, training.branch, training.shortcut) if n not in masks]
+    right = side(evaluating, plain.branch, plain.shortcut)
+    calls = [
+        [(n.op, n.target, _constants(n)) for n in nodes if not is_size(n, f.fact(n))]
+        for f, nodes in ((flow, left), (evaluating, right))
+    ]
+    return calls[0] == calls[1]
+
+
+def _constants(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(a for a in node.args if isinstance(a, (int, float)))
 
 
 def _name(block: str, ordinal: int) -> str:

@@ -40,6 +40,7 @@ REASONS = {
     "nested": "lies inside the branch of another residual add",
     "no-shortcut": "the two sides share no ancestor in the block, so neither is a shortcut",
     "position": "adds a position encoding, one depthwise convolution of the input",
+    "stochastic": "has stochastic depth of its own written out, which cannot be taken off whole",
     "untraceable": "the block could not be traced",
 }
 
@@ -95,7 +96,7 @@ class Findings:
 
     Attributes:
         residuals: The residual adds, in the order in which they first run.
-        refused: Every other addition of two tensors, with its reason; a single layer's own bias is not listed.
+        refused: Every other addition of two tensors, with its reason; a layer's own bias is not listed.
         flops: FLOPs of one forward of the whole model on the example.
     """
 
@@ -229,7 +230,7 @@ def _sides(flow: Flow, left: fx.Node, right: fx.Node) -> _Sides:
 
 
 def _handed_in(flow: Flow, left: fx.Node, right: fx.Node) -> _Sides:
-    """Two arguments meet. One side that is an argument may be a shortcut; only the caller's graph can tell."""
+    """Two arguments meet; one that is added as it is may be a shortcut, which only the caller knows."""
     given = [any(stem.op == "placeholder" for stem in _stems(flow, operand)) for operand in (left, right)]
     if given[0] == given[1]:
         return "", left, right, "no-shortcut"
@@ -332,44 +333,43 @@ def _is_mixture(flow: Flow, *sides: fx.Node) -> bool:
 
 
 def _drops(flow: Flow, work: Iterable[fx.Node]) -> Iterator[fx.Node]:
-    """The nodes that multiply whole rows by random numbers: stochastic depth that is already there."""
+    """The nodes that multiply whole rows by coins: stochastic depth that is already there."""
     for node in work:
         value = flow.fact(node).value
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or value.numel() <= value.shape[0]:
             continue
         if node.op == "call_module":
-            drawn = [op.random for op in flow.fact(node).ops if op.random]
-            alone = not any(op.weighted or op.flops for op in flow.fact(node).ops)
-            if (
-                drawn
-                and alone
-                and all(n in (1, value.shape[0]) for n in drawn)
-                and value.numel() > value.shape[0]
-            ):
+            ops = flow.fact(node).ops
+            alone = not any(op.weighted or op.flops for op in ops)
+            if alone and _is_coin(ops) and all(op.random in (0, 1, value.shape[0]) for op in ops):
                 yield node
-        elif (
-            node.target in (operator.mul, operator.imul, "mul", torch.mul)
-            and row_mask(flow, node) is not None
-        ):
+        elif node.target in _PRODUCTS and row_mask(flow, node) is not None:
             yield node
 
 
 def row_mask(flow: Flow, product: fx.Node) -> fx.Node | None:
-    """The operand of a multiplication that is a random number per row or batch; ``None`` if there is none."""
+    """The operand of a multiplication that is a coin per row or batch; ``None`` if there is none."""
     for operand in product.all_input_nodes:
         fact = flow.fact(operand)
         if fact.active or not isinstance(fact.value, Tensor):
             continue
-        drawn = [
-            op.random for n in flow.ancestors(operand, itself=True) for op in _node_ops(flow, n) if op.random
-        ]
-        if drawn and fact.value.numel() in (1, flow.fact(product).value.shape[0]):
+        made_by = [op for n in flow.ancestors(operand, itself=True) for op in flow.fact(n).ops]
+        if _is_coin(made_by) and fact.value.numel() in (1, flow.fact(product).value.shape[0]):
             return operand
     return None
 
 
-def _node_ops(flow: Flow, node: fx.Node) -> tuple[Op, ...]:
-    return flow.fact(node).ops
+def mask_nodes(flow: Flow, drop: fx.Node) -> set[fx.Node]:
+    """A node of `Addition.drops` and the nodes that make its coins."""
+    mask = None if drop.op == "call_module" else row_mask(flow, drop)
+    return {drop} if mask is None else {drop, *flow.region(mask, drop)}
+
+
+def _is_coin(ops: Iterable[Op]) -> bool:
+    """Whether random numbers are drawn and made zeros and ones of: by a Bernoulli draw, or by rounding."""
+    ops = list(ops)
+    drawn = any(op.random for op in ops)
+    return drawn and any(op.func.overloadpacket in _COINS for op in ops)
 
 
 def _ops(flow: Flow, nodes: Iterable[fx.Node]) -> list[Op]:
@@ -384,6 +384,20 @@ def _linear(op: Op) -> bool:
     return packet in _LINEAR and op.active == 1
 
 
+_PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+_COINS = {
+    *(
+        aten.bernoulli,
+        aten.bernoulli_,
+        aten.floor,
+        aten.floor_,
+        aten.round,
+        aten.round_,
+        aten.ceil,
+        aten.ceil_,
+    ),
+    *(aten.lt, aten.lt_, aten.le, aten.le_, aten.gt, aten.gt_, aten.ge, aten.ge_),
+}
 _LAYERS = {aten.convolution, aten.addmm, aten.mm, aten.bmm, aten.baddbmm}
 _POOLS = {aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d}
 _SCALES = {aten.mul, aten.div, aten.alias, aten.detach, aten.clone, aten.view, aten.unsqueeze, aten._to_copy}

@@ -1,8 +1,8 @@
 """Traces one block's own ``forward`` into an fx graph, its child modules as leaves, on recorded values.
 
 Every proxy (`surgeon._proxy`) carries the fake value that its node has on the recorded arguments. `len`,
-unpacking, `isinstance` and Python control flow see what they would see in the real run, while sizes, indices and
-arithmetic on them stay symbolic in the graph. Where control flow consumes a size, the trace is ``exact``:
+unpacking, `isinstance` and Python control flow see what they would see in the real run, while sizes, indices
+and arithmetic on them stay symbolic in the graph. Where control flow consumes a size, the trace is ``exact``:
 it holds for these shapes only, and the splice makes another one when others arrive.
 
 Executing each node on fake values also tells what fx alone cannot: which tensors a node writes to in
