@@ -48,14 +48,10 @@ FAMILIES: dict[str, tuple[int, dict[str, Any], bool]] = {
     "maxvit_rmlp_pico_rw_256": (256, {}, False),
     "coatnet_nano_rw_224": (224, {}, False),
     "crossvit_tiny_240": (240, {}, False),
-    "efficientnetv2_b0": (64, {}, False),
-    "ghostnet_100": (64, {}, False),
+    "tf_efficientnetv2_b0": (64, {}, False),
     "gmlp_ti16_224": (224, {}, False),
-    "hrnet_w18_small": (64, {}, False),
     "inception_next_atto": (64, {}, False),
-    "metaformer": (64, {}, False),
     "pit_ti_224": (224, {}, False),
-    "repvit_m0_9": (64, {}, False),
     "sequencer2d_s": (224, {}, False),
     "tnt_s_patch16_224": (224, {}, False),
     "twins_pcpvt_small": (224, {}, False),
@@ -65,7 +61,6 @@ FAMILIES: dict[str, tuple[int, dict[str, Any], bool]] = {
     "hiera_tiny_224": (224, {}, False),
     "fastvit_t8": (64, {}, False),
 }
-FAMILIES.pop("metaformer")
 
 
 def called_sites(model: nn.Module, x: Tensor, kind: type[nn.Module], rate: str) -> set[str]:
@@ -93,9 +88,8 @@ def test_every_site_of_timms_own_drop_path_is_found(name: str) -> None:
     found = surgeon.find(model, x)
     replaced = {site for r in found for site in r.replaces}
     sites = called_sites(model, x, DropPath, "drop_prob")
-    without_shortcut = {"repvit_m0_9": set(), "ghostnet_100": set()}.get(name, set())
-    assert sites - replaced == without_shortcut
-    assert replaced <= sites
+    assert sites
+    assert replaced == sites
     assert len(found) >= len(sites)
 
 
