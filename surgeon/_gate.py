@@ -6,7 +6,8 @@ for ``"paper"``) a gate computes ``y = shortcut + g * branch(x)``:
 * evaluation: ``g = c``; nothing is multiplied when ``c = 1``;
 * training, unit ``"batch"``: one coin for the mini-batch. Heads: ``g = c / p``. Tails: the branch does
   not run and the result is the shortcut (Huang et al. 2016, section 3);
-* training, unit ``"sample"``: a Bernoulli mask over the rows, divided by ``p``, times ``c`` (timm's
+* training, unit ``"sample"``, skipping: the branch runs on the rows drawn to survive (`surgeon._skip`);
+* training, unit ``"sample"``, masking: a Bernoulli mask over the rows, divided by ``p``, times ``c`` (timm's
   ``DropPath`` when ``c = 1``, number for number under the same seed).
 
 The drop rate may change while training runs; ``c`` never does, so evaluation does not drift.
@@ -24,6 +25,7 @@ from torch import Tensor
 
 Unit = Literal["sample", "batch"]
 Scaling = Literal["inverted", "paper"]
+Unused = Literal["auto", "zero", "none"]
 Branch = Callable[..., Tensor]
 
 
@@ -91,7 +93,12 @@ class Gate:
         scale: The evaluation scale ``c``.
         flops_share: FLOPs of the branch over those of the whole model, in [0, 1].
         origin: What `surgeon.apply` was asked for, shared by the gates of one call.
-        skips: Whether a dropped branch is not computed.
+        skips: Whether it can leave a dropped branch uncomputed.
+        by_cost: It does so only at drop rates from ``breaks_even`` on, and not in a compiled graph.
+        breaks_even: The drop rate from which on the arithmetic saved outweighs moving rows about.
+        statistics: The branch computes statistics over its rows, so it never runs on a single one of many.
+        unused: What the parameters of a branch that did not run at all get: zero gradients, none, or zero
+            where `torch.distributed` is in use.
         note: Why it is computed all the same, or why its scale stays after a fold; ``""`` otherwise.
         folded: Its scale is in the weights now; it does nothing any more.
     """
@@ -107,6 +114,10 @@ class Gate:
     flops_share: float
     origin: "Origin"
     skips: bool = False
+    by_cost: bool = False
+    breaks_even: float = 0.0
+    statistics: bool = False
+    unused: Unused = "auto"
     note: str = ""
     folded: bool = False
     keep: Tensor = field(init=False, repr=False)
@@ -121,6 +132,18 @@ class Gate:
     def survival(self) -> float:
         """The survival probability ``p``."""
         return 1 - self.drop_rate
+
+    @property
+    def skipping(self) -> bool:
+        """Whether it skips at its present drop rate."""
+        return self.skips and not (self.by_cost and self.drop_rate < self.breaks_even)
+
+    @property
+    def zeroes(self) -> bool:
+        """Whether the parameters of a branch that did not run get gradients of zeros."""
+        if self.unused == "auto":
+            return torch.distributed.is_available() and torch.distributed.is_initialized()
+        return self.unused == "zero"
 
     def set_drop_rate(self, rate: float) -> None:
         """Changes the drop rate from the next forward on; the evaluation scale stays."""
@@ -161,6 +184,23 @@ class Gate:
             return True
         return torch.rand((), dtype=torch.float64, device="cpu").item() < self.survival
 
+    def survivors(self, count: int) -> int:
+        """How many of ``count`` rows survive: ``p * count``, rounded up or down so that this is the mean.
+
+        One row of many is no sample to take statistics of: there it is two rows or none, each half the time.
+        """
+        if _held.open:
+            return count
+        toss = torch.rand(2, dtype=torch.float64, device="cpu").tolist()
+        kept = min(count, int(self.survival * count + toss[0]))
+        if self.statistics and kept == 1 < count:
+            kept = 2 if toss[1] < 0.5 else 0
+        return kept
+
+    def rows(self, count: int, kept: int, device: torch.device) -> Tensor:
+        """Which ``kept`` of ``count`` rows survive, in ascending order; every such set is equally likely."""
+        return torch.randperm(count, device=device)[:kept].sort().values
+
 
 def masked_add(gate: Gate, shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:
     """Training, the branch computed: ``shortcut + mask * branch``."""
@@ -170,27 +210,6 @@ def masked_add(gate: Gate, shortcut: Tensor, branch: Tensor, onto: str) -> Tenso
     elif gate.scale != 1.0:
         branch = branch * gate.scale
     return combine(shortcut, branch, onto)
-
-
-def skipping_add(
-    gate: Gate, shortcut: Tensor, onto: str, fresh: bool, branch: Branch, block: Any, *inputs: Any
-) -> Tensor:
-    """Training, unit ``"batch"``: runs the branch only if the coin says so.
-
-    Args:
-        gate: The gate.
-        shortcut: The shortcut's value.
-        onto: Which side the original addition wrote to; see `combine`.
-        fresh: Whether the result must not share memory with the shortcut, as something later writes to it.
-        branch: The branch as a function of the block and ``inputs``.
-        block: The block.
-        *inputs: What the branch reads.
-    """
-    if gate.drop_rate > 0 and not gate.survives():
-        return shortcut.clone() if fresh else shortcut
-    result = branch(block, *inputs)
-    factor = gate.correction()
-    return combine(shortcut, result if factor == 1.0 else result * factor, onto)
 
 
 def evaluating_add(gate: Gate, shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:

@@ -2,8 +2,8 @@
 
 Two forms. *Masked*: the addition becomes ``masked_add(gate, shortcut, branch)`` and everything else stays
 where it was. *Lifted*: the nodes that run for the branch alone move into a function of their own, which
-``skipping_add`` calls only when the branch survives. In both, stochastic depth that was on the branch is
-taken off, as the gate stands in for it.
+`surgeon._skip` calls when the branch survives, or on the rows that survive. In both, stochastic depth that
+was on the branch is taken off, as the gate stands in for it.
 
 The block keeps its identity: its ``__class__`` becomes a generated subclass of its class (as in
 `torch.nn.utils.parametrize`), whose forward runs the generated code on the block's own children and
@@ -13,19 +13,22 @@ parameters, never on copies. `ungate` puts the class back.
 import copy
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
-from surgeon._example import no_inference_mode, tensors, untouched
+from surgeon._example import no_inference_mode, untouched
 from surgeon._flow import Flow
-from surgeon._gate import Gate, evaluating_add, held_open, masked_add, skipping_add
+from surgeon._gate import Gate, evaluating_add, held_open, masked_add
 from surgeon._record import OpLog, to_fake
 from surgeon._residual import Addition, additions, row_mask, writes_to
+from surgeon._rowwise import Rowwise, nested, rowwise
+from surgeon._skip import Form, Lifted, batch_add, rows_add
 from surgeon._trace import CONSTANTS, is_size, storage, trace
 from surgeon.errors import TraceError, UnseenCallError
 
@@ -39,34 +42,111 @@ class Spliced:
     Attributes:
         run: ``run(block, gates, *arguments)``, the arguments as they were traced.
         exact: It holds for the traced shapes only.
-        kept_whole: For each gate (by ordinal) whose branch could not be lifted out, why.
+        kept_whole: For each gate (by ordinal) that cannot skip, why.
+        subsets: For each gate (by ordinal) whose branch was to run on some rows only, what that involves.
     """
 
     run: Run
     exact: bool
     kept_whole: Mapping[int, str]
+    subsets: Mapping[int, "Subset"]
 
 
-def splice(flow: Flow, chosen: Sequence[Addition], *, training: bool, skip: bool, rewritten: bool) -> Spliced:
-    """Generates a block's forward with a gate on each chosen addition.
+@dataclass(frozen=True, slots=True)
+class Subset:
+    """The branch of one gate on some of the rows.
+
+    Attributes:
+        statistics: It computes statistics over its rows.
+        flops: FLOPs of one forward on every row of the example.
+        moved: Bytes of the tensors that gathering and adding back touch, on every row of the example.
+    """
+
+    statistics: bool
+    flops: int
+    moved: int
+
+
+def splice(
+    block: nn.Module,
+    flow: Flow,
+    chosen: Sequence[Addition],
+    *,
+    skip: Collection[int],
+    by_rows: bool,
+    rewritten: bool,
+    batch: int | None = None,
+) -> Spliced:
+    """Generates a block's forward with a gate on each chosen addition, for the mode the block is in.
 
     Args:
-        flow: The traced forward.
+        block: The block; it is only read.
+        flow: Its traced forward.
         chosen: The additions, in order; the i-th one uses ``gates[i]``.
-        training: Whether this is the training forward or the evaluating one.
-        skip: Lift branches out where that is sound, so that a dropped one does not run.
+        skip: Ordinals of those whose branch is lifted out where that is sound, so that it need not run.
+        by_rows: What a coin decides is one row of the batch.
         rewritten: Something outside the block writes to its output in place.
+        batch: How many samples the example has, if this is its trace.
     """
-    lifted = {a.ordinal: reason for a in chosen if (reason := unliftable(flow, a))} if skip else {}
-    writer = _Writer(flow, rewritten)
+    writer, kept, subsets = _Writer(flow, rewritten), dict[int, str](), dict[int, Subset]()
     for index, addition in enumerate(chosen):
-        if not training:
+        if not block.training:
             writer.add(index, addition, evaluating_add)
-        elif skip and addition.ordinal not in lifted:
-            writer.lift(index, addition)
-        else:
+            continue
+        reason = unliftable(flow, addition) if addition.ordinal in skip else ""
+        if reason or addition.ordinal not in skip:
             writer.add(index, addition, masked_add)
-    return Spliced(writer.write(), flow.trace.exact, lifted)
+            subsets[addition.ordinal] = Subset(False, addition.flops, 2 * _bytes(flow, addition.shortcut))
+        elif not by_rows:
+            writer.lift(index, addition, batch_add)
+        else:
+            reason = _lift_rows(writer, index, addition, block, batch, subsets)
+        if reason:
+            kept[addition.ordinal] = reason
+    return Spliced(writer.write(), flow.trace.exact, kept, subsets)
+
+
+def _lift_rows(
+    writer: "_Writer",
+    index: int,
+    addition: Addition,
+    block: nn.Module,
+    batch: int | None,
+    subsets: dict[int, Subset],
+) -> str:
+    """Lifts a branch that may run on some rows only; the reason why it may not, if so."""
+    flow = writer.flow
+    lifted, reads = writer.lifted(addition)
+    values = [flow.fact(node).value for node in reads]
+    shortcut = flow.fact(addition.shortcut).value
+    if batch is not None and shortcut.shape[:1] != (batch,):
+        found = Rowwise(f"its result has the shape {list(shortcut.shape)}, the batch {batch} entries")
+    else:
+        found = _rowwise(lifted, block, values, [flow.fact(node).active for node in reads], shortcut)
+    moved = sum(_bytes(flow, reads[i]) for i in lifted.rows) + _bytes(flow, addition.shortcut)
+    subsets[addition.ordinal] = Subset(found.statistics, addition.flops, moved)
+    if found.reason:
+        writer.add(index, addition, masked_add)
+    else:
+        writer.lift(index, addition, rows_add)
+    return found.reason
+
+
+def _bytes(flow: Flow, node: fx.Node | None) -> int:
+    value = flow.fact(node).value if node is not None else None
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+
+
+def _rowwise(
+    lifted: Lifted, block: nn.Module, values: Sequence[Any], active: Sequence[bool], shortcut: Tensor
+) -> Rowwise:
+    if shortcut.ndim == 0:
+        return Rowwise("the shortcut has no dimension")
+    if any(nested(value) for value, on in zip(values, active, strict=True) if on):
+        return Rowwise("the branch reads a nest of tensors")
+    if not lifted.rows:
+        return Rowwise("the branch reads nothing that has one entry per row")
+    return rowwise(lifted.run, block, values, lifted.rows)
 
 
 def unliftable(flow: Flow, addition: Addition) -> str:
@@ -104,18 +184,40 @@ class _Writer:
 
         self.replaced[addition.node] = emit
 
-    def lift(self, index: int, addition: Addition) -> None:
-        """Moves the branch of an addition into a function that runs only when the gate is open."""
-        self._take_off_drops(addition)
-        branch, reads = self._branch(addition)
+    def lift(self, index: int, addition: Addition, form: Form) -> None:
+        """Moves the branch of an addition into a function that ``form`` calls if the gate is open."""
+        lifted, reads = self.lifted(addition)
         self.left_out |= set(addition.region)
 
         def emit() -> fx.Node:
             inputs = (self.env[node] for node in reads)
             head = (self._gate(index), self.env[addition.shortcut], _onto(addition), self._fresh(addition))
-            return self.graph.call_function(_skipper(branch), (*head, self.block, *inputs))
+            return self.graph.call_function(_bound(form, lifted), (*head, self.block, *inputs))
 
         self.replaced[addition.node] = emit
+
+    def lifted(self, addition: Addition) -> tuple[Lifted, list[fx.Node]]:
+        """The branch as a function of its own, and the nodes whose values it reads."""
+        self._take_off_drops(addition)
+        flow, shortcut = self.flow, addition.shortcut
+        run, reads = self._branch(addition)
+        count = flow.fact(shortcut).value.shape[:1]
+        facts = [flow.fact(node) for node in reads]
+        rows = [
+            i
+            for i, f in enumerate(facts)
+            if f.active and isinstance(f.value, Tensor) and f.value.shape[:1] == count
+        ]
+        uses = [n for n in (*addition.region, *reads) if n.op in ("call_module", "get_attr")]
+        feeds = [
+            i
+            for i, node in enumerate(reads)
+            if isinstance(facts[i].value, Tensor)
+            and node is not shortcut
+            and not flow.precedes(node, shortcut)
+        ]
+        owns = [str(n.target) for n in uses if n in addition.region or n.op == "get_attr"]
+        return Lifted(run, tuple(rows), tuple(dict.fromkeys(owns)), tuple(feeds)), reads
 
     def write(self) -> Run:
         for node in self.flow.order:
@@ -198,11 +300,11 @@ def _onto(addition: Addition) -> str:
 
 
 @functools.cache
-def _skipper(branch: Run) -> Run:
-    """`skipping_add` with its branch filled in, under a name of its own for generated code."""
+def _bound(form: Form, lifted: Lifted) -> Run:
+    """A form of adding with its branch filled in, under a name of its own for generated code."""
 
     def skip(gate: Gate, shortcut: Tensor, onto: str, fresh: bool, block: nn.Module, *inputs: Any) -> Tensor:
-        return skipping_add(gate, shortcut, onto, fresh, branch, block, *inputs)
+        return form(lifted, gate, shortcut, onto, fresh, block, *inputs)
 
     return skip
 
@@ -250,6 +352,7 @@ class Gating:
         self.exact = False
         self.ambient = False
         self.attributes: tuple[str, ...] = ()
+        self.active: dict[str, bool] = {}
         self.runs: dict[Any, Run] = {}
 
     def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -264,18 +367,27 @@ class Gating:
         """Whether evaluation is the block's own forward, untouched."""
         return all(gate.scale == 1.0 and gate.marked_as is None for gate in self.gates)
 
-    def prepare(self, block: nn.Module, flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spliced:
+    def prepare(
+        self,
+        block: nn.Module,
+        flow: Flow,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        batch: int | None = None,
+    ) -> Spliced:
         """Makes the forward for one way of calling the block, in the mode it is in, given its trace.
 
         Raises:
             UnseenCallError: The trace lacks one of the residual adds that carry a gate.
         """
         spliced = splice(
+            block,
             flow,
             self._chosen(additions(flow)),
-            training=block.training,
-            skip=any(gate.skips for gate in self.gates),
+            skip={gate.ordinal for gate in self.gates if gate.skips},
+            by_rows=self.gates[0].unit == "sample",
             rewritten=self.rewritten,
+            batch=batch,
         )
         found = flow.trace
         self.exact |= found.exact
@@ -284,14 +396,18 @@ class Gating:
         self.runs[self._key(block, args, kwargs)] = spliced.run
         return spliced
 
+    def note_active(self, args: tuple[Any, ...], kwargs: dict[str, Any], log: OpLog) -> None:
+        """Remembers which tensors among the block's arguments depend on a model input."""
+        self.active = {path: log.active(tensor) for path, tensor in _leaves(args, kwargs)}
+
     def _extend(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
         """Traces the block anew for a way of calling it that was not seen before."""
         log = OpLog(FakeTensorMode(allow_non_fake_inputs=True))
         try:
             with no_inference_mode(), untouched(block), held_open():
                 fake_args, fake_kwargs = to_fake(log.fake, (args, kwargs))
-                for tensor in tensors((fake_args, fake_kwargs)):
-                    if tensor.is_floating_point():
+                for path, tensor in _leaves(fake_args, fake_kwargs):
+                    if self.active.get(path, tensor.is_floating_point()):
                         log.root(tensor)
                 flow = Flow(trace(block, fake_args, fake_kwargs, log))
             self.prepare(block, flow, args, kwargs)
@@ -302,6 +418,10 @@ class Gating:
         return self.runs[self._key(block, args, kwargs)]
 
     def _chosen(self, found: Sequence[Addition]) -> list[Addition]:
+        """The additions that the gates belong to; with other shapes a block may add up other numbers of terms."""
+        plain = [addition for addition in found if addition.code is None]
+        if len(plain) == len(self.gates):
+            return [replace(a, ordinal=g.ordinal) for a, g in zip(plain, self.gates, strict=True)]
         by_ordinal = {addition.ordinal: addition for addition in found if addition.kind}
         missing = [gate.name for gate in self.gates if gate.ordinal not in by_ordinal]
         if missing:
@@ -330,12 +450,18 @@ class Gating:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Gating":
         twin = Gating(self.name, copy.deepcopy(self.gates, memo), self.rewritten)
         twin.exact, twin.ambient, twin.attributes = self.exact, self.ambient, self.attributes
-        twin.runs = dict(self.runs)
+        twin.active, twin.runs = dict(self.active), dict(self.runs)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         # Generated functions do not pickle; they are made again at the first call.
         return {**self.__dict__, "runs": {}}
+
+
+def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor among the arguments of a call, with its place in words."""
+    found, _ = pytree.tree_flatten_with_path((args, kwargs))
+    return ((pytree.keystr(path), leaf) for path, leaf in found if isinstance(leaf, Tensor))
 
 
 # What the decorator torch.compiler.disable does, which would import the whole compiler with surgeon.

@@ -5,24 +5,25 @@ import numbers
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from surgeon._analysis import Analysis, Block, analyse
-from surgeon._example import Example, inputs, mode, no_inference_mode, untouched
+from surgeon._example import Example, inputs, mode, no_inference_mode, tensors, untouched
 from surgeon._flow import Flow
 from surgeon._fold import FoldPlan, commit
 from surgeon._fold import plan as plan_fold
-from surgeon._gate import Gate, Origin, Scaling, Unit, held_open, marking
+from surgeon._gate import Gate, Origin, Scaling, Unit, Unused, held_open, marking
 from surgeon._plain import check_plain
 from surgeon._record import Recording
 from surgeon._report import GateStatus, Status, schedule_text
 from surgeon._residual import Findings
 from surgeon._schedule import NAMES, Schedule, drop_rates
-from surgeon._splice import Gating, gate_block, gated_class, gating_of, ungate_block
+from surgeon._skip import breaks_even
+from surgeon._splice import Gating, Spliced, gate_block, gated_class, gating_of, ungate_block
 from surgeon._trace import trace
 from surgeon.errors import AlreadyGatedError, NoResidualsError, NotGatedError, UsageError
 
@@ -55,13 +56,15 @@ def find(
     return analyse(model, *inputs(model, example), include, exclude).findings
 
 
-def apply(
+def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
     model: nn.Module,
     schedule: Schedule = "linear",
     *,
     drop_rate: float = 0.5,
     unit: Unit = "sample",
     scaling: Scaling = "inverted",
+    skip: bool | Literal["auto"] = "auto",
+    unused: Unused = "auto",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     overrides: Mapping[str, float] | None = None,
@@ -79,10 +82,18 @@ def apply(
             ``"linear-from-zero"`` (timm: ``(l - 1) / (L - 1) * drop_rate``), ``"uniform"``, a callable
             ``(l, L) -> drop rate``, or a sequence of drop rates (one per block or one per residual add).
         drop_rate: Final drop rate r in [0, 1).
-        unit: ``"sample"`` (a coin per row of the batch) or ``"batch"`` (one per mini-batch and gate, as in
-            the paper; a dropped branch is not computed).
+        unit: ``"sample"`` (what is dropped is a row of the batch) or ``"batch"`` (the whole mini-batch, as in
+            the paper).
         scaling: ``"inverted"`` (survivors are divided by p in training, evaluation is untouched) or
             ``"paper"`` (survivors as they are, evaluation multiplies the branch by p).
+        skip: Whether what is dropped is left uncomputed, forward and backward. True: wherever it can be;
+            `status` notes where it cannot. ``"auto"``: with unit ``"sample"`` only where the arithmetic saved
+            outweighs the gathering of rows, and never in a compiled graph. False: everything is computed and
+            masked; with unit ``"sample"`` these are the draws and numbers of timm's own drop path.
+        unused: What the parameters of a branch get in a step that did not run it on any row: ``"none"``
+            (``grad`` stays None: the optimizer passes over them), ``"zero"`` (zeros, as in the code of Huang
+            et al.: momentum and weight decay go on), or ``"auto"``: zeros where `torch.distributed` is
+            initialised, as DDP needs a gradient of every parameter on every rank.
         include: Glob patterns on names of residual adds, blocks or block classes: only these. The full name
             of a refused addition, or its reason code, brings that in.
         exclude: Patterns of what to leave out.
@@ -102,6 +113,9 @@ def apply(
     check_plain(model)
     _check_choice("unit", unit, get_args(Unit))
     _check_choice("scaling", scaling, get_args(Scaling))
+    _check_choice("unused", unused, get_args(Unused))
+    if skip not in (True, False, "auto"):
+        raise UsageError(f"skip is {skip!r}; give True, False or 'auto'")
     if isinstance(schedule, str):
         drop_rates(schedule, drop_rate, ["any"])
     if is_gated(model):
@@ -132,7 +146,9 @@ def apply(
             scale=1.0 if scaling == "inverted" else 1 - rate,
             flops_share=r.flops / flops,
             origin=origin,
-            skips=unit == "batch",
+            skips=bool(skip),
+            by_cost=skip == "auto" and unit == "sample",
+            unused=unused,
         )
         for order, (r, ordinal, rate) in enumerate(zip(residuals, ordinals, rates, strict=True))
     }
@@ -271,16 +287,33 @@ def _prepare(block: Block, recording: Recording, gates: Mapping[str, Gate]) -> G
     gating = Gating(block.name, chosen, block.call.rewritten)
     args, kwargs, log = recording.arguments(block.call)
     with mode(block.module, True):
-        spliced = gating.prepare(block.module, block.flow, args, kwargs)
+        spliced = gating.prepare(block.module, block.flow, args, kwargs, _batch(recording))
+    gating.note_active(args, kwargs, log)
     for gate in chosen:
-        if gate.ordinal in spliced.kept_whole:
-            gate.skips, gate.note = False, f"computed also when dropped: {spliced.kept_whole[gate.ordinal]}"
+        _settle_form(gate, spliced)
     if not gating.evaluates_plainly:
         with no_inference_mode(), mode(block.module, False), untouched(block.module), held_open():
             flow = Flow(trace(block.module, args, kwargs, log))
             gating.prepare(block.module, flow, args, kwargs)
     _check_class(block)
     return gating
+
+
+def _batch(recording: Recording) -> int | None:
+    """How many samples the recorded example has: the first size of the model's first tensor argument."""
+    given = [t for t in tensors((recording.calls[0].args, recording.calls[0].kwargs)) if t.ndim]
+    return given[0].shape[0] if given else None
+
+
+def _settle_form(gate: Gate, spliced: Spliced) -> None:
+    """Notes on ``gate`` what came out about its branch."""
+    subset = spliced.subsets.get(gate.ordinal)
+    if subset is not None:
+        gate.statistics, gate.breaks_even = subset.statistics, breaks_even(subset.flops, subset.moved)
+    if gate.ordinal in spliced.kept_whole:
+        if gate.skipping:  # where it would not pay anyway there is nothing to note
+            gate.note = f"computed also when dropped: {spliced.kept_whole[gate.ordinal]}"
+        gate.skips = False
 
 
 def _check_class(block: Block) -> None:
@@ -315,7 +348,7 @@ def _gate_status(name: str, block: nn.Module, gate: Gate) -> GateStatus:
         unit=gate.unit,
         scaling=gate.scaling,
         flops_share=gate.flops_share,
-        skips=gate.skips,
+        skips=gate.skipping,
         note=gate.note,
     )
 

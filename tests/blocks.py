@@ -113,6 +113,7 @@ def coins(kept: bool | Mapping[str, bool] | Callable[[str], bool]) -> Iterator[l
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Gate, "survives", fate)
+        patch.setattr(Gate, "survivors", lambda gate, count: count if fate(gate) else 0)
         patch.setattr(Gate, "mask", mask)
         yield tossed
 

@@ -6,15 +6,16 @@ false-alarm rate is that of a fresh seed.
 
 import copy
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from blocks import Case, Linear, Plain, Twice, case, coins, grads, randomise, same
+from blocks import Branch, Case, Linear, Plain, Twice, case, coins, grads, randomise, same
 from scipy.stats import binomtest, chi2
-from timm.layers import DropPath
+from timm.layers import DropPath, drop_path
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
+from torchvision.ops import StochasticDepth, stochastic_depth
 
 import surgeon
 from surgeon._gate import Gate, Origin
@@ -278,7 +279,8 @@ def test_the_same_seed_gives_timms_own_training_step(name: str) -> None:
     drops = [m for m in own.modules() if isinstance(m, DropPath)]
     assert drops
     schedule: Any = TIMM[name]
-    ours = surgeon.apply(c.build(), schedule or own_rates(own, c), drop_rate=0.3, example=c.input())
+    rates = schedule or own_rates(own, c)
+    ours = surgeon.apply(c.build(), rates, drop_rate=0.3, skip=False, example=c.input())
     # The NFNets scale their branch behind the drop path: the same product, rounded in another order.
     if name == "nf_resnet26":
         compare(own.double(), ours.double(), c.input().double(), exact=False)
@@ -308,7 +310,7 @@ def test_the_same_seed_gives_torchvisions_own_training_step(name: str, options: 
     slots = [modules[r.replaces[0]] if r.replaces else None for r in surgeon.find(own, c.input())]
     rates = [m.p if isinstance(m, StochasticDepth) else 0.0 for m in slots]
     assert max(rates) > 0.1
-    ours = surgeon.apply(copy.deepcopy(own), rates, example=c.input())
+    ours = surgeon.apply(copy.deepcopy(own), rates, skip=False, example=c.input())
     compare(own, ours, c.input())
 
 
@@ -337,6 +339,47 @@ def test_gates_stand_in_for_drop_paths_that_are_there() -> None:
     surgeon.remove(own)
     own(c.input())
     assert called  # and the model's own are live again after remove
+
+
+def rescaled(y: Tensor, p: float, training: bool) -> Tensor:
+    """The first published drop path: the survivors are rescaled outside of the mask."""
+    if not training:
+        return y
+    mask = (1 - p) + torch.rand((y.shape[0],) + (1,) * (y.ndim - 1))
+    return y.div(1 - p) * mask.floor_()
+
+
+FUNCTIONS: dict[str, Callable[[Tensor, float, bool], Tensor]] = {
+    "timm": drop_path,
+    "torchvision row": lambda y, p, training: stochastic_depth(y, p, "row", training),
+    "torchvision batch": lambda y, p, training: stochastic_depth(y, p, "batch", training),
+    "rescaled before": rescaled,
+    "rescaled after": lambda y, p, training: (
+        y * (torch.rand(y.shape[0], 1) < 1 - p) / (1 - p) if training else y
+    ),
+    "by hand": lambda y, p, training: y * (torch.rand(y.shape[0], 1) < 1 - p).to(y.dtype) if training else y,
+}
+
+
+@pytest.mark.parametrize("unit", ["batch", "sample"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_stochastic_depth_written_as_a_function(name: str, unit: str) -> None:
+    """Stood in for as a whole, or the addition is refused; never the half of it, never two on one branch."""
+    function = FUNCTIONS[name]
+
+    class Block(Branch):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + function(self.f(x), 0.25, self.training)
+
+    block, x = randomise(Block()), torch.randn(3, 4)
+    if not len(surgeon.find(block, x)):
+        assert surgeon.find(block, x).refused
+        return
+    surgeon.apply(block, unit=unit, scaling="paper", example=x)
+    with coins(True):
+        assert same(block(x), x + block.f(x))
+    with coins(False):
+        torch.testing.assert_close(block(x), x, rtol=0, atol=0)
 
 
 def test_status_and_gates_agree() -> None:
