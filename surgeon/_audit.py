@@ -1,0 +1,196 @@
+"""The stochastic depth that is already in a model: what it does, whether it runs, what a drop leaves over.
+
+A site is a module without parameters that scales whole rows of its argument, or all of it, by a random
+number; it is known by what it does to a tensor of ones, never by its class. Two things go wrong with them in
+models that people use: a site that no forward ever calls (the model trains without the regularisation that
+its configuration asks for), and a site on a path without a shortcut (a drop sets the signal itself to zero).
+
+Whether anything is left after a drop is read from the model's own graph: the model is recorded with that one
+site giving zeros, and either some output still depends on an input, or none does.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from surgeon._analysis import analyse
+from surgeon._example import Example, generators_kept, inputs, mode, no_inference_mode, tensors, untouched
+from surgeon._plain import check_plain
+from surgeon._record import OpLog, record
+from surgeon._report import table
+
+Verdict = Literal["residual", "never-called", "no-shortcut"]
+
+_ROWS = 256
+_TRIES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One stochastic-depth module of a model.
+
+    Attributes:
+        name: Qualified name.
+        module: Its class.
+        rate: Its drop rate in (0, 1], read from what it does: exact where survivors are scaled up, else a
+            share of the rows of a trial.
+        verdict: ``"residual"`` (on the branch of a residual add), ``"never-called"``, or ``"no-shortcut"``.
+        adds: Names of the residual adds on whose branches it sits.
+        silences: A drop leaves no output that depends on the model's input; ``False`` for a residual.
+    """
+
+    name: str
+    module: str
+    rate: float
+    verdict: Verdict
+    adds: tuple[str, ...] = ()
+    silences: bool = False
+
+    @property
+    def remark(self) -> str:
+        """The verdict in words."""
+        if self.verdict == "residual":
+            return f"on the branch of {', '.join(self.adds)}"
+        if self.verdict == "never-called":
+            return "never called: it drops nothing"
+        lost = "the whole signal becomes zero" if self.silences else "only other paths go on"
+        return f"no shortcut beside it: where it drops, {lost}"
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """The stochastic depth of a model, in the order of its modules; iterating gives the sites."""
+
+    sites: tuple[Site, ...]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    @property
+    def wrong(self) -> tuple[Site, ...]:
+        """The sites that are never called or have no shortcut."""
+        return tuple(site for site in self.sites if site.verdict != "residual")
+
+    @property
+    def ok(self) -> bool:
+        """Whether every site sits on the branch of a residual add."""
+        return not self.wrong
+
+    @property
+    def summary(self) -> str:
+        """One line: how many sites there are, how many of them are wrong in which way."""
+        count = len(self.sites)
+        if self.ok:
+            return f"{count} of {count} sites on a residual add"
+        kinds = {"never-called": "never called", "no-shortcut": "without a shortcut"}
+        told = [
+            f"{number} of {count} {words}"
+            for verdict, words in kinds.items()
+            if (number := sum(site.verdict == verdict for site in self.sites))
+        ]
+        return ", ".join(told)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"ok": self.ok, "sites": [asdict(site) | {"remark": site.remark} for site in self.sites]}
+
+    def __str__(self) -> str:
+        rows = [(site.name, site.module, f"{site.rate:.3f}", site.remark) for site in self.sites]
+        return "\n".join([*table(("module", "class", "drop rate", ""), rows), self.summary])
+
+
+def audit(model: nn.Module, example: Example = None) -> AuditReport:
+    """Lists the stochastic depth that is already in ``model``; the model is left as it was.
+
+    Args:
+        model: Any module, in any mode.
+        example: As in `surgeon.find`.
+
+    Returns:
+        One site per module that drops rows when it trains. A module with a drop rate of zero does nothing and
+        is not listed.
+
+    Raises:
+        RecordError: The model does not run on the example.
+    """
+    check_plain(model)
+    args, kwargs = inputs(model, example)
+    rates = {name: rate for name, module in model.named_modules() if (rate := _drop_rate(module))}
+    if not rates:
+        return AuditReport(())
+    analysis = analyse(model, args, kwargs)
+    adds: dict[str, list[str]] = {}
+    for residual in analysis.findings:
+        for name in residual.replaces:
+            adds.setdefault(name, []).append(residual.name)
+    called = {call.module for call in analysis.recording.calls}
+    sites = []
+    for name, rate in rates.items():
+        module = model.get_submodule(name)
+        kind = type(module).__name__
+        if name in adds:
+            sites.append(Site(name, kind, rate, "residual", tuple(adds[name])))
+        elif module not in called:
+            sites.append(Site(name, kind, rate, "never-called"))
+        else:
+            silences = _silences(model, module, args, kwargs)
+            sites.append(Site(name, kind, rate, "no-shortcut", silences=silences))
+    return AuditReport(tuple(sites))
+
+
+def _drop_rate(module: nn.Module) -> float | None:
+    """The rate at which a module drops rows, by trying it; ``None`` if it does no such thing."""
+    if any(True for _ in module.children()) or any(True for _ in module.parameters()):
+        return None
+    if any(True for _ in module.buffers()):
+        return None
+    with no_inference_mode(), torch.no_grad(), mode(module, True), untouched(module), generators_kept():
+        torch.manual_seed(0)
+        ones = torch.ones(_ROWS, 4, 4, 4)
+        seen: list[Tensor] = []
+        for _ in range(_TRIES):
+            rows = _trial(module, ones)
+            if rows is None:
+                return None
+            seen.append(rows)
+            kept = rows[rows != 0]
+            if len(kept) and kept[0] > 1:  # survivors are divided by the survival probability
+                return round(1 - 1 / float(kept[0]), 6)
+    dropped = float((torch.cat(seen) == 0).float().mean())
+    return dropped or None
+
+
+def _trial(module: nn.Module, ones: Tensor) -> Tensor | None:
+    """The factor of each row, if the module scales rows of ``ones`` at random; else ``None``."""
+    log = OpLog(FakeTensorMode(allow_non_fake_inputs=True))
+    log.real = True
+    try:
+        with log:
+            out = module(ones.clone())
+    except Exception:  # noqa: BLE001 - whatever does not take one tensor of images is no such module
+        return None
+    drawn = [op.random for op in log.ops if op.random]
+    if not drawn or any(number not in (1, len(ones)) for number in drawn):
+        return None
+    if not isinstance(out, Tensor) or out.shape != ones.shape:
+        return None
+    rows = out.flatten(1)
+    whole = bool((rows == rows[:, :1]).all())
+    return rows[:, 0].clone() if whole and len(rows[:, 0].unique()) <= 2 else None
+
+
+def _silences(model: nn.Module, site: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether no output depends on an input of the model while the site gives zeros."""
+    handle = site.register_forward_hook(lambda _module, _args, out: torch.zeros_like(out))
+    try:
+        found = record(model, args, kwargs)
+    finally:
+        handle.remove()
+    return not any(found.log.active(t) for t in tensors(found.calls[0].output))
