@@ -1,7 +1,7 @@
 """The models of both libraries: their names, how to build one, what to call it with."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -32,11 +32,13 @@ class Entry:
         return f"{self.library}:{self.name}"
 
 
-def entries(library: str | None, match: str) -> list[Entry]:
-    """Every model of timm and torchvision whose name matches a glob pattern."""
+def entries(library: str | None, match: Sequence[str]) -> list[Entry]:
+    """Every model of timm and torchvision whose name matches one of some glob patterns."""
     names = {"torchvision": torchvision.models.list_models(), "timm": timm.list_models()}
     wanted = [library] if library else list(names)
-    return [Entry(lib, name) for lib in wanted for name in names[lib] if fnmatchcase(name, match)]
+    return [
+        Entry(lib, name) for lib in wanted for name in names[lib] if any(fnmatchcase(name, m) for m in match)
+    ]
 
 
 def build(entry: Entry, *, device: str) -> nn.Module:

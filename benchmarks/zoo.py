@@ -116,7 +116,7 @@ def _run(todo: list[Entry], output: Path, jobs: int, deep: bool, limit_s: float)
 
 @click.command()
 @click.option("--library", type=click.Choice(["timm", "torchvision"]), help="One library; default both.")
-@click.option("--match", default="*", help="Glob pattern on model names.")
+@click.option("--match", multiple=True, default=["*"], help="Glob pattern on model names; may be repeated.")
 @click.option("--resume", is_flag=True, help="Keep the rows that are there and measure the others.")
 @click.option("--jobs", default=2, show_default=True, help="Models at a time.")
 @click.option("--deep", is_flag=True, help="Also run the numerical checks.")
