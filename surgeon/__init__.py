@@ -13,10 +13,12 @@ from surgeon.errors import SurgeonError
 
 if TYPE_CHECKING:
     from surgeon._export import export
+    from surgeon._ramp import Ramp
     from surgeon._surgery import apply, find, fold, remove, set_drop_rate, status
     from surgeon._verify import verify
 
 __all__ = [
+    "Ramp",
     "SurgeonError",
     "__version__",
     "apply",
@@ -30,7 +32,7 @@ __all__ = [
 ]
 
 _HOMES = dict.fromkeys(("apply", "find", "fold", "remove", "set_drop_rate", "status"), "_surgery")
-_HOMES |= {"export": "_export", "verify": "_verify"}
+_HOMES |= {"Ramp": "_ramp", "export": "_export", "verify": "_verify"}
 
 
 def __getattr__(name: str) -> Any:

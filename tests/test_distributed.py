@@ -54,7 +54,7 @@ print("done")
 
 
 def group(body: str, tmp_path: Path, ranks: int = 2) -> list[tuple[int, str]]:
-    """Runs ``body`` in that many processes; exit code and output of each, -1 for one that had to be killed."""
+    """Runs ``body`` in that many processes; exit code (-1: it had to be killed) and output of each."""
     script = tmp_path / "ranks.py"
     script.write_text(HEAD + textwrap.dedent(body) + TAIL)
     with socket.socket() as free:

@@ -1,0 +1,87 @@
+"""A drop rate that changes while training runs."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from surgeon._surgery import set_drop_rate
+from surgeon.errors import UsageError
+
+Shape = Literal["linear", "cosine", "early", "late"]
+
+_SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": lambda t: t,
+    "cosine": lambda t: (1 - math.cos(math.pi * t)) / 2,
+    "early": lambda t: float(t < 1),
+    "late": lambda t: float(t >= 1),
+}
+
+
+class Ramp:
+    """Sets the drop rate of a gated model step by step; the evaluating model does not change.
+
+    ``"linear"`` and ``"cosine"`` go from ``start`` to ``drop_rate`` over ``steps`` steps and stay there (a
+    warm-up; with ``start`` above ``drop_rate`` a way down). ``"early"`` is on for ``steps`` steps and off
+    afterwards, ``"late"`` the other way round (Liu et al. 2023, "Dropout Reduces Underfitting"). One step is
+    one call of `step`: per iteration or per epoch, as the caller likes.
+
+        surgeon.apply(model, drop_rate=0.5)
+        ramp = surgeon.Ramp(model, 0.5, steps=1000)
+        for batch in loader:
+            ...
+            optimizer.step()
+            ramp.step()
+
+    Args:
+        model: A gated model whose schedule has a name; its rates are set to those of step 0 at once.
+        drop_rate: Final drop rate r of the schedule, in [0, 1).
+        steps: How many steps the change takes, at least 1.
+        shape: As above.
+        start: The drop rate of step 0 for ``"linear"`` and ``"cosine"``, and the one that is "off".
+
+    Raises:
+        UsageError: An argument is out of range or unknown.
+        NotGatedError: The model has no gates.
+    """
+
+    def __init__(
+        self, model: nn.Module, drop_rate: float, *, steps: int, shape: Shape = "linear", start: float = 0.0
+    ) -> None:
+        if shape not in _SHAPES:
+            raise UsageError(f"shape is {shape!r}; known are {', '.join(map(repr, get_args(Shape)))}")
+        if steps < 1:
+            raise UsageError(f"steps is {steps}; a ramp takes at least 1")
+        for name, value in (("drop_rate", drop_rate), ("start", start)):
+            if not 0 <= value < 1:
+                raise UsageError(f"{name} is {value}; give a rate in [0, 1)")
+        self.model, self.drop_rate, self.steps, self.shape, self.start = model, drop_rate, steps, shape, start
+        self.count = 0
+        self._set()
+
+    @property
+    def rate(self) -> float:
+        """The present final drop rate."""
+        share = _SHAPES[self.shape](min(self.count / self.steps, 1.0))
+        return self.start + (self.drop_rate - self.start) * share
+
+    def step(self) -> float:
+        """Counts one step, sets the rate of the next and returns it."""
+        self.count += 1
+        return self._set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the ramp has come, and its settings."""
+        names = ("count", "drop_rate", "steps", "shape", "start")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up where the saved ramp was, with its settings, and sets the model's rate."""
+        for name in self.state_dict():
+            setattr(self, name, state[name])
+        self._set()
+
+    def _set(self) -> float:
+        set_drop_rate(self.model, self.rate)
+        return self.rate

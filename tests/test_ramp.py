@@ -1,0 +1,74 @@
+"""Ramps: their values, their end, resuming, and an evaluating model that does not drift."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from blocks import Plain, randomise, same
+from torch import nn
+
+import surgeon
+
+X = torch.zeros(2, 4)
+
+
+def gated(**options: Any) -> nn.Module:
+    model = randomise(nn.Sequential(*(Plain() for _ in range(4))))
+    return surgeon.apply(model, "linear", drop_rate=0.5, example=X, **options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "start", "expected"),
+    [
+        ("linear", 0.0, [0, 0.1, 0.2, 0.3, 0.4, 0.4]),
+        ("linear", 0.4, [0.4] * 6),
+        ("cosine", 0.0, [0.2 * (1 - math.cos(math.pi * t / 4)) for t in range(5)] + [0.4]),
+        ("early", 0.0, [0.4, 0.4, 0.4, 0.4, 0, 0]),
+        ("late", 0.1, [0.1, 0.1, 0.1, 0.1, 0.4, 0.4]),
+    ],
+)
+def test_values(shape: Any, start: float, expected: list[float]) -> None:
+    model = gated()
+    ramp = surgeon.Ramp(model, 0.4, steps=4, shape=shape, start=start)
+    seen = [ramp.rate] + [ramp.step() for _ in range(5)]
+    assert seen == pytest.approx(expected)
+    ramp = surgeon.Ramp(model, 0.4, steps=4, shape=shape, start=start)
+    for rate in expected:
+        assert [g.drop_rate for g in surgeon.status(model).gates] == pytest.approx(
+            [rate * l / 4 for l in (1, 2, 3, 4)]
+        )
+        ramp.step()
+
+
+def test_a_ramp_resumes() -> None:
+    first, second = surgeon.Ramp(gated(), 0.4, steps=10), surgeon.Ramp(gated(), 0.3, steps=7, shape="late")
+    for _ in range(4):
+        first.step()
+    second.load_state_dict(first.state_dict())
+    assert second.rate == first.rate == pytest.approx(0.16)
+    assert surgeon.status(second.model) == surgeon.status(first.model)
+    assert [first.step() for _ in range(8)] == [second.step() for _ in range(8)]
+
+
+def test_evaluation_does_not_drift() -> None:
+    model = gated(scaling="paper").eval()
+    x = torch.randn(3, 4)
+    before, ramp = model(x), surgeon.Ramp(model, 0.9, steps=3)
+    for _ in range(4):
+        assert same(model(x), before)
+        ramp.step()
+
+
+def test_wrong_settings_are_named() -> None:
+    model = gated()
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 3, "shape": "square"}, "'square'; known are 'linear'"),
+        ({"steps": 3, "start": 1.0}, "start is 1.0"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(surgeon.SurgeonError, match=message):
+            surgeon.Ramp(model, 0.3, **options)
+    with pytest.raises(surgeon.SurgeonError, match="no gates"):
+        surgeon.Ramp(nn.Linear(2, 2), 0.3, steps=3)
