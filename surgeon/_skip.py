@@ -40,7 +40,7 @@ class Lifted:
 
 Form = Callable[..., Tensor]
 
-# What moving one byte of rows costs, in FLOPs: `python -m benchmarks.step --constant` measures it.
+# What moving one byte of rows costs, in FLOPs of a convolution or matrix product on one CPU core.
 FLOPS_PER_BYTE = 8.0
 
 
