@@ -125,7 +125,7 @@ def _run(todo: list[Entry], output: Path, jobs: int, deep: bool, limit_s: float)
 @click.option("--output", type=click.Path(path_type=Path), default=DEFAULT, show_default=True)
 def main(
     library: str | None,
-    match: str,
+    match: tuple[str, ...],
     resume: bool,
     jobs: int,
     deep: bool,
