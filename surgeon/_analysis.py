@@ -14,6 +14,7 @@ from torch import fx, nn
 from surgeon._example import mode, no_inference_mode, untouched
 from surgeon._flow import Flow
 from surgeon._gate import held_open
+from surgeon._oplog import storage
 from surgeon._record import Call, Recording, record
 from surgeon._residual import (
     REASONS,
@@ -26,7 +27,7 @@ from surgeon._residual import (
     mask_nodes,
     side,
 )
-from surgeon._trace import is_size, storage, trace
+from surgeon._trace import is_size, trace
 from surgeon.errors import TraceError, UsageError
 
 

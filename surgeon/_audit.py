@@ -19,8 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from surgeon._analysis import analyse
 from surgeon._example import Example, generators_kept, inputs, mode, no_inference_mode, tensors, untouched
+from surgeon._oplog import OpLog
 from surgeon._plain import check_plain
-from surgeon._record import OpLog, record
+from surgeon._record import record
 from surgeon._report import table
 
 Verdict = Literal["residual", "never-called", "no-shortcut"]

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from torch import fx
 
 from surgeon._example import tensors
-from surgeon._trace import Fact, Trace, storage
+from surgeon._oplog import storage
+from surgeon._trace import Fact, Trace
 
 
 class Flow:

@@ -24,8 +24,7 @@ from torch import Tensor, fx
 
 from surgeon._example import tensors
 from surgeon._flow import Flow
-from surgeon._record import Op
-from surgeon._trace import storage
+from surgeon._oplog import Op, storage
 
 aten = torch.ops.aten
 

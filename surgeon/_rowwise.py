@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from surgeon._example import generators_kept, no_autocast_cache, no_inference_mode, tensors, untouched
 from surgeon._gate import held_open
-from surgeon._record import OpLog
+from surgeon._oplog import OpLog
 
 aten = torch.ops.aten
 

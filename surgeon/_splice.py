@@ -1,36 +1,27 @@
-"""Puts gates into a block's traced forward and installs it on the block.
+"""Puts gates into a block's traced forward, as generated Python.
 
 Two forms. *Masked*: the addition becomes ``masked_add(gate, shortcut, branch)`` and everything else stays
 where it was. *Lifted*: the nodes that run for the branch alone move into a function of their own, which
 `surgeon._skip` calls when the branch survives, or on the rows that survive. In both, stochastic depth that
-was on the branch is taken off, as the gate stands in for it.
-
-The block keeps its identity: its ``__class__`` becomes a generated subclass of its class (as in
-`torch.nn.utils.parametrize`), whose forward runs the generated code on the block's own children and
-parameters, never on copies. `ungate` puts the class back.
+was on the branch is taken off, as the gate stands in for it. The generated code names the block's own
+children and parameters, never copies; `surgeon._gating` installs it.
 """
 
-import copy
 import functools
 import operator
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
-from surgeon._example import no_inference_mode, untouched
 from surgeon._flow import Flow
-from surgeon._gate import Gate, evaluating_add, held_open, masked_add
-from surgeon._record import OpLog, to_fake
-from surgeon._residual import Addition, additions, row_mask, writes_to
+from surgeon._gate import Gate, evaluating_add, masked_add
+from surgeon._oplog import storage
+from surgeon._residual import Addition, row_mask, writes_to
 from surgeon._rowwise import Rowwise, nested, rowwise
 from surgeon._skip import Form, Lifted, batch_add, rows_add
-from surgeon._trace import CONSTANTS, is_size, storage, trace
-from surgeon.errors import TraceError, UnseenCallError
+from surgeon._trace import is_size
 
 Run = Callable[..., Any]
 
@@ -334,227 +325,3 @@ def _compile(graph: fx.Graph) -> Run:
         exec(compile(code.src, "<surgeon>", "exec"), scope)  # noqa: S102 - what fx wrote, as GraphModule does
         _compiled[key] = scope["forward"]
     return _compiled[key]
-
-
-class Gating:
-    """What a gated block carries: its gates, and its forward for each way of calling it seen so far.
-
-    Args:
-        name: Qualified name of the block.
-        gates: The gates, in the order of their additions.
-        rewritten: Something outside the block writes to its output in place.
-    """
-
-    def __init__(self, name: str, gates: Sequence[Gate], rewritten: bool) -> None:
-        self.name = name
-        self.gates = tuple(gates)
-        self.rewritten = rewritten
-        self.exact = False
-        self.ambient = False
-        self.attributes: tuple[str, ...] = ()
-        self.active: dict[str, bool] = {}
-        self.runs: dict[Any, Run] = {}
-
-    def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The gated forward of ``block``."""
-        run = self.runs.get(self._key(block, args, kwargs))
-        if run is None:
-            run = self._extend(block, args, kwargs)
-        return run(block, self.gates, *args, *kwargs.values())
-
-    @property
-    def evaluates_plainly(self) -> bool:
-        """Whether evaluation is the block's own forward, untouched."""
-        return all(gate.scale == 1.0 and gate.marked_as is None for gate in self.gates)
-
-    def prepare(
-        self,
-        block: nn.Module,
-        flow: Flow,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        batch: int | None = None,
-    ) -> Spliced:
-        """Makes the forward for one way of calling the block, in the mode it is in, given its trace.
-
-        Raises:
-            UnseenCallError: The trace lacks one of the residual adds that carry a gate.
-        """
-        spliced = splice(
-            block,
-            flow,
-            self._chosen(additions(flow)),
-            skip={gate.ordinal for gate in self.gates if gate.skips},
-            by_rows=self.gates[0].unit == "sample",
-            rewritten=self.rewritten,
-            batch=batch,
-        )
-        found = flow.trace
-        self.exact |= found.exact
-        self.ambient |= found.ambient
-        self.attributes = tuple(sorted({*self.attributes, *found.attributes}))
-        self.runs[self._key(block, args, kwargs)] = spliced.run
-        return spliced
-
-    def note_active(self, args: tuple[Any, ...], kwargs: dict[str, Any], log: OpLog) -> None:
-        """Remembers which tensors among the block's arguments depend on a model input."""
-        self.active = {path: log.active(tensor) for path, tensor in _leaves(args, kwargs)}
-
-    def _extend(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
-        """Traces the block anew for a way of calling it that was not seen before."""
-        log = OpLog(FakeTensorMode(allow_non_fake_inputs=True))
-        try:
-            with no_inference_mode(), untouched(block), held_open():
-                fake_args, fake_kwargs = to_fake(log.fake, (args, kwargs))
-                for path, tensor in _leaves(fake_args, fake_kwargs):
-                    if self.active.get(path, tensor.is_floating_point()):
-                        log.root(tensor)
-                flow = Flow(trace(block, fake_args, fake_kwargs, log))
-            self.prepare(block, flow, args, kwargs)
-        except TraceError as error:
-            raise UnseenCallError(
-                f"{self._called(args, kwargs)}, and tracing it that way failed: {error}"
-            ) from error
-        return self.runs[self._key(block, args, kwargs)]
-
-    def _chosen(self, found: Sequence[Addition]) -> list[Addition]:
-        """The additions that the gates belong to; with other shapes a block may add up other numbers of terms."""
-        plain = [addition for addition in found if addition.code is None]
-        if len(plain) == len(self.gates):
-            return [replace(a, ordinal=g.ordinal) for a, g in zip(plain, self.gates, strict=True)]
-        by_ordinal = {addition.ordinal: addition for addition in found if addition.kind}
-        missing = [gate.name for gate in self.gates if gate.ordinal not in by_ordinal]
-        if missing:
-            raise UnseenCallError(
-                f"{self.name or 'the model'} is called in a way in which it does not perform the gated "
-                f"addition {missing[0]}; exclude it (exclude={missing[0]!r}) or call it as on the example"
-            )
-        return [by_ordinal[gate.ordinal] for gate in self.gates]
-
-    def _key(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Everything that decides which code the block's forward runs."""
-        return (
-            block.training,
-            tuple([_kind(value, self.exact) for value in args]),
-            tuple([(name, _kind(value, self.exact)) for name, value in kwargs.items()]),
-            tuple([getattr(block, name, None) for name in self.attributes]),
-            (torch.is_grad_enabled(), torch.is_autocast_enabled()) if self.ambient else None,
-        )
-
-    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        pattern = [str(_kind(a, True)) for a in args] + [f"{k}={_kind(v, True)}" for k, v in kwargs.items()]
-        return (
-            f"{self.name or 'the model'} is called in a way not seen on the example: ({', '.join(pattern)})"
-        )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Gating":
-        twin = Gating(self.name, copy.deepcopy(self.gates, memo), self.rewritten)
-        twin.exact, twin.ambient, twin.attributes = self.exact, self.ambient, self.attributes
-        twin.active, twin.runs = dict(self.active), dict(self.runs)
-        return twin
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Generated functions do not pickle; they are made again at the first call.
-        return {**self.__dict__, "runs": {}}
-
-
-def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor among the arguments of a call, with its place in words."""
-    found, _ = pytree.tree_flatten_with_path((args, kwargs))
-    return ((pytree.keystr(path), leaf) for path, leaf in found if isinstance(leaf, Tensor))
-
-
-# What the decorator torch.compiler.disable does, which would import the whole compiler with surgeon.
-Gating._extend._torchdynamo_disable = True  # type: ignore[attr-defined]
-
-
-def _kind(value: Any, exact: bool) -> Any:
-    """What of an argument decides which code runs: for tensors the rank, or the whole shape if exact."""
-    if isinstance(value, Tensor):
-        return (tuple(value.shape), value.dtype, value.device.type) if exact else value.ndim
-    if isinstance(value, CONSTANTS):
-        return value
-    if is_dataclass(value) and not isinstance(value, type):
-        return type(value), tuple([_kind(getattr(value, f.name), exact) for f in fields(value)])
-    if isinstance(value, (list, tuple)):
-        return type(value), tuple([_kind(item, exact) for item in value])
-    if isinstance(value, dict):
-        return dict, tuple([(name, _kind(item, exact)) for name, item in value.items()])
-    return value if exact and isinstance(value, (int, float)) else type(value)
-
-
-class GatedBlock(nn.Module):
-    """Mixed into the class of a gated block, in front of it."""
-
-    _ungated: type[nn.Module]
-    _surgeon: Gating
-
-    def extra_repr(self) -> str:
-        gating, own = gating_of(self), super().extra_repr()
-        if gating is None:
-            return own
-        gates = ", ".join(f"{g.name.rpartition('.')[2]} p={g.survival:.4g}" for g in gating.gates)
-        return f"{own}, gates: {gates}" if own else f"gates: {gates}"
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(2)
-        _, _, *rest = reduced
-        return (_revive, (self._ungated,), *rest)
-
-
-def _revive(ungated: type[nn.Module]) -> nn.Module:
-    cls = gated_class(ungated)
-    block: nn.Module = cls.__new__(cls)
-    return block
-
-
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def gated_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``cls`` whose forward runs a block's gates; of the same name, in the same module."""
-    if issubclass(cls, GatedBlock):  # a slice or a sibling of a gated block has its class and no gates
-        return cls
-    if cls not in _classes:
-        _classes[cls] = _subclass(cls)
-    return _classes[cls]
-
-
-def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
-    original = cls.forward
-
-    @functools.wraps(original)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # A slice of a gated Sequential is of the gated class and has no gates.
-        gating = getattr(self, "_surgeon", None)
-        if gating is None or (not self.training and gating.evaluates_plainly):
-            return original(self, *args, **kwargs)
-        return gating.run(self, args, kwargs)
-
-    body = {
-        "forward": forward,
-        "_ungated": cls,
-        "_ungated_forward": original,
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-    }
-    return type(cls.__name__, (GatedBlock, cls), body)
-
-
-def gate_block(block: nn.Module, gating: Gating) -> None:
-    """Installs ``gating`` on ``block``; the block's class becomes a subclass of what it was."""
-    cls = gated_class(type(block))
-    block.__dict__["_surgeon"] = gating
-    block.__class__ = cls
-
-
-def ungate_block(block: nn.Module) -> None:
-    """Gives ``block`` its own class back and takes its gates away."""
-    block.__class__ = type(block)._ungated  # type: ignore[attr-defined]
-    del block.__dict__["_surgeon"]
-
-
-def gating_of(module: nn.Module) -> Gating | None:
-    """The gating of a gated block, else None."""
-    return module.__dict__.get("_surgeon") if isinstance(module, GatedBlock) else None

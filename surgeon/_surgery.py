@@ -17,13 +17,14 @@ from surgeon._flow import Flow
 from surgeon._fold import FoldPlan, commit
 from surgeon._fold import plan as plan_fold
 from surgeon._gate import Gate, Origin, Scaling, Unit, Unused, held_open, marking
+from surgeon._gating import Gating, gate_block, gated_class, gating_of, ungate_block
 from surgeon._plain import check_plain
 from surgeon._record import Recording
 from surgeon._report import GateStatus, Status, schedule_text
 from surgeon._residual import Findings
 from surgeon._schedule import NAMES, Schedule, drop_rates
 from surgeon._skip import breaks_even
-from surgeon._splice import Gating, Spliced, gate_block, gated_class, gating_of, ungate_block
+from surgeon._splice import Spliced
 from surgeon._trace import trace
 from surgeon.errors import AlreadyGatedError, NoResidualsError, NotGatedError, UsageError
 
@@ -321,9 +322,10 @@ def _check_class(block: Block) -> None:
     try:
         gated_class(type(block.module))
     except Exception as error:
+        kind = type(block.module).__name__
         raise UsageError(
-            f"{block.name or 'the model'}: its class {block.module._get_name()} cannot be subclassed "
-            f"({error}), so it cannot carry a gate; leave it out with exclude={block.name or type(block.module).__name__!r}"
+            f"{block.name or 'the model'}: its class {kind} cannot be subclassed ({error}), so it cannot "
+            f"carry a gate; leave it out with exclude={block.name or kind!r}"
         ) from error
 
 

@@ -27,8 +27,9 @@ from torch.overrides import TorchFunctionMode
 from surgeon._canonical import canonical
 from surgeon._example import generators_kept, no_autocast_cache, tensors, untouched
 from surgeon._guards import guarded
+from surgeon._oplog import Op, OpLog, storage
 from surgeon._proxy import ValueProxy
-from surgeon._record import Call, Op, OpLog
+from surgeon._record import Call
 from surgeon.errors import TraceError
 
 CONSTANTS = (type(None), bool, str, enum.Enum, torch.dtype, torch.device, torch.memory_format, torch.layout)
@@ -372,11 +373,6 @@ def _mutable(tree: Any) -> Any:
     if isinstance(tree, immutable_dict):
         return {key: _mutable(item) for key, item in tree.items()}
     return tuple(_mutable(item) for item in tree) if type(tree) is tuple else tree
-
-
-def storage(tensor: Tensor) -> int:
-    """An identity of the memory behind a tensor, equal for views of it."""
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _global_state() -> tuple[bool, ...]:
