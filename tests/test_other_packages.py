@@ -186,7 +186,11 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES)
+# Every model is counted by default; the rest of the tests do these by default and all of them when slow.
+DEFAULT = {"BEiT", "ConvNext", "BERT", "GPT-2", "Unet-resnet18"}
+
+
+@pytest.fixture(params=[pytest.param(n, marks=[] if n in DEFAULT else [pytest.mark.slow]) for n in CASES])
 def case(request: pytest.FixtureRequest) -> Package:
     return CASES[request.param]
 
@@ -203,8 +207,10 @@ def outputs(model: nn.Module, given: dict[str, Any]) -> list[Tensor]:
     return [t for t in tensors(model(**given)) if t.is_floating_point()]
 
 
-def test_counted_by_hand(case: Package) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_counted_by_hand(name: str) -> None:
     """Every residual add, the stochastic depth that is already there, and nothing left unexplained."""
+    case = CASES[name]
     model, given = case.build()
     found = surgeon.find(model, given)
     assert len(found) == case.gates, case.why
