@@ -1,4 +1,4 @@
-"""Seconds per training step with and without stochastic depth, taken in turns.
+"""CPU seconds per training step with and without stochastic depth, taken in turns.
 
     python -m benchmarks.step --models resnet50,vit_small --rates 0.5 --batch 8 --threads 1
 
@@ -6,6 +6,9 @@ Every variant of a model runs one step per round, in an order drawn anew each ro
 machine does falls on all of them alike. Each ratio is the median over the rounds of a variant's step over the
 plain model's step *of the same round*; the spread is between the quartiles. Beside it stands the bound that
 the arithmetic sets (`surgeon.status(model).expected_flops`).
+
+The clock is the processor time of the process: on one thread it is what the step costs, and waiting for a busy
+machine is not counted (a shared cache and memory still are).
 """
 
 import json
@@ -85,11 +88,11 @@ def variants(name: str, rate: float, only: tuple[str, ...]) -> dict[str, nn.Modu
 
 
 def seconds(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     optimizer.zero_grad(set_to_none=True)
     nn.functional.cross_entropy(model(x), y).backward()
     optimizer.step()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def measure(name: str, rate: float, batch: int, repeats: int, only: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -138,7 +141,7 @@ def _cpu() -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| model | r | batch | variant | s per step | over plain | quartiles | by means | bound |",
+        "| model | r | batch | variant | CPU s per step | over plain | quartiles | by means | bound |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
@@ -153,13 +156,13 @@ def page(rows: list[dict[str, Any]]) -> str:
     last = rows[-1]
     loads = [r["load"] for r in rows]
     counts = sorted({r["repeats"] for r in rows})
-    return f"""# Seconds per training step
+    return f"""# CPU seconds per training step
 
 Written by `python -m benchmarks.step`. {last["cpu"]}, {last["threads"]} thread, torch {last["torch"]};
-{" or ".join(map(str, counts))} rounds per model, every variant once per round in an order drawn anew.
+{" or ".join(map(str, counts))} rounds per model after one to warm up, every variant once per round in an order drawn anew.
 
 The machine was busy with other work meanwhile (load average {min(loads):.1f} to {max(loads):.1f} on
-{os.cpu_count()} cores), so single steps vary by far more than the differences between variants. Read the
+{os.cpu_count()} cores). The clock counts processor time only, but caches and memory are shared, and rounds are few: read the
 quartiles before the medians. *Over plain* is the median of ratios within one round, *by means* the ratio of
 total times; unit `batch` has steps of very different length by nature, for which the second is the fairer
 figure. *Bound* is the share of the FLOPs that is left, `surgeon.status(model).expected_flops`.
