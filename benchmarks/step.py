@@ -7,8 +7,8 @@ machine does falls on all of them alike. Each ratio is the median over the round
 plain model's step *of the same round*; the spread is between the quartiles. Beside it stands the bound that
 the arithmetic sets (`surgeon.status(model).expected_flops`).
 
-The clock is the processor time of the process: on one thread it is what the step costs, and waiting for a busy
-machine is not counted (a shared cache and memory still are).
+The clock is the processor time of the process: on one thread it is what the step costs, and waiting for a
+busy machine is not counted (a shared cache and memory still are).
 """
 
 import json
@@ -159,13 +159,15 @@ def page(rows: list[dict[str, Any]]) -> str:
     return f"""# CPU seconds per training step
 
 Written by `python -m benchmarks.step`. {last["cpu"]}, {last["threads"]} thread, torch {last["torch"]};
-{" or ".join(map(str, counts))} rounds per model after one to warm up, every variant once per round in an order drawn anew.
+{" or ".join(map(str, counts))} rounds per model after one to warm up, every variant once per round, in an
+order drawn anew.
 
 The machine was busy with other work meanwhile (load average {min(loads):.1f} to {max(loads):.1f} on
-{os.cpu_count()} cores). The clock counts processor time only, but caches and memory are shared, and rounds are few: read the
-quartiles before the medians. *Over plain* is the median of ratios within one round, *by means* the ratio of
-total times; unit `batch` has steps of very different length by nature, for which the second is the fairer
-figure. *Bound* is the share of the FLOPs that is left, `surgeon.status(model).expected_flops`.
+{os.cpu_count()} cores). The clock counts processor time only, but caches and memory are shared, and rounds
+are few: read the quartiles before the medians. *Over plain* is the median of ratios within one round, *by
+means* the ratio of total times; unit `batch` has steps of very different length by nature, for which the
+second is the fairer figure. *Bound* is the share of the FLOPs that is left,
+`surgeon.status(model).expected_flops`.
 
 `library` is the model's own drop path, `mask` is `skip=False`, `auto` the default, `sample` is
 `unit="sample", skip=True`, `batch` is `unit="batch"`. Schedule linear to the final drop rate r.
