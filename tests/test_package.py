@@ -84,7 +84,7 @@ def test_public_names_exist() -> None:
 def test_extras_hold_what_the_documents_name() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    assert set(extras) == {"plots", "recipes", "dev", "all"}
+    assert set(extras) == {"plots", "recipes", "dev", "test-zoo", "all"}
     assert extras["all"] == ["surgeon[plots,recipes,dev]"]
     assert project["requires-python"] == ">=3.11"
 
