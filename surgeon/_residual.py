@@ -335,7 +335,7 @@ def _drops(flow: Flow, work: Iterable[fx.Node]) -> Iterator[fx.Node]:
     """The nodes that multiply whole rows by coins: stochastic depth that is already there."""
     for node in work:
         value = flow.fact(node).value
-        if not isinstance(value, Tensor) or value.numel() <= value.shape[0]:
+        if not isinstance(value, Tensor) or not value.ndim or value.numel() <= value.shape[0]:
             continue
         if node.op == "call_module":
             ops = flow.fact(node).ops
