@@ -609,8 +609,15 @@ def _compiler() -> Any:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("scaling", ["inverted", "paper"])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    ("backend", "scaling"),
+    [
+        ("eager", "inverted"),
+        ("eager", "paper"),
+        ("aot_eager", "inverted"),
+        pytest.param("aot_eager", "paper", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.usefixtures("_compiler")
 def test_the_masked_form_compiles_whole_with_fresh_draws(backend: str, scaling: str) -> None:
     model = randomise(nn.Sequential(*(Twice() for _ in range(6))))

@@ -108,7 +108,7 @@ def check_random_program(seed: int) -> int:
     return skipped
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(2))
 def test_random_programs(part: int) -> None:
     skipped = sum(check_random_program(seed) for seed in range(100 * part, 100 * part + 50))
     assert skipped >= 3  # the comparison was not empty
