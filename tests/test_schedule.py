@@ -122,7 +122,13 @@ def own_rates(model: nn.Module, x: torch.Tensor) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "name", ["vit_tiny_patch16_224", "convnext_atto", "swin_tiny_patch4_window7_224", "poolformerv2_s12"]
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "convnext_atto",
+        pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow),
+        pytest.param("poolformerv2_s12", marks=pytest.mark.slow),
+    ],
 )
 def test_linear_from_zero_gives_the_rates_of_timms_own_models(name: str) -> None:
     c = case(f"timm:{name}")
