@@ -283,8 +283,8 @@ def _cases() -> Iterator[Case]:
         "repeats 1,2,2,3,3,4,1 less the first of each stage: 0 + 1 + 1 + 2 + 2 + 3 + 0",
     )
     yield Case(tv, "regnet_y_400mf", 16, "depths 1 + 3 + 6 + 6")
-    yield Case(tv, "convnext_tiny", 18, "depths 3 + 3 + 9 + 3")
-    yield Case(tv, "vit_b_16", 24, "12 layers x 2", 32, {"image_size": 32})
+    yield Case(tv, "convnext_tiny", 18, "depths 3 + 3 + 9 + 3", heavy=True)
+    yield Case(tv, "vit_b_16", 24, "12 layers x 2", 32, {"image_size": 32}, heavy=True)
     yield Case(tv, "swin_t", 24, "(2 + 2 + 6 + 2) x 2")
     yield Case(
         tv,
@@ -300,9 +300,11 @@ def _cases() -> Iterator[Case]:
     yield Case(tm, "convnext_atto", 12, "depths 2 + 2 + 6 + 2")
     yield Case(tm, "convnextv2_atto", 12, "depths 2 + 2 + 6 + 2; the sum inside each GRN is no residual add")
     yield Case(tm, "vit_tiny_patch16_224", 24, "12 blocks x 2", 32, {"img_size": 32})
-    yield Case(tm, "deit_tiny_patch16_224", 24, "12 blocks x 2", 32, {"img_size": 32})
+    yield Case(tm, "deit_tiny_patch16_224", 24, "12 blocks x 2", 32, {"img_size": 32}, heavy=True)
     yield Case(tm, "beit_base_patch16_224", 24, "12 blocks x 2", 32, {"img_size": 32}, heavy=True)
-    yield Case(tm, "swin_tiny_patch4_window7_224", 24, "(2 + 2 + 6 + 2) x 2", 64, {"img_size": 64})
+    yield Case(
+        tm, "swin_tiny_patch4_window7_224", 24, "(2 + 2 + 6 + 2) x 2", 64, {"img_size": 64}, heavy=True
+    )
     yield Case(tm, "mixer_s32_224", 16, "8 mixer blocks x 2", 64, {"img_size": 64})
     # Half width rounds 40 and 48 channels both to 24, so the stage that widens in the full model adds here.
     yield Case(
@@ -314,7 +316,15 @@ def _cases() -> Iterator[Case]:
     yield Case(tm, "poolformerv2_s12", 24, "(2 + 2 + 6 + 2) x 2")
     # The two attentions that shrink the map have no shortcut, the MLP behind each of them has.
     yield Case(tm, "levit_128s", 20, "(2 + 3 + 4) blocks x 2 + 2 MLPs after shrinking", 64, {"img_size": 64})
-    yield Case(tm, "cait_xxs24_224", 52, "24 blocks x 2 + 2 class-attention blocks x 2", 32, {"img_size": 32})
+    yield Case(
+        tm,
+        "cait_xxs24_224",
+        52,
+        "24 blocks x 2 + 2 class-attention blocks x 2",
+        32,
+        {"img_size": 32},
+        heavy=True,
+    )
     yield Case(
         tm, "xcit_nano_12_p16_224", 40, "12 blocks x 3 + 2 class-attention blocks x 2", 32, {"img_size": 32}
     )

@@ -128,7 +128,7 @@ def test_sites_are_listed_whether_or_not_the_model_is_in_training_mode() -> None
 @pytest.mark.parametrize(
     ("library", "name", "size"),
     [
-        ("torchvision", "vgg11", 32),
+        pytest.param("torchvision", "vgg11", 32, marks=pytest.mark.slow),
         ("torchvision", "densenet121", 32),
         pytest.param("torchvision", "inception_v3", 299, marks=pytest.mark.slow),
         pytest.param("timm", "inception_v3", 299, marks=pytest.mark.slow),
