@@ -149,7 +149,8 @@ def test_verify_agrees_with_gated_and_folded_checkpoints(delivered, checkpoint):
     assert [row["batch"] for row in found["rows"]] == [1, 3]
 
 
-def test_verify_as_a_table(delivered):
+def test_verify_as_a_table(delivered, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # else a long path is folded at that width
     done = surge("verify", delivered.file, NET, "--checkpoint", delivered.plain, "--batch-size", 2)
     assert done.exit_code == 0
     title, head, row = done.stdout.rstrip().splitlines()
