@@ -662,7 +662,7 @@ def test_compiled_draws_follow_the_rate() -> None:
 @pytest.mark.usefixtures("_compiler")
 def test_inductor_compiles_the_masked_form() -> None:
     c = case("timm:resnet18")
-    model = surgeon.apply(c.build(), drop_rate=0.5, example=c.input())
+    model = surgeon.apply(randomise(c.build()), drop_rate=0.5, example=c.input())
     compiled = torch.compile(model, fullgraph=True)
     outs = [compiled(c.input()) for _ in range(4)]
     assert len({tuple(o.flatten().tolist()) for o in outs}) == 4
