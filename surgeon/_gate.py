@@ -100,6 +100,7 @@ class Gate:
         unused: What the parameters of a branch that did not run at all get: zero gradients, none, or zero
             where `torch.distributed` is in use.
         note: Why it is computed all the same, or why its scale stays after a fold; ``""`` otherwise.
+        keep_eval: The weights were divided by its scale when it was put in, so that evaluation stayed.
         folded: Its scale is in the weights now; it does nothing any more.
     """
 
@@ -119,6 +120,7 @@ class Gate:
     statistics: bool = False
     unused: Unused = "auto"
     note: str = ""
+    keep_eval: bool = False
     folded: bool = False
     keep: Tensor = field(init=False, repr=False)
     marked_as: int | None = field(default=None, init=False, repr=False)

@@ -18,13 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from surgeon._example import no_inference_mode, untouched
+from surgeon._fake import to_fake
 from surgeon._flow import Flow
 from surgeon._gate import Gate, held_open
-from surgeon._oplog import OpLog, to_fake
+from surgeon._oplog import OpLog
 from surgeon._residual import Addition, additions
 from surgeon._splice import Run, Spliced, splice
 from surgeon._trace import CONSTANTS, trace
-from surgeon.errors import TraceError, UnseenCallError
+from surgeon.errors import CheckpointError, TraceError, UnseenCallError
 
 
 class Gating:
@@ -190,28 +191,88 @@ class GatedBlock(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(2)
         _, _, *rest = reduced
-        return (_revive, (self._ungated,), *rest)
+        return (_revive, (self._ungated, isinstance(self, KeepingBlock)), *rest)
 
 
-def _revive(ungated: type[nn.Module]) -> nn.Module:
-    cls = gated_class(ungated)
+class KeepingBlock(GatedBlock):
+    """A gated block whose weights were divided by its gates' scales: `surgeon.apply(..., keep_eval=True)`.
+
+    Such weights mean something else than those of the stock model under the same names. So the ``state_dict``
+    carries the scales along, as the extra state that PyTorch provides for, and no strict load can confuse the
+    two.
+    """
+
+    def get_extra_state(self) -> Tensor:
+        """Place among the block's additions and scale of each gate, one row per gate, in float64."""
+        gating = gating_of(self)
+        gates = [gate for gate in gating.gates if not gate.folded] if gating else []
+        return torch.tensor([(gate.ordinal, gate.scale) for gate in gates], dtype=torch.float64)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Checks that weights which come in were divided by the scales of these gates.
+
+        Raises:
+            CheckpointError: They were not.
+        """
+        own = self.get_extra_state()
+        if not (isinstance(state, Tensor) and state.shape == own.shape and _close(state, own)):
+            raise CheckpointError(
+                f"{_block_name(self)}: the checkpoint's weights were divided by {_scales(state)}, but the "
+                f"scales of the model's gates are {_scales(own)}; {_LOAD}"
+            )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # Also where a load is not strict; a part of the state that leaves the block out may come in.
+        if gating_of(self) and prefix + "_extra_state" not in state_dict and state_dict:
+            raise CheckpointError(
+                f"{_block_name(self)}: these weights are not from a model gated with keep_eval=True, so its "
+                f"gates would scale a branch that was never divided by their scales; {_LOAD}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+_LOAD = "surgeon.load(model, file) converts them"
+
+
+def _close(state: Tensor, own: Tensor) -> bool:
+    return torch.allclose(state.to(own), own, rtol=max(1e-6, 4 * torch.finfo(state.dtype).eps), atol=0)
+
+
+def _block_name(block: nn.Module) -> str:
+    gating = gating_of(block)
+    return (gating.name if gating else "") or type(block).__name__
+
+
+def _scales(state: Any) -> str:
+    return ", ".join(f"{row[-1]:.4g}" for row in state.tolist()) if isinstance(state, Tensor) else "none"
+
+
+def _revive(ungated: type[nn.Module], keeping: bool = False) -> nn.Module:
+    cls = gated_class(ungated, keeping=keeping)
     block: nn.Module = cls.__new__(cls)
     return block
 
 
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
+_classes: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
 
 
-def gated_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``cls`` whose forward runs a block's gates; of the same name, in the same module."""
+def gated_class(cls: type[nn.Module], *, keeping: bool = False) -> type[nn.Module]:
+    """The subclass of ``cls`` whose forward runs a block's gates; of the same name, in the same module.
+
+    Args:
+        cls: The block's class.
+        keeping: For a `KeepingBlock`.
+    """
     if issubclass(cls, GatedBlock):  # a slice or a sibling of a gated block has its class and no gates
-        return cls
-    if cls not in _classes:
-        _classes[cls] = _subclass(cls)
-    return _classes[cls]
+        cls = cls._ungated
+    if (cls, keeping) not in _classes:
+        _classes[cls, keeping] = _subclass(cls, KeepingBlock if keeping else GatedBlock)
+    return _classes[cls, keeping]
 
 
-def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
+def _subclass(cls: type[nn.Module], kind: type[GatedBlock]) -> type[nn.Module]:
     original = cls.forward
 
     @functools.wraps(original)
@@ -230,12 +291,12 @@ def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
-    return type(cls.__name__, (GatedBlock, cls), body)
+    return type(cls.__name__, (kind, cls), body)
 
 
 def gate_block(block: nn.Module, gating: Gating) -> None:
     """Installs ``gating`` on ``block``; the block's class becomes a subclass of what it was."""
-    cls = gated_class(type(block))
+    cls = gated_class(type(block), keeping=any(gate.keep_eval for gate in gating.gates))
     block.__dict__["_surgeon"] = gating
     block.__class__ = cls
 

@@ -22,6 +22,7 @@ class GateStatus:
         flops_share: FLOPs of the branch over those of the model, in [0, 1].
         skips: Whether a dropped branch is not computed.
         note: What is special about this gate; ``""`` if nothing.
+        keep_eval: Whether the weights were divided by ``scale`` when the gate was put in.
     """
 
     name: str
@@ -36,6 +37,7 @@ class GateStatus:
     flops_share: float
     skips: bool
     note: str
+    keep_eval: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,8 @@ class Status:
         title = f"{len(self.gates)} gates" + (
             f", {self.schedule}, unit {first.unit}, {first.scaling}" if first else ""
         )
+        if first and first.keep_eval:
+            title += ", weights divided to keep evaluation"
         depth = f"expected depth {self.expected_depth:.2f} of {len(self.gates)}"
         foot = f"{depth}, training FLOPs {self.expected_flops:.1%}"
         return "\n".join([title, *table(head, rows), foot])

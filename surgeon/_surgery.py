@@ -18,6 +18,7 @@ from surgeon._fold import FoldPlan, commit
 from surgeon._fold import plan as plan_fold
 from surgeon._gate import Gate, Origin, Scaling, Unit, Unused, held_open, marking
 from surgeon._gating import Gating, gate_block, gated_class, gating_of, ungate_block
+from surgeon._keep import check_state_is_free, divide
 from surgeon._plain import check_plain
 from surgeon._record import Recording
 from surgeon._report import GateStatus, Status, schedule_text
@@ -64,6 +65,7 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
     drop_rate: float = 0.5,
     unit: Unit = "sample",
     scaling: Scaling = "inverted",
+    keep_eval: bool = False,
     skip: bool | Literal["auto"] = "auto",
     unused: Unused = "auto",
     include: Sequence[str] = (),
@@ -87,6 +89,11 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
             the paper).
         scaling: ``"inverted"`` (survivors are divided by p in training, evaluation is untouched) or
             ``"paper"`` (survivors as they are, evaluation multiplies the branch by p).
+        keep_eval: With ``"paper"``, for a pretrained model: divide the weights that a fold would multiply by
+            p, so that evaluation stays what it was, to rounding, and `fold` gives these weights back. The
+            weights have another meaning then, so the ``state_dict`` notes the scales in an ``_extra_state``
+            of each gated block; `load` converts between such weights and stock ones. Under ``"inverted"``
+            evaluation is kept anyway.
         skip: Whether what is dropped is left uncomputed, forward and backward. True: wherever it can be;
             `status` notes where it cannot. ``"auto"``: with unit ``"sample"`` only where the arithmetic saved
             outweighs the gathering of rows, and never in a compiled graph. False: everything is computed and
@@ -110,6 +117,7 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
         WrappedModelError: The model is wrapped.
         NoResidualsError: There is nothing to gate; the message counts the reasons.
         RecordError: The model does not run on the example.
+        FoldError: ``keep_eval``, and no weight can take the scale of some gate; nothing was changed.
     """
     check_plain(model)
     _check_choice("unit", unit, get_args(Unit))
@@ -150,12 +158,22 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
             skips=bool(skip),
             by_cost=skip == "auto" and unit == "sample",
             unused=unused,
+            keep_eval=keep_eval and scaling == "paper",
         )
         for order, (r, ordinal, rate) in enumerate(zip(residuals, ordinals, rates, strict=True))
     }
+    if keep_eval and scaling == "paper":
+        check_state_is_free([block.module for block in analysis.blocks])
     prepared = [(block, _prepare(block, analysis.recording, gates)) for block in analysis.blocks]
     for block, gating in prepared:
         gate_block(block.module, gating)
+    if keep_eval and scaling == "paper":
+        try:
+            divide(model, gates_of(model), args, kwargs)
+        except BaseException:
+            for block, _ in prepared:
+                ungate_block(block.module)
+            raise
     return model
 
 
@@ -212,13 +230,18 @@ def set_drop_rate(model: nn.Module, rate: float | Sequence[float] | Callable[[in
 def remove(model: nn.Module) -> nn.Module:
     """Takes every gate out of ``model`` in place and returns ``model``, as it was before `apply`.
 
-    Under ``scaling="paper"`` this drops the evaluation scales; `fold` keeps them.
+    Under ``scaling="paper"`` this drops the evaluation scales; `fold` keeps them. Weights that were divided
+    for ``keep_eval=True`` are multiplied again, as `fold` does: evaluation stays, and the weights are those
+    from before `apply`, or what training has made of them, to rounding.
 
     Raises:
         NotGatedError: The model has no gates.
+        FoldError: As for `fold`, with ``keep_eval=True`` alone; nothing was changed.
     """
     if not is_gated(model):
         raise NotGatedError("the model has no gates; there is nothing to remove")
+    if any(gate.keep_eval for gate in gates_of(model)):
+        return fold(model, inplace=True)
     for _, block, _ in list(gated_blocks(model)):
         ungate_block(block)
     return model
@@ -352,6 +375,7 @@ def _gate_status(name: str, block: nn.Module, gate: Gate) -> GateStatus:
         flops_share=gate.flops_share,
         skips=gate.skipping,
         note=gate.note,
+        keep_eval=gate.keep_eval,
     )
 
 
