@@ -1,7 +1,10 @@
 """The checks behind the columns of the coverage table; the only place that knows the libraries' own gates."""
 
 import itertools
+import warnings
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,9 +15,10 @@ from torchvision.ops import StochasticDepth
 
 import surgeon
 from surgeon._example import inputs, tensors
+from surgeon._gate import Gate
 from surgeon._record import record
 from surgeon._residual import Findings
-from surgeon._surgery import gates_of
+from surgeon._surgery import gated_blocks, gates_of
 
 _OWN_GATES = (DropPath, StochasticDepth)
 
@@ -31,7 +35,7 @@ def census(findings: Findings) -> dict[str, Any]:
         "identity": kinds["identity"],
         "projection": kinds["projection"],
         "refused": dict(reasons.most_common()),
-        "unexplained": untraced[:3],
+        "unexplained": untraced,
     }
 
 
@@ -56,7 +60,7 @@ def recall(model: nn.Module, given: Any, findings: Findings) -> dict[str, Any]:
 
 
 def _rate(module: nn.Module) -> float:
-    return float(module.drop_prob if isinstance(module, DropPath) else module.p)
+    return float(getattr(module, "drop_prob" if isinstance(module, DropPath) else "p"))
 
 
 def restores(model: nn.Module) -> bool:
@@ -68,20 +72,61 @@ def restores(model: nn.Module) -> bool:
 
 
 def numbers(model: nn.Module, given: Any) -> dict[str, Any]:
-    """Evaluation bit for bit, a training step, every gate live; on real tensors."""
+    """Evaluation bit for bit, every gate live and safe to drop, a training step; on real tensors.
+
+    The model's weights are changed; its gates are taken out at the end.
+    """
     randomise(model)
-    args, kwargs = pytree.tree_map_only(Tensor, torch.randn_like, inputs(model, given))
+    args, kwargs = pytree.tree_map_only(Tensor, _noise, inputs(model, given))
     model.eval()
-    before = _outputs(model, args, kwargs)
+    before = outputs(model, args, kwargs)
     surgeon.apply(model, schedule="uniform", drop_rate=0.5, example=given)
-    row: dict[str, Any] = {"eval_equal": _equal(before, _outputs(model, args, kwargs))}
-    row["live"] = _live(model, args, kwargs)
+    row: dict[str, Any] = {"gated": len(gates_of(model))}
+    row["eval_equal"] = _equal(before, outputs(model, args, kwargs))
+    row["eval_finite"] = all(bool(t.isfinite().all()) for t in before if t.is_floating_point())
+    dead, lost = _dead(model, args, kwargs), _lost(model, args, kwargs)
+    row |= {"live": row["gated"] - len(dead), "dead": dead}
+    row |= {"carried": row["gated"] - len(lost), "lost": lost}
+    torch.manual_seed(1)
+    dropping = _trained(model, args, kwargs)
     surgeon.set_drop_rate(model, 0.0)
     gated = _trained(model, args, kwargs)
     surgeon.remove(model)
     plain = _trained(model, args, kwargs)
-    row["train_ok"] = plain is None or (gated is not None and plain <= gated)
+    row["trains_plain"] = plain is not None
+    row["train_ok"] = plain is None or (gated is not None and dropping is not None and plain <= gated)
     return row
+
+
+def folds(model: nn.Module, given: Any) -> dict[str, Any]:
+    """Two round trips through `surgeon.fold`, each against the outputs before it; the model is changed.
+
+    The first has the gates' scales in the evaluating outputs, the second takes them out of the weights when
+    the gates are put in, so that folding must give the weights back.
+    """
+    randomise(model)
+    args, kwargs = pytree.tree_map_only(Tensor, _noise, inputs(model, given))
+    model.eval()
+    plain = outputs(model, args, kwargs)
+    surgeon.apply(model, "linear", drop_rate=0.5, scaling="paper", example=given)
+    scaled = outputs(model, args, kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        surgeon.fold(model, inplace=True)
+    left = {gate.name: gate.note for gate in gates_of(model) if not gate.folded}
+    row: dict[str, Any] = {"fold_error": _error(outputs(model, args, kwargs), scaled), "left": left}
+    row["fold_moved"] = _error(scaled, plain)
+    return row
+
+
+def _error(got: list[Tensor], want: list[Tensor]) -> float:
+    """The largest difference over the largest value, of the worst tensor."""
+    pairs = [(a, b) for a, b in zip(got, want, strict=True) if b.is_floating_point() and b.numel()]
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+def _noise(tensor: Tensor) -> Tensor:
+    return torch.randn_like(tensor) if tensor.is_floating_point() else tensor
 
 
 def _trained(model: nn.Module, args: Any, kwargs: Any) -> set[str] | None:
@@ -89,22 +134,90 @@ def _trained(model: nn.Module, args: Any, kwargs: Any) -> set[str] | None:
     model.train()
     model.zero_grad()
     try:
-        outputs = tensors(model(*args, **kwargs))
-        loss = sum((t.square().mean() for t in outputs if t.is_floating_point()), torch.zeros(()))
+        results = tensors(model(*args, **kwargs))
+        loss = sum((t.square().mean() for t in results if t.is_floating_point()), torch.zeros(()))
         loss.backward()
     except (RuntimeError, ValueError, AssertionError):
         return None
     return {n for n, p in model.named_parameters() if p.grad is not None} if loss.isfinite() else None
 
 
-def _live(model: nn.Module, args: Any, kwargs: Any) -> int:
-    """How many gates change the output when their branch alone counts for nothing."""
-    plain, live = _outputs(model, args, kwargs), 0
-    for gate in gates_of(model):
-        gate.scale = 0.0
-        live += not _equal(plain, _outputs(model, args, kwargs))
-        gate.scale = 1.0
-    return live
+def _dead(model: nn.Module, args: Any, kwargs: Any) -> list[str]:
+    """The gates on which the evaluating output does not depend: the derivative by their scale is zero."""
+    model.eval()
+    gates = gates_of(model)
+    with _scaled(
+        gates, [0.5] * len(gates)
+    ):  # a way of running that is traced when it comes: with plain numbers
+        outputs(model, args, kwargs)
+    scales = [torch.tensor(0.5, requires_grad=True) for _ in gates]
+    with _scaled(gates, scales):
+        gradients = torch.autograd.grad(_probe(model, args, kwargs), scales, allow_unused=True)
+    return [gate.name for gate, g in zip(gates, gradients, strict=True) if g is None or not g.count_nonzero()]
+
+
+def _lost(model: nn.Module, args: Any, kwargs: Any) -> list[str]:
+    """The gates whose drop loses the input of their block: nothing of it reaches the output.
+
+    All branches are off at once first; only a gate that seems to lose its input then (one inside another's
+    branch does) is looked at with its own branch off alone.
+    """
+    model.eval()
+    gates = gates_of(model)
+    suspects = _unreached(model, args, kwargs, gates, gates)
+    return [gate.name for gate in suspects if _unreached(model, args, kwargs, [gate], [gate])]
+
+
+def _unreached(
+    model: nn.Module, args: Any, kwargs: Any, off: Sequence[Gate], asked: Sequence[Gate]
+) -> list[Gate]:
+    """Those of ``asked`` whose block's inputs have no derivative while the branches of ``off`` are zero."""
+    taken: dict[int, list[Tensor]] = {}
+
+    def note(block: nn.Module, given: Any, named: Any) -> None:
+        floats = [t for t in tensors((given, named)) if t.is_floating_point() and t.requires_grad]
+        taken.setdefault(id(block), []).extend(floats)
+
+    asking = set(asked)
+    blocks = [(block, gating) for _, block, gating in gated_blocks(model) if asking & set(gating.gates)]
+    hooks = [block.register_forward_pre_hook(note, with_kwargs=True, prepend=True) for block, _ in blocks]
+    try:
+        with _scaled(off, [0.0] * len(off)):
+            probe = _probe(model, args, kwargs)
+        wanted = [t for block, _ in blocks for t in taken.get(id(block), ())]
+        found = torch.autograd.grad(probe, wanted, allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    reached = iter([g is not None and bool(g.count_nonzero()) for g in found])
+    reaching = {block: [next(reached) for _ in taken.get(id(block), ())] for block, _ in blocks}
+    return [g for block, gating in blocks if not any(reaching[block]) for g in gating.gates if g in asking]
+
+
+@contextmanager
+def _scaled(gates: Sequence[Gate], scales: Sequence[Any]) -> Iterator[None]:
+    """Inside, the branches of ``gates`` are multiplied by ``scales`` in evaluation."""
+    before = [gate.scale for gate in gates]
+    try:
+        for gate, scale in zip(gates, scales, strict=True):
+            gate.scale = scale
+        yield
+    finally:
+        for gate, scale in zip(gates, before, strict=True):
+            gate.scale = scale
+
+
+def _probe(model: nn.Module, args: Any, kwargs: Any) -> Tensor:
+    """A number that depends on every value the model gives, each with a weight of its own."""
+    given, named = pytree.tree_map_only(
+        Tensor, lambda t: t.clone().requires_grad_() if t.is_floating_point() else t, (args, kwargs)
+    )
+    floats = [t for t in tensors(model(*given, **named)) if t.is_floating_point()]
+    generator = torch.Generator().manual_seed(2)
+    total = torch.zeros((), dtype=floats[0].dtype)
+    for t in floats:
+        total = total + (t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum()
+    return total
 
 
 def randomise(model: nn.Module) -> None:
@@ -116,10 +229,24 @@ def randomise(model: nn.Module) -> None:
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
 
 
-def _outputs(model: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
+def runs(model: nn.Module, given: Any) -> bool:
+    """Whether a model runs on tensors like ``given`` (some convert to float32 on the way)."""
+    try:
+        outputs(model.eval(), *inputs(model, given))
+    except RuntimeError:
+        return False
+    return True
+
+
+def outputs(model: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
+    """What the model gives in the mode it is in, detached."""
     with torch.no_grad():
         return [t.detach().clone() for t in tensors(model(*args, **kwargs))]
 
 
 def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
-    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    """Bit for bit; a NaN equals a NaN in the same place."""
+    return len(one) == len(other) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+        for a, b in zip(one, other, strict=True)
+    )

@@ -15,28 +15,46 @@ from surgeon._residual import REASONS
 
 _COLUMNS = (
     *("library", "model", "parameters", "gates", "identity", "projection", "refused", "own", "own_live"),
-    *("own_never_called", "recalled", "missed", "beyond", "eval_equal", "train_ok", "live", "restored"),
-    *("find_s", "apply_s", "peak_mb", "unexplained", "note", "error"),
+    *("own_never_called", "recalled", "missed", "beyond", "restored", "find_s", "apply_s"),
+    *("size", "eval_equal", "live", "carried", "train_ok", "trains_plain"),
+    *("fold_dtype", "fold_error", "round_trip", "left", "onnx", "onnx_rel", "onnx_left", "onnx_cause"),
+    *("peak_mb", "unexplained", "note", "skipped", "error"),
 )
 
+Row = dict[str, Any]
 
-def read(rows: Path) -> list[dict[str, Any]]:
-    """The rows of a sweep so far; the last one of a model counts."""
+
+def read(rows: Path) -> list[Row]:
+    """The rows of a sweep so far; the last one of a model and stage counts."""
     if not rows.exists():
         return []
     parsed = (json.loads(line) for line in rows.read_text().splitlines())
-    return list({(row["library"], row["model"]): row for row in parsed}.values())
+    return list({(row["library"], row["model"], row["stage"]): row for row in parsed}.values())
 
 
-def write(rows: list[dict[str, Any]], output: Path) -> None:
+def merged(rows: list[Row]) -> list[Row]:
+    """One row a model from those of its stages; what the stages share is collected."""
+    models: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        whole = models.setdefault((row["library"], row["model"]), {})
+        stage, peak = row["stage"], max(row.get("peak_mb", 0), whole.get("peak_mb", 0))
+        said = {
+            key: "; ".join(filter(None, (whole.get(key), row.get(key) and f"{stage}: {row[key]}")))
+            for key in ("error", "skipped")
+        }
+        whole |= row | said | {"peak_mb": peak}
+    return sorted(models.values(), key=lambda row: (row["library"], row["model"]))
+
+
+def write(rows: list[Row], output: Path) -> None:
     """Writes ``output`` (CSV, a line per model) and the page beside it (Markdown, figures and lists)."""
-    rows = sorted(rows, key=lambda row: (row["library"], row["model"]))
+    models = merged(rows)
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", newline="") as file:
         writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows({k: _cell(v) for k, v in row.items()} for row in rows)
-    output.with_suffix(".md").write_text(_page(rows, output.name))
+        writer.writerows({k: _cell(v) for k, v in row.items()} for row in models)
+    output.with_suffix(".md").write_text(_page(models, output.name))
 
 
 def _cell(value: Any) -> Any:
@@ -45,7 +63,7 @@ def _cell(value: Any) -> Any:
     return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def _page(rows: list[dict[str, Any]], table: str) -> str:
+def _page(rows: list[Row], table: str) -> str:
     lines = [
         "# Coverage",
         "",
@@ -73,7 +91,7 @@ def _page(rows: list[dict[str, Any]], table: str) -> str:
     return "\n".join(lines)
 
 
-def _library(library: str, rows: list[dict[str, Any]]) -> str:
+def _library(library: str, rows: list[Row]) -> str:
     gated = sum(bool(row.get("gates")) for row in rows)
     failed = sum(bool(row.get("error")) for row in rows)
     live, hit = (sum(row.get(key) or 0 for row in rows) for key in ("own_live", "recalled"))
@@ -85,7 +103,7 @@ def _library(library: str, rows: list[dict[str, Any]]) -> str:
     return f"| {library} | {len(rows)} | {gated} | {none} | {failed} | {gates} | {hit} of {live} | {missed} |"
 
 
-def _speed(rows: list[dict[str, Any]]) -> list[str]:
+def _speed(rows: list[Row]) -> list[str]:
     lines = []
     for key, what in (("find_s", "find"), ("apply_s", "apply")):
         seconds = sorted(row[key] for row in rows if row.get(key) is not None)
@@ -98,7 +116,7 @@ def _speed(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _numbers(rows: list[dict[str, Any]]) -> list[str]:
+def _numbers(rows: list[Row]) -> list[str]:
     deep = [row for row in rows if "eval_equal" in row]
     if not deep:
         return ["No numerical sweep in these rows; run with `--deep`."]
@@ -116,14 +134,14 @@ def _numbers(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _missed(rows: list[dict[str, Any]]) -> list[str]:
+def _missed(rows: list[Row]) -> list[str]:
     lines = [
         f"- {row['library']}:{row['model']}: {', '.join(row['missed'])}" for row in rows if row.get("missed")
     ]
     return lines or ["None."]
 
 
-def _failures(rows: list[dict[str, Any]]) -> list[str]:
+def _failures(rows: list[Row]) -> list[str]:
     lines = [f"- {row['library']}:{row['model']}: {row['error']}" for row in rows if row.get("error")]
     lines += [
         f"- {row['library']}:{row['model']}: {text}" for row in rows for text in row.get("unexplained") or ()

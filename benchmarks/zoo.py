@@ -1,8 +1,10 @@
-"""Every model of timm and torchvision, gated and checked: one row each, appended as it goes.
+"""Every model of timm and torchvision, gated and checked: rows appended as they come, resumable.
 
     python -m benchmarks.zoo --library timm --match 'resnet*' --jobs 2 --resume
-    python -m benchmarks.zoo --deep --match 'test_*'      # also the numerical columns
+    python -m benchmarks.zoo --stage numbers --stage fold --match 'test_*'
 
+Three stages, one row a model and stage: ``structure`` (what is found and refused, on tensors without
+memory), ``numbers`` (evaluation, training and gradients on real tensors) and ``fold`` (exactness in float64).
 Each model runs in a process of its own, forked after the libraries are loaded, so that a crash or a memory
 peak costs one row. ``docs/coverage.csv`` and ``docs/coverage.md`` are written from the rows.
 """
@@ -15,6 +17,10 @@ import resource
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +31,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import surgeon
 from benchmarks import _zoo_checks, _zoo_report
-from benchmarks._zoo_models import Entry, build, entries, example
+from benchmarks._zoo_models import Entry, build, entries, example, small
 from surgeon.errors import NoResidualsError
 
 DEFAULT = Path("docs/coverage.csv")
+_BASE_GB = 1.5  # of a process with the libraries loaded and small activations
 
 
 def structure(entry: Entry) -> dict[str, Any]:
@@ -56,80 +63,140 @@ def structure(entry: Entry) -> dict[str, Any]:
 
 def numbers(entry: Entry) -> dict[str, Any]:
     """The numerical columns of one model, on real tensors."""
-    torch.manual_seed(0)
-    model = build(entry, device="cpu")
-    return _zoo_checks.numbers(model, example(entry, model, "cpu"))
+    model, given, size = small(entry)
+    return {"size": size, **_zoo_checks.numbers(model, given)}
 
 
-def measure(entry: Entry, deep: bool) -> dict[str, Any]:
-    """One row; what goes wrong is in its ``error`` column."""
-    row: dict[str, Any] = {"library": entry.library, "model": entry.name}
-    try:
-        row |= structure(entry)
-        if deep and row["gates"]:
-            row |= numbers(entry)
-    except Exception as error:  # noqa: BLE001 - whatever a model does is a row of the table
-        row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return row
+def fold(entry: Entry) -> dict[str, Any]:
+    """What folding does to one model in float64, or in float32 where it runs in nothing else."""
+    for dtype in (torch.float64, torch.float32):
+        model, given, _ = small(entry, dtype)
+        if _zoo_checks.runs(model, given):
+            break
+    return {"fold_dtype": str(dtype).removeprefix("torch."), **_zoo_checks.folds(model, given)}
 
 
-def _child(entry: Entry, deep: bool, pipe: Any) -> None:
+# Each stage and the bytes that it takes per parameter: weights, and gradients or a second copy.
+STAGES: dict[str, tuple[Callable[[Entry], dict[str, Any]], int]] = {
+    "structure": (structure, 0),
+    "numbers": (numbers, 9),
+    "fold": (fold, 18),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage of one model, and the memory it may take."""
+
+    entry: Entry
+    stage: str
+    gigabytes: float
+
+    def row(self) -> dict[str, Any]:
+        """The row with nothing measured yet."""
+        return {"library": self.entry.library, "model": self.entry.name, "stage": self.stage}
+
+    def measure(self) -> dict[str, Any]:
+        """The row; what goes wrong is in its ``error`` column."""
+        row = self.row()
+        start = time.perf_counter()
+        try:
+            row |= STAGES[self.stage][0](self.entry)
+        except Exception as error:  # noqa: BLE001 - whatever a model does is a row of the table
+            row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        row[f"{self.stage}_s"] = round(time.perf_counter() - start, 1)
+        row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        return row
+
+
+def plan(models: list[Entry], stage: str, rows: list[dict[str, Any]]) -> list[Job]:
+    """The models that have no row of a stage yet, small ones first."""
+    done = {(r["library"], r["model"]) for r in rows if r["stage"] == stage and not r.get("error")}
+    structures = {(r["library"], r["model"]): r for r in rows if r["stage"] == "structure"}
+    jobs = []
+    for entry in (e for e in models if (e.library, e.name) not in done):
+        known = structures.get((entry.library, entry.name), {})
+        if stage == "structure" or known.get("gates"):
+            gigabytes = known.get("parameters", 0) * STAGES[stage][1] / 1e9
+            jobs.append(Job(entry, stage, _BASE_GB + gigabytes))
+    return sorted(jobs, key=lambda job: job.gigabytes)
+
+
+def _child(job: Job, pipe: Connection) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
-        pipe.send(measure(entry, deep))
+        pipe.send(job.measure())
 
 
-def _run(todo: list[Entry], output: Path, jobs: int, deep: bool, limit_s: float) -> None:
+def _start(job: Job) -> tuple[BaseProcess, Connection]:
     context = multiprocessing.get_context("fork")
-    running: dict[Any, tuple[Entry, Any, float]] = {}
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(job, send))
+    process.start()
+    send.close()
+    return process, receive
+
+
+def _finish(job: Job, process: BaseProcess, pipe: Connection, late: str) -> dict[str, Any]:
+    """The row of a process that has answered, ended or (``late`` says so) takes too long."""
+    try:
+        row: dict[str, Any] = pipe.recv() if pipe.poll() else job.row() | {"error": late or "no answer"}
+    except EOFError:
+        process.join()
+        row = job.row() | {"error": f"the process ended with exit code {process.exitcode}"}
+    process.kill() if late else process.join()
+    return row
+
+
+def _run(todo: list[Job], rows: Path, jobs: int, limit_s: float, memory_gb: float) -> None:
+    """Runs the jobs, no more at a time than fit, and appends a row for each."""
+    running: dict[Job, tuple[BaseProcess, Connection, float]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("models", total=len(todo))
         while todo or running:
-            while todo and len(running) < jobs:
-                entry = todo.pop(0)
-                receive, send = context.Pipe(duplex=False)
-                process = context.Process(target=_child, args=(entry, deep, send))
-                process.start()
-                send.close()
-                running[process] = entry, receive, time.monotonic()
-            for process, (entry, receive, started) in list(running.items()):
-                over = time.monotonic() - started > limit_s
-                if not (receive.poll(0.02) or over or not process.is_alive()):
-                    continue
-                row = {"library": entry.library, "model": entry.name}
-                try:
-                    row = (
-                        receive.recv() if receive.poll() else row | {"error": f"no answer in {limit_s:.0f} s"}
-                    )
-                except EOFError:
-                    row["error"] = f"the process ended with exit code {process.exitcode}"
-                process.kill() if over else process.join()
-                with output.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                del running[process]
-                progress.update(bar, advance=1, description=str(entry)[:40])
+            used = sum(job.gigabytes for job in running)
+            while todo and len(running) < jobs and (not running or used + todo[0].gigabytes <= memory_gb):
+                job = todo.pop(0)
+                used += job.gigabytes
+                running[job] = *_start(job), time.monotonic()
+            for job, (process, pipe, started) in list(running.items()):
+                late = f"no answer in {limit_s:.0f} s" if time.monotonic() - started > limit_s else ""
+                if pipe.poll(0.02) or late or not process.is_alive():
+                    row = _finish(job, process, pipe, late)
+                    with rows.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                    del running[job]
+                    progress.update(bar, advance=1, description=f"{job.stage} {job.entry}"[:40])
 
 
 @click.command()
 @click.option("--library", type=click.Choice(["timm", "torchvision"]), help="One library; default both.")
 @click.option("--match", multiple=True, default=["*"], help="Glob pattern on model names; may be repeated.")
-@click.option("--resume", is_flag=True, help="Keep the rows that are there and measure the others.")
+@click.option(
+    *("--stage", "stages"),
+    type=click.Choice(list(STAGES)),
+    multiple=True,
+    default=["structure"],
+    show_default=True,
+    help="What to check; may be repeated. The later stages take models that the first one found gates in.",
+)
+@click.option("--resume", is_flag=True, help="Keep the rows that are there; measure what lacks or failed.")
 @click.option("--jobs", default=2, show_default=True, help="Models at a time.")
-@click.option("--deep", is_flag=True, help="Also run the numerical checks.")
 @click.option("--limit", default=900.0, show_default=True, help="Seconds a model may take.")
+@click.option("--memory", default=20.0, show_default=True, help="GB that the models at a time may take.")
 @click.option("--rows", type=click.Path(path_type=Path), default=Path("runs/zoo.jsonl"), show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), default=DEFAULT, show_default=True)
 def main(
     library: str | None,
     match: tuple[str, ...],
+    stages: tuple[str, ...],
     resume: bool,
     jobs: int,
-    deep: bool,
     limit: float,
+    memory: float,
     rows: Path,
     output: Path,
 ) -> None:
@@ -137,11 +204,17 @@ def main(
     rows.parent.mkdir(parents=True, exist_ok=True)
     if not resume:
         rows.unlink(missing_ok=True)
-    done = {(r["library"], r["model"]) for r in _zoo_report.read(rows) if not r.get("error")}
-    todo = [e for e in entries(library, match) if (e.library, e.name) not in done]
-    _run(todo, rows, jobs, deep, limit)
+    wanted = entries(library, match)
+    for stage in (name for name in STAGES if name in stages):
+        todo = plan(wanted, stage, _zoo_report.read(rows))
+        large = [job for job in todo if job.gigabytes > memory]
+        for job in large:
+            with rows.open("a") as file:
+                note = f"needs {job.gigabytes:.0f} GB, more than {memory:.0f}"
+                file.write(json.dumps(job.row() | {"skipped": note}) + "\n")
+        _run([job for job in todo if job not in large], rows, jobs, limit, memory)
     _zoo_report.write(_zoo_report.read(rows), output)
-    sys.exit(1 if any(r.get("error") for r in _zoo_report.read(rows)) else 0)
+    sys.exit(1 if any(row.get("error") for row in _zoo_report.read(rows)) else 0)
 
 
 if __name__ == "__main__":
