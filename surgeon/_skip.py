@@ -5,9 +5,7 @@ With survival probability ``p`` and evaluation scale ``c``, unit ``"sample"`` ru
 rounded up or down at random so that its mean is ``p B``; hence each row survives with probability exactly
 ``p``, and its expectation is ``c * branch(x)``. ``k = 0`` is the shortcut, ``k = B`` the plain sum.
 
-Rows are gathered and added back by their number, in ascending order. Where the branch reads the shortcut
-itself, as in every identity block, one autograd function hands out both the copy that will become the result
-and the gathered rows, so that their gradients meet in one pass over the batch instead of three.
+Rows are gathered and added back by their number, in ascending order, by the functions of `surgeon._rowops`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from surgeon._gate import Branch, Gate, combine, masked_add
+from surgeon._rowops import Join, Part, take
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,57 +113,25 @@ def _whole(
 def _gathered(
     lifted: Lifted, shortcut: Tensor, onto: str, rows: Tensor, inputs: Sequence[Any]
 ) -> tuple[Tensor, list[Any]]:
-    """What the result is written into, and the branch's inputs for the surviving rows."""
+    """What the result is added to, and the branch's inputs for the surviving rows."""
     into, own = shortcut, None
-    if onto != "shortcut":
-        if any(inputs[i] is shortcut for i in lifted.rows):
-            into, own = _Parted.apply(shortcut, rows)
-        else:
-            into = shortcut.clone()
+    if onto != "shortcut" and any(inputs[i] is shortcut for i in lifted.rows):
+        into, own = Part.apply(shortcut, rows)
     taken = list(inputs)
     for i in lifted.rows:
         value: Tensor = inputs[i]
         if value is shortcut and own is not None:
             taken[i] = own
         elif value.shape[0] == shortcut.shape[0]:  # else one entry for all, which is spread over any number
-            taken[i] = _take(value, rows)
+            taken[i] = take(value, rows)
     return into, taken
 
 
 def _put_back(into: Tensor, result: Tensor, rows: Tensor, factor: float, onto: str) -> Tensor:
     if onto == "shortcut":
-        dtype = into.dtype
-    else:
-        dtype = result.dtype if onto == "branch" else torch.promote_types(into.dtype, result.dtype)
-    return into.to(dtype).index_add_(0, rows, result.to(dtype), alpha=factor)
-
-
-def _take(value: Tensor, rows: Tensor) -> Tensor:
-    """``value[rows]`` in the memory format of ``value``."""
-    if (
-        value.ndim == 4
-        and not value.is_contiguous()
-        and value.is_contiguous(memory_format=torch.channels_last)
-    ):
-        return value.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
-    return value.index_select(0, rows)
-
-
-class _Parted(torch.autograd.Function):
-    """A copy of a tensor, and some of its rows."""
-
-    @staticmethod
-    def forward(value: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return value.clone(), _take(value, rows)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Any) -> None:  # noqa: ARG004
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, whole: Tensor, part: Tensor) -> tuple[Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        return whole.clone().index_add_(0, rows, part.to(whole.dtype)), None
+        return into.index_add_(0, rows, result.to(into.dtype), alpha=factor)
+    dtype = result.dtype if onto == "branch" else torch.promote_types(into.dtype, result.dtype)
+    return Join.apply(into.to(dtype), result.to(dtype), rows, factor)  # type: ignore[no-any-return]
 
 
 # --- nothing ------------------------------------------------------------------
