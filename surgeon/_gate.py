@@ -23,10 +23,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from surgeon._cost import pays
+
 Unit = Literal["sample", "batch"]
 Scaling = Literal["inverted", "paper"]
 Unused = Literal["auto", "zero", "none"]
 Branch = Callable[..., Tensor]
+
+NOTE = "surgeon_scales"
+"""Where the metadata beside a ``state_dict`` notes the evaluation scales of a block's gates."""
+
+
+def gate_name(block: str, ordinal: int) -> str:
+    """Qualified name of a residual add: its block's, and its place among the additions there."""
+    add = f"add_{ordinal}" if ordinal else "add"
+    return f"{block}.{add}" if block else add
 
 
 @torch.library.custom_op("surgeon::mark", mutates_args=())
@@ -94,8 +105,10 @@ class Gate:
         flops_share: FLOPs of the branch over those of the whole model, in [0, 1].
         origin: What `surgeon.apply` was asked for, shared by the gates of one call.
         skips: Whether it can leave a dropped branch uncomputed.
-        by_cost: It does so only at drop rates from ``breaks_even`` on, and not in a compiled graph.
-        breaks_even: The drop rate from which on the arithmetic saved outweighs moving rows about.
+        by_cost: It does so only where the arithmetic saved outweighs handling rows, and not in a compiled
+            graph.
+        flops: FLOPs of the branch's forward on one row.
+        moved: Bytes of one row of what the branch reads and of the shortcut.
         statistics: The branch computes statistics over its rows, so it never runs on a single one of many.
         unused: What the parameters of a branch that did not run at all get: zero gradients, none, or zero
             where `torch.distributed` is in use.
@@ -116,7 +129,8 @@ class Gate:
     origin: "Origin"
     skips: bool = False
     by_cost: bool = False
-    breaks_even: float = 0.0
+    flops: int = 0
+    moved: int = 0
     statistics: bool = False
     unused: Unused = "auto"
     note: str = ""
@@ -135,10 +149,9 @@ class Gate:
         """The survival probability ``p``."""
         return 1 - self.drop_rate
 
-    @property
-    def skipping(self) -> bool:
-        """Whether it skips at its present drop rate."""
-        return self.skips and not (self.by_cost and self.drop_rate < self.breaks_even)
+    def skipping(self, device: str = "cpu", rows: float = math.inf) -> bool:
+        """Whether it skips at its present drop rate, on that type of device and for that many rows."""
+        return self.skips and (not self.by_cost or pays(self.drop_rate, rows, self.flops, self.moved, device))
 
     @property
     def zeroes(self) -> bool:

@@ -39,19 +39,6 @@ class Lifted:
 
 Form = Callable[..., Tensor]
 
-# What moving one byte of rows costs, in FLOPs of a convolution or matrix product on one CPU core.
-FLOPS_PER_BYTE = 8.0
-
-
-def breaks_even(flops: int, moved: int) -> float:
-    """The drop rate from which on running a branch on some rows only is worth the moving of rows.
-
-    Args:
-        flops: Of the branch's forward on all rows; its backward has twice as many.
-        moved: Bytes of what it reads per row and of the shortcut, on all rows.
-    """
-    return FLOPS_PER_BYTE * moved / (3 * flops) if flops else float("inf")
-
 
 def batch_add(
     lifted: Lifted, gate: Gate, shortcut: Tensor, onto: str, fresh: bool, block: nn.Module, *inputs: Any
@@ -96,7 +83,8 @@ def _masks(lifted: Lifted, gate: Gate, shortcut: Tensor, inputs: Sequence[Any]) 
     if gate.drop_rate == 0:
         return False
     known = (1, shortcut.shape[0])
-    return not gate.skipping or any(inputs[i].shape[0] not in known for i in lifted.rows)
+    skips = gate.skipping(shortcut.device.type, shortcut.shape[0])
+    return not skips or any(inputs[i].shape[0] not in known for i in lifted.rows)
 
 
 def _whole(

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from surgeon._fake import storage
 from surgeon._flow import Flow
 from surgeon._gate import Gate, evaluating_add, masked_add
-from surgeon._oplog import storage
 from surgeon._residual import Addition, row_mask, writes_to
 from surgeon._rowwise import Rowwise, nested, rowwise
 from surgeon._skip import Form, Lifted, batch_add, rows_add
@@ -49,8 +49,8 @@ class Subset:
 
     Attributes:
         statistics: It computes statistics over its rows.
-        flops: FLOPs of one forward on every row of the example.
-        moved: Bytes of the tensors that gathering and adding back touch, on every row of the example.
+        flops: FLOPs of its forward on one row.
+        moved: Bytes of one row of the tensors that gathering and adding back touch.
     """
 
     statistics: bool
@@ -87,7 +87,7 @@ def splice(
         reason = unliftable(flow, addition) if addition.ordinal in skip else ""
         if reason or addition.ordinal not in skip:
             writer.add(index, addition, masked_add)
-            subsets[addition.ordinal] = Subset(False, addition.flops, 2 * _bytes(flow, addition.shortcut))
+            subsets[addition.ordinal] = _subset(flow, addition, [addition.shortcut])
         elif not by_rows:
             writer.lift(index, addition, batch_add)
         else:
@@ -114,13 +114,23 @@ def _lift_rows(
         found = Rowwise(f"its result has the shape {list(shortcut.shape)}, the batch {batch} entries")
     else:
         found = _rowwise(lifted, block, values, [flow.fact(node).active for node in reads], shortcut)
-    moved = sum(_bytes(flow, reads[i]) for i in lifted.rows) + _bytes(flow, addition.shortcut)
-    subsets[addition.ordinal] = Subset(found.statistics, addition.flops, moved)
+    touched = [reads[i] for i in lifted.rows]
+    subsets[addition.ordinal] = _subset(flow, addition, touched, statistics=found.statistics)
     if found.reason:
         writer.add(index, addition, masked_add)
     else:
         writer.lift(index, addition, rows_add)
     return found.reason
+
+
+def _subset(
+    flow: Flow, addition: Addition, reads: Sequence[fx.Node | None], *, statistics: bool = False
+) -> Subset:
+    """What running the branch on some rows involves, if it reads ``reads`` per row."""
+    shape = flow.fact(addition.shortcut).value.shape
+    rows = shape[0] if shape else 1
+    moved = sum(_bytes(flow, node) for node in (*reads, addition.shortcut))
+    return Subset(statistics, addition.flops // max(rows, 1), moved // max(rows, 1))
 
 
 def _bytes(flow: Flow, node: fx.Node | None) -> int:

@@ -24,7 +24,6 @@ from surgeon._record import Recording
 from surgeon._report import GateStatus, Status, schedule_text
 from surgeon._residual import Findings
 from surgeon._schedule import NAMES, Schedule, drop_rates
-from surgeon._skip import breaks_even
 from surgeon._splice import Spliced
 from surgeon._trace import trace
 from surgeon.errors import AlreadyGatedError, NoResidualsError, NotGatedError, UsageError
@@ -333,9 +332,9 @@ def _settle_form(gate: Gate, spliced: Spliced) -> None:
     """Notes on ``gate`` what came out about its branch."""
     subset = spliced.subsets.get(gate.ordinal)
     if subset is not None:
-        gate.statistics, gate.breaks_even = subset.statistics, breaks_even(subset.flops, subset.moved)
+        gate.statistics, gate.flops, gate.moved = subset.statistics, subset.flops, subset.moved
     if gate.ordinal in spliced.kept_whole:
-        if gate.skipping:  # where it would not pay anyway there is nothing to note
+        if gate.skipping():  # where it would not pay anyway there is nothing to note
             gate.note = f"computed also when dropped: {spliced.kept_whole[gate.ordinal]}"
         gate.skips = False
 
@@ -362,6 +361,7 @@ def _recorded_inputs(model: nn.Module, gate: Gate) -> tuple[tuple[Any, ...], dic
 
 
 def _gate_status(name: str, block: nn.Module, gate: Gate) -> GateStatus:
+    device = next((p.device.type for p in block.parameters()), "cpu")
     return GateStatus(
         name=gate.name,
         block=name,
@@ -373,7 +373,7 @@ def _gate_status(name: str, block: nn.Module, gate: Gate) -> GateStatus:
         unit=gate.unit,
         scaling=gate.scaling,
         flops_share=gate.flops_share,
-        skips=gate.skipping,
+        skips=gate.skipping(device),
         note=gate.note,
         keep_eval=gate.keep_eval,
     )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import surgeon
+from surgeon._cost import pays
 from surgeon._gate import Gate, Origin
 from surgeon._surgery import gates_of
 
@@ -406,15 +407,25 @@ def test_auto_skips_where_the_arithmetic_outweighs_the_moving_of_rows() -> None:
         assert (status.gates[0].skips, status.gates[0].note) == (pays, "")
         assert (status.expected_flops < 1) == pays
     (g,) = gates_of(wide)
-    assert 0 < g.breaks_even < 0.5
-    surgeon.set_drop_rate(wide, g.breaks_even / 2)  # and follows a ramp
-    assert not surgeon.status(wide).gates[0].skips
+    assert (g.flops, g.moved) == (2 * 2 * 512 * 512, 2 * 512 * 4)  # two layers; the shortcut is what it reads
     seen: list[int] = []
     wide.f.register_forward_hook(lambda _, args, out: seen.append(len(args[0])))
-    wide(torch.randn(1000, 512))
-    surgeon.set_drop_rate(wide, 0.5)
-    wide(torch.randn(1000, 512))
-    assert seen == [1000, 500]
+    for rows, rate in ((1000, 0.5), (4, 0.5), (1000, 0.001)):  # it follows the batch, and a ramp
+        surgeon.set_drop_rate(wide, rate)
+        wide(torch.randn(rows, 512))
+    assert not surgeon.status(wide).gates[0].skips
+    assert seen == [500, 4, 1000]
+
+
+def test_what_pays() -> None:
+    """More rows, FLOPs and dropping speak for skipping, bytes against it; no FLOPs never pay."""
+    given = {"drop_rate": 0.2, "rows": 16, "flops": 5_000_000, "moved": 40_000, "device": "cpu"}
+    assert pays(**given)
+    for change in ({"drop_rate": 0.02}, {"rows": 1}, {"flops": 500_000}, {"moved": 4_000_000}):
+        assert not pays(**{**given, **change})
+    assert not pays(1 - 1e-9, 1e9, 0, 0, "cpu")
+    assert not pays(**{**given, "device": "cuda"})  # a gate must be larger there
+    assert pays(0.2, 64, 2_000_000_000, 400_000, "cuda")
 
 
 def test_skip_false_masks_in_both_units() -> None:
