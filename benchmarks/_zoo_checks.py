@@ -108,21 +108,38 @@ def folds(model: nn.Module, given: Any) -> dict[str, Any]:
     args, kwargs = pytree.tree_map_only(Tensor, _noise, inputs(model, given))
     model.eval()
     plain = outputs(model, args, kwargs)
-    surgeon.apply(model, "linear", drop_rate=0.5, scaling="paper", example=given)
-    scaled = outputs(model, args, kwargs)
+    surgeon.apply(model, drop_rate=0.5, scaling="paper", example=given)
+    scaled, gates = outputs(model, args, kwargs), len(gates_of(model))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         surgeon.fold(model, inplace=True)
     left = {gate.name: gate.note for gate in gates_of(model) if not gate.folded}
     row: dict[str, Any] = {"fold_error": _error(outputs(model, args, kwargs), scaled), "left": left}
     row["fold_moved"] = _error(scaled, plain)
-    return row
+    if left:
+        surgeon.remove(model)
+    return row | (_round_trip(model, args, kwargs, list(left), given) if len(left) < gates else {})
+
+
+def _round_trip(model: nn.Module, args: Any, kwargs: Any, exclude: list[str], given: Any) -> dict[str, Any]:
+    plain, weights = outputs(model, args, kwargs), [t.detach().clone() for t in model.parameters()]
+    surgeon.apply(model, drop_rate=0.4, scaling="paper", keep_eval=True, exclude=exclude, example=given)
+    kept = _error(outputs(model, args, kwargs), plain)
+    divided = sum(not torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    surgeon.fold(model, inplace=True)
+    back = [(a, b) for a, b in zip(model.parameters(), weights, strict=True) if b.any()]
+    return {
+        "kept_error": kept,
+        "round_trip": _error(outputs(model, args, kwargs), plain),
+        "weights_error": max(_error([a], [b]) for a, b in back),
+        "divided": divided,
+    }
 
 
 def _error(got: list[Tensor], want: list[Tensor]) -> float:
     """The largest difference over the largest value, of the worst tensor."""
     pairs = [(a, b) for a, b in zip(got, want, strict=True) if b.is_floating_point() and b.numel()]
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+    return max(float((a - b).detach().abs().max() / b.detach().abs().max()) for a, b in pairs)
 
 
 def _noise(tensor: Tensor) -> Tensor:

@@ -72,10 +72,12 @@ def _build(entry: Entry, size: int | None) -> nn.Module:
     if entry.library == "torchvision":
         return _torchvision(entry.name)
     options: dict[str, Any] = {} if size is None else {"img_size": size}
+    model: nn.Module
     try:
-        return timm.create_model(entry.name, drop_path_rate=DROP_RATE, **options)
+        model = timm.create_model(entry.name, drop_path_rate=DROP_RATE, **options)
     except TypeError:
-        return timm.create_model(entry.name, **options)
+        model = timm.create_model(entry.name, **options)
+    return model
 
 
 def _filled(model: nn.Module) -> nn.Module:

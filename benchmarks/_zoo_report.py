@@ -2,8 +2,10 @@
 
 import csv
 import json
+import re
 import statistics
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ _COLUMNS = (
 )
 
 Row = dict[str, Any]
+_MOVED = 1e-9
 
 
 def read(rows: Path) -> list[Row]:
@@ -72,35 +75,134 @@ def _page(rows: list[Row], table: str) -> str:
             f"timm {timm.__version__} and torchvision {torchvision.__version__.partition('+')[0]}, "
             f"never by hand. One line per model is in [{table}]({table})."
         ),
-        "",
-        "| library | models | gated | no residual add | failed | gates | own live gates recalled | missed |",
-        "|---|---|---|---|---|---|---|---|",
     ]
-    for library in ("timm", "torchvision"):
+    for title, body in (
+        ("Residual adds", _libraries(rows)),
+        ("Additions left alone", _refused(rows)),
+        ("Own gates that surgeon does not stand in for", _missed(rows)),
+        ("Numbers", _numbers(rows)),
+        ("Fold", _folds(rows)),
+        ("ONNX", _onnx(rows)),
+        ("Speed", _speed(rows)),
+        ("Not checked", _listed(rows, "skipped")),
+        ("Failures", [*_listed(rows, "error"), *_unexplained(rows)]),
+    ):
+        lines += ["", f"## {title}", "", *(body or ["None."])]
+    return "\n".join([*lines, ""])
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> list[str]:
+    return ["| " + " | ".join(map(str, row)) + " |" for row in (head, ("---",) * len(head), *rows)]
+
+
+def _libraries(rows: list[Row]) -> list[str]:
+    head = ("library", "models", "gated", "no residual add", "failed", "gates", "own live gates recalled")
+    body = []
+    for library in sorted({row["library"] for row in rows}):
         mine = [row for row in rows if row["library"] == library]
-        if mine:
-            lines.append(_library(library, mine))
-    lines += ["", "## Speed", "", *_speed(rows), "", "## Numbers checked", "", *_numbers(rows)]
-    lines += ["", "## Additions left alone", "", "| additions | code | reason |", "|---|---|---|"]
+        failed = sum("gates" not in row for row in mine)
+        gated = sum(bool(row.get("gates")) for row in mine)
+        gates, live, hit = (_sum(mine, key) for key in ("gates", "own_live", "recalled"))
+        body.append(
+            (library, len(mine), gated, len(mine) - gated - failed, failed, gates, f"{hit} of {live}")
+        )
+    return _table(head, body)
+
+
+def _refused(rows: list[Row]) -> list[str]:
     reasons = Counter[str]()
     for row in rows:
         reasons.update(row.get("refused", {}))
-    lines += [f"| {count} | `{code}` | {REASONS.get(code, code)} |" for code, count in reasons.most_common()]
-    lines += ["", "## Own gates that surgeon does not stand in for", "", *_missed(rows)]
-    lines += ["", "## Failures", "", *_failures(rows), ""]
-    return "\n".join(lines)
+    listed = ((count, f"`{code}`", REASONS.get(code, code)) for code, count in reasons.most_common())
+    return _table(("additions", "code", "reason"), listed)
 
 
-def _library(library: str, rows: list[Row]) -> str:
-    gated = sum(bool(row.get("gates")) for row in rows)
-    failed = sum(bool(row.get("error")) for row in rows)
-    live, hit = (sum(row.get(key) or 0 for row in rows) for key in ("own_live", "recalled"))
-    gates, missed = (
-        sum(row.get("gates") or 0 for row in rows),
-        sum(len(row.get("missed") or ()) for row in rows),
-    )
-    none = sum(not row.get("error") and not row.get("gates") for row in rows)
-    return f"| {library} | {len(rows)} | {gated} | {none} | {failed} | {gates} | {hit} of {live} | {missed} |"
+def _missed(rows: list[Row]) -> list[str]:
+    missed = [row for row in rows if row.get("missed")]
+    lines = [f"- {row['library']}:{row['model']}: {', '.join(row['missed'])}" for row in missed]
+    return [f"{_sum(rows, 'own_live') - _sum(rows, 'recalled')} in all.", "", *lines] if lines else []
+
+
+def _numbers(rows: list[Row]) -> list[str]:
+    deep = [row for row in rows if "eval_equal" in row]
+    if not deep:
+        return []
+    gates = _sum(deep, "gated")
+    trainable = [row for row in deep if row["trains_plain"]]
+    return [
+        (
+            f"{len(deep)} models on real tensors, with random weights and statistics, on the smallest of "
+            "a few image sizes that they run on:"
+        ),
+        "",
+        f"- evaluation bit for bit as before `apply`: {_sum(deep, 'eval_equal')} of {len(deep)}",
+        (
+            "- training step: finite loss while branches drop, and a gradient for every parameter that has "
+            f"one without gates: {_sum(trainable, 'train_ok')} of {len(trainable)} (the other "
+            f"{len(deep) - len(trainable)} need targets or more than a batch of two)"
+        ),
+        (
+            "- gates on which the output depends (derivative by the gate's factor): "
+            f"{_sum(deep, 'live')} of {gates}"
+        ),
+        (
+            "- gates with the branch dropped where the block's input still reaches the output (derivative "
+            f"by the input): {_sum(deep, 'carried')} of {gates}"
+        ),
+        *(f"- {row['library']}:{row['model']}: {', '.join(row['dead'])}" for row in deep if row["dead"]),
+        *(f"- {row['library']}:{row['model']}: {', '.join(row['lost'])}" for row in deep if row["lost"]),
+    ]
+
+
+def _folds(rows: list[Row]) -> list[str]:
+    folded = [row for row in rows if "fold_error" in row]
+    if not folded:
+        return []
+    lines = []
+    for dtype in sorted({row["fold_dtype"] for row in folded}, reverse=True):
+        mine = [row for row in folded if row["fold_dtype"] == dtype]
+        lines.append(
+            f"- {dtype}: {len(mine)} models; largest relative difference of the outputs: folded and gated "
+            f"{_worst(mine, 'fold_error')}; gated with `keep_eval` and plain {_worst(mine, 'kept_error')}; "
+            f"folded again and plain {_worst(mine, 'round_trip')}; of the weights "
+            f"{_worst(mine, 'weights_error')}"
+        )
+    gates, left = _sum(folded, "gates"), sum(len(row["left"]) for row in folded)
+    lines += [f"- gates folded into weights: {gates - left} of {gates}", ""]
+    still = [row["model"] for row in folded if row["fold_moved"] < _MOVED]
+    lines += [
+        f"Models whose gates change evaluation by less than {_MOVED}: {', '.join(still) or 'none'}.",
+        "",
+    ]
+    causes = Counter[tuple[str, str, str]]()
+    for row in folded:
+        shorter = {re.sub(r"'[^']*'|\d+", "…", text) for text in row["left"].values()}
+        for text in shorter:
+            count = sum(re.sub(r"'[^']*'|\d+", "…", t) == text for t in row["left"].values())
+            causes[row["library"], row["model"], text] += count
+    listed = ((count, f"{lib}:{model}", text) for (lib, model, text), count in causes.most_common())
+    return lines + (_table(("gates left", "model", "why"), listed) if causes else [])
+
+
+def _worst(rows: list[Row], key: str) -> str:
+    known = [row for row in rows if row.get(key) is not None]
+    if not known:
+        return "unknown"
+    worst = max(known, key=lambda row: row[key])
+    return f"{worst[key]:.1e} ({worst['model']})"
+
+
+def _onnx(rows: list[Row]) -> list[str]:
+    tried = [row for row in rows if row.get("onnx")]
+    if not tried:
+        return []
+    outcomes = Counter(row["onnx"] for row in tried)
+    fine = [row for row in tried if row.get("onnx_rel") is not None]
+    lines = [f"- {outcome}: {count}" for outcome, count in outcomes.most_common()]
+    lines += [f"- largest relative difference to PyTorch: {_worst(fine, 'onnx_rel')}", ""]
+    causes = [row for row in tried if row.get("onnx_cause")]
+    listed = ((f"{row['library']}:{row['model']}", row["onnx"], row["onnx_cause"]) for row in causes)
+    return lines + (_table(("model", "outcome", "cause"), listed) if causes else [])
 
 
 def _speed(rows: list[Row]) -> list[str]:
@@ -111,39 +213,20 @@ def _speed(rows: list[Row]) -> list[str]:
             p95 = seconds[int(0.95 * (len(seconds) - 1))]
             lines.append(
                 f"- `{what}`: median {statistics.median(seconds):.2f} s, 95 % under {p95:.2f} s, "
-                f"longest {seconds[-1]:.1f} s (one thread, {len(seconds)} models)"
+                f"longest {seconds[-1]:.1f} s (CPU seconds of one thread, {len(seconds)} models)"
             )
     return lines
 
 
-def _numbers(rows: list[Row]) -> list[str]:
-    deep = [row for row in rows if "eval_equal" in row]
-    if not deep:
-        return ["No numerical sweep in these rows; run with `--deep`."]
+def _listed(rows: list[Row], key: str) -> list[str]:
+    return [f"- {row['library']}:{row['model']}: {row[key]}" for row in rows if row.get(key)]
+
+
+def _unexplained(rows: list[Row]) -> list[str]:
     return [
-        f"- models run on real tensors: {len(deep)}",
-        f"- evaluation bit for bit as before `apply`: {sum(row['eval_equal'] for row in deep)}",
-        (
-            "- training step finite, every parameter that has a gradient ungated has one gated: "
-            f"{sum(bool(row.get('train_ok')) for row in deep)}"
-        ),
-        (
-            f"- gates whose drop changes the output: {sum(row['live'] for row in deep)} of "
-            f"{sum(row['gates'] for row in deep)}"
-        ),
-    ]
-
-
-def _missed(rows: list[Row]) -> list[str]:
-    lines = [
-        f"- {row['library']}:{row['model']}: {', '.join(row['missed'])}" for row in rows if row.get("missed")
-    ]
-    return lines or ["None."]
-
-
-def _failures(rows: list[Row]) -> list[str]:
-    lines = [f"- {row['library']}:{row['model']}: {row['error']}" for row in rows if row.get("error")]
-    lines += [
         f"- {row['library']}:{row['model']}: {text}" for row in rows for text in row.get("unexplained") or ()
     ]
-    return lines or ["None."]
+
+
+def _sum(rows: list[Row], key: str) -> int:
+    return sum(int(row.get(key) or 0) for row in rows)
