@@ -12,18 +12,19 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from surgeon._checkpoint import non_finite, strings
+from surgeon._divergence import first_divergence
 from surgeon._export_report import ExportReport
 from surgeon._exporter import to_onnx
 from surgeon._files import beside, destination, settle
 from surgeon._hygiene import graph_findings, node_counts
 from surgeon._onnx_file import OnnxFileError, open_onnx
-from surgeon._parity import OutputsDifferError, ParityReport
+from surgeon._parity import OutputsDifferError, ParityReport, compare
 from surgeon._plain import check_plain
 from surgeon._signature import Signature, evaluating_copy, signature
-from surgeon._verify import check_comparison, compare_runs
+from surgeon._verify import check_comparison, compare_runs, evaluate
 from surgeon._version import __version__
 from surgeon.errors import ExportError, UsageError
 
@@ -95,7 +96,7 @@ def export(
     with beside(place) as folder:
         made = folder / place.name
         data = _save(graph, made, place)
-        parity = _compare(reference, called, made, path, batch_sizes, tolerance)
+        parity = _compare((reference, plain), called, made, path, batch_sizes, tolerance)
         size = sum(file.stat().st_size for file in folder.iterdir())
         _move(made, data, place)
     return ExportReport(
@@ -254,24 +255,44 @@ def _is_ours(old: Path, place: Path) -> bool:
 
 
 def _compare(
-    model: nn.Module,
+    models: tuple[nn.Module, nn.Module],
     called: Signature,
     made: Path,
     path: str | os.PathLike[str],
     batch_sizes: Sequence[int],
     tolerance: float,
 ) -> ParityReport:
+    """Compares the file with the first of two models, gates and all; the second is the folded one."""
+    reference, plain = models
     try:
-        file = open_onnx(made)
-        rows = compare_runs(model, called, file, batch_sizes, tolerance, _SEED)
+        with open_onnx(made) as file:
+            rows, differing = compare_runs(reference, called, file, batch_sizes, tolerance, _SEED)
+            blame, parting = "", None
+            if differing is not None:
+                blame = _blame(reference, plain, called, differing, tolerance)
+                parting = first_divergence(plain, called, file, differing, tolerance)
+            findings = graph_findings(file.model)
     except OnnxFileError as error:
         told = str(error).replace(str(made), str(path))
         raise ExportError(f"{told}. Nothing was written to {path}") from error
-    report = ParityReport(str(path), tuple(rows), graph_findings(file.model), tolerance, _SEED)
+    report = ParityReport(str(path), tuple(rows), findings, tolerance, _SEED, parting)
     if not report.ok:
-        what = f"the ONNX graph of {type(model).__name__} computes something else"
+        what = f"the ONNX graph of {type(reference).__name__} computes something else{blame}"
         raise OutputsDifferError(f"{what}: {report.fault}. No file was written to {path}", report)
     return report
+
+
+def _blame(
+    gated: nn.Module, plain: nn.Module, called: Signature, tensors: Sequence[Tensor], tolerance: float
+) -> str:
+    """Which step is at fault: the fold, if the folded model already differs in PyTorch, else the exporter."""
+    if gated is plain:
+        return ""
+    before, after = (evaluate(model, called, tensors) for model in (gated, plain))
+    rows = compare(before, list(after.values()), batch=len(tensors[0]), tolerance=tolerance)
+    if all(row.ok for row in rows):
+        return ", and it is not the fold: in PyTorch the folded model agrees with the gated one"
+    return ", and the fold is at fault: in PyTorch the folded model already differs from the gated one"
 
 
 def _dimensions(value: ir.Value) -> tuple[int | str, ...]:

@@ -1,7 +1,19 @@
-"""An ONNX file opened for a look and for running: checked by onnx, run by ONNX Runtime on the CPU."""
+"""An ONNX file opened for a look and for running: checked by onnx, run by ONNX Runtime on the CPU.
 
+Both happen in a process of their own (`surgeon._onnx_child`), so that a file which makes them crash, hang or
+take all memory ends in an `OnnxFileError`.
+"""
+
+import contextlib
+import itertools
+import json
 import os
-from collections.abc import Sequence
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +21,139 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import torch
 
 from surgeon._parity import Array
 from surgeon.errors import SurgeonError
 
+_PROGRAM = Path(__file__).with_name("_onnx_child.py")
+# No answer to one request in this many seconds, and the file is taken for one that never ends.
+TIME_LIMIT_S = 1800.0
+
 
 class OnnxFileError(SurgeonError, ValueError):
     """A file is no valid ONNX model, or ONNX Runtime cannot run it, or not on these inputs."""
+
+
+class _NoAnswerError(Exception):
+    """The other process answered with an error, or not at all."""
+
+
+class Runtime:
+    """The process in which onnx and ONNX Runtime work on one file; see `runtime`."""
+
+    def __init__(self, path: Path, folder: Path, process: subprocess.Popen[str], errors: Path) -> None:
+        self.path = path
+        self.inputs: tuple[str, ...] = ()
+        self.outputs: tuple[str, ...] = ()
+        self._folder = folder
+        self._process = process
+        self._errors = errors
+        self._count = itertools.count()
+
+    def check(self) -> None:
+        """Checks that the file is a valid model.
+
+        Raises:
+            OnnxFileError: It is not.
+        """
+        try:
+            self._ask(do="check", path=str(self.path))
+        except _NoAnswerError as error:
+            raise OnnxFileError(
+                f"{self.path} is no valid ONNX model; it may be truncated, of another kind, or without its "
+                f"external data: {error}"
+            ) from error
+
+    def open(self, **how: Any) -> None:
+        """Opens the model in ONNX Runtime with as many threads as PyTorch uses.
+
+        Args:
+            how: ``level``, ``expose``, ``optimized`` and ``data`` of `surgeon._onnx_child.Child.open`.
+
+        Raises:
+            OnnxFileError: ONNX Runtime cannot load it, with its reason.
+        """
+        try:
+            found = self._ask(do="open", path=str(self.path), threads=torch.get_num_threads(), **how)
+        except _NoAnswerError as error:
+            raise OnnxFileError(f"ONNX Runtime cannot load {self.path}: {error}") from error
+        self.inputs, self.outputs = tuple(found["inputs"]), tuple(found["outputs"])
+
+    def run(self, tensors: Sequence[torch.Tensor], wanted: Sequence[str] | None = None) -> list[Array]:
+        """The open model's outputs for these inputs, in order; only the wanted ones if they are named.
+
+        Raises:
+            OnnxFileError: ONNX Runtime refuses the inputs or fails, with its reason.
+        """
+        number = next(self._count)
+        given, into = (self._folder / f"{number}.{what}.npz" for what in ("in", "out"))
+        feed: dict[str, Any] = {str(index): tensor.numpy() for index, tensor in enumerate(tensors)}
+        np.savez(given, **feed)
+        try:
+            chosen = None if wanted is None else list(wanted)
+            self._ask(do="run", given=str(given), into=str(into), names=self.inputs, wanted=chosen)
+        except _NoAnswerError as error:
+            shapes = ", ".join(
+                f"{name} {array.shape}" for name, array in zip(self.inputs, feed.values(), strict=True)
+            )
+            raise OnnxFileError(f"ONNX Runtime failed on {shapes}: {error}") from error
+        with np.load(into, allow_pickle=False) as made:
+            outputs = [made[key] for key in made.files]
+        given.unlink()
+        into.unlink()
+        return outputs
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # Its end is found below.
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._answer())
+        if "error" in answer:
+            raise _NoAnswerError(answer["error"])
+        return answer
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        started = time.monotonic()
+        with selectors.DefaultSelector() as waiting:
+            waiting.register(self._process.stdout, selectors.EVENT_READ)
+            ready = waiting.select(TIME_LIMIT_S)
+        if not ready:
+            self._process.kill()
+            raise _NoAnswerError(f"no answer in {time.monotonic() - started:.0f} s, so it was stopped")
+        line = self._process.stdout.readline()
+        if line:
+            return line
+        raise _NoAnswerError(_ending(self._process.wait(), self._errors))
+
+
+def _ending(code: int, errors: Path) -> str:
+    said = [line.strip() for line in errors.read_text(encoding="utf-8", errors="replace").splitlines()]
+    last = next((f": {line[:200]}" for line in reversed(said) if line), "")
+    how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    return f"the process that tried it {how}; the file may be damaged or hostile{last}"
+
+
+@contextlib.contextmanager
+def runtime(path: Path) -> Iterator[Runtime]:
+    """A process for one file, ended at the end."""
+    with tempfile.TemporaryDirectory(prefix="surgeon.") as folder:
+        errors = Path(folder) / "stderr"
+        with errors.open("w", encoding="utf-8") as written:
+            process = subprocess.Popen(  # noqa: S603 - this interpreter on surgeon's own program
+                [sys.executable, "-P", str(_PROGRAM)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=written,
+                encoding="utf-8",
+            )
+        with process:
+            try:
+                yield Runtime(path, Path(folder), process, errors)
+            finally:
+                process.kill()
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,36 +163,26 @@ class OnnxFile:
     Attributes:
         path: Where it is.
         model: Its graph, for reading.
+        runtime: The process that it is open in.
     """
 
     path: Path
     model: ir.Model
+    runtime: Runtime
 
     @property
     def opset(self) -> int:
         """Version of ONNX's own operators."""
         return self.model.opset_imports.get("", 0)
 
-    def session(self) -> onnxruntime.InferenceSession:
-        """Opens the model in ONNX Runtime with as many threads as PyTorch uses.
 
-        Raises:
-            OnnxFileError: ONNX Runtime cannot load it, with its reason.
-        """
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        try:
-            return onnxruntime.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's exceptions share no base class.
-            raise OnnxFileError(f"ONNX Runtime cannot load {self.path}: {first_line(error)}") from error
-
-
-def open_onnx(path: str | os.PathLike[str]) -> OnnxFile:
-    """Reads and checks an ONNX file.
+@contextlib.contextmanager
+def open_onnx(path: str | os.PathLike[str]) -> Iterator[OnnxFile]:
+    """Checks an ONNX file, reads it and opens it in ONNX Runtime, until the end of the context.
 
     Raises:
-        OnnxFileError: There is no such file, or it is empty, truncated, of another kind or not valid.
+        OnnxFileError: There is no such file, it is empty, truncated, of another kind or not valid, or ONNX
+            Runtime cannot load it.
     """
     place = Path(path)
     if not place.is_file():
@@ -65,30 +191,21 @@ def open_onnx(path: str | os.PathLike[str]) -> OnnxFile:
         )
     if place.stat().st_size == 0:
         raise OnnxFileError(f"cannot read {path}: the file is empty")
-    try:
-        onnx.checker.check_model(str(place), full_check=True)  # By path, which also works beyond 2 GB.
-        return OnnxFile(place, ir.load(place))
-    except Exception as error:  # protobuf, onnx and the operating system each raise their own.
+    with runtime(place) as process:
+        process.check()
+        model = ir.load(place)
+        _check_opset(path, model)
+        process.open()
+        yield OnnxFile(place, model, process)
+
+
+def _check_opset(path: str | os.PathLike[str], model: ir.Model) -> None:
+    opset, latest = model.opset_imports.get("", 0), onnx.defs.onnx_opset_version()
+    if opset > latest:
         raise OnnxFileError(
-            f"{path} is no valid ONNX model; it may be truncated, of another kind, or without its external "
-            f"data: {first_line(error)}"
-        ) from error
-
-
-def run(session: onnxruntime.InferenceSession, tensors: Sequence[torch.Tensor]) -> list[Array]:
-    """The session's outputs for these inputs, in order.
-
-    Raises:
-        OnnxFileError: ONNX Runtime refuses the inputs or fails, with its reason.
-    """
-    names = [given.name for given in session.get_inputs()]
-    feed = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
-    try:
-        outputs: list[Any] = session.run(None, feed)
-    except Exception as error:
-        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in feed.items())
-        raise OnnxFileError(f"ONNX Runtime failed on {shapes}: {first_line(error)}") from error
-    return [np.asarray(output) for output in outputs]
+            f"{path} is written in opset {opset}; the installed onnx {onnx.__version__} knows those up to "
+            f"{latest}"
+        )
 
 
 def first_line(error: BaseException) -> str:

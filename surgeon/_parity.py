@@ -1,8 +1,8 @@
 """Whether two forms of a model agree: their outputs compared, one row per output and batch size."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,7 @@ class ParityRow:
         note: What makes the numbers say little: other shapes, values that are not finite, nothing but zeros;
             else empty.
         ok: Whether the row is within the tolerance.
+        inputs: ``"random"``, or ``"extreme"``: large, constant and zero.
     """
 
     output: str
@@ -50,13 +51,45 @@ class ParityRow:
     top1: float | None
     note: str
     ok: bool
+    inputs: str = "random"
 
     def __str__(self) -> str:
-        where = f"output {self.output!r} at batch {self.batch}"
+        extreme = "" if self.inputs == "random" else f" on {self.inputs} inputs"
+        where = f"output {self.output!r} at batch {self.batch}{extreme}"
         if self.note:
             return f"{where}: {self.note}"
         agree = "" if self.top1 is None else f", top-1 agrees on {self.top1:.0%} of the rows"
         return f"{where} differs by {self.absolute:.3g} (relative {self.relative:.3g}{agree})"
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """The first node of a graph whose result is not PyTorch's, though its inputs are.
+
+    Attributes:
+        node: The node's name.
+        op_type: Its operator.
+        module: The module that it belongs to; empty if that is not known.
+        operator: PyTorch's operator whose result is nearest to the node's; empty if none is comparable.
+        absolute: Largest absolute difference between the two.
+        relative: ``absolute`` over the largest absolute value in PyTorch.
+        note: What is wrong with a weight of the node, if one is; else empty.
+    """
+
+    node: str
+    op_type: str
+    module: str
+    operator: str
+    absolute: float
+    relative: float
+    note: str
+
+    def __str__(self) -> str:
+        where = f" of {self.module}" if self.module else ""
+        by = "" if math.isnan(self.relative) else f" by {self.absolute:.3g} (relative {self.relative:.3g})"
+        from_ = f" from PyTorch's {self.operator}" if self.operator else ""
+        note = f"; {self.note}" if self.note else ""
+        return f"the two part at node {self.node} ({self.op_type}){where}, which differs{from_}{by}{note}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +102,7 @@ class ParityReport:
         findings: Nodes that do not belong in an evaluating graph.
         tolerance: Largest relative error that counts as agreement.
         seed: Seed of the random inputs.
+        divergence: Where the graph departs from the model; None if it does not, or where that cannot be said.
     """
 
     path: str
@@ -76,6 +110,7 @@ class ParityReport:
     findings: tuple[GraphFinding, ...]
     tolerance: float
     seed: int
+    divergence: Divergence | None = None
 
     @property
     def ok(self) -> bool:
@@ -103,7 +138,8 @@ class ParityReport:
         failed = sum(not row.ok for row in self.rows)
         if failed:
             count = f"{failed} of {len(self.rows)} comparisons failed"
-            return f"{self.worst}; the tolerance is {self.tolerance:g} relative, {count}"
+            where = f"; {self.divergence}" if self.divergence else ""
+            return f"{self.worst}; the tolerance is {self.tolerance:g} relative, {count}{where}"
         if self.findings:
             first, more = self.findings[0], len(self.findings) - 1
             others = f"; {more} more such nodes" if more else ""
@@ -116,20 +152,34 @@ class ParityReport:
             {**asdict(row), "absolute": _json(row.absolute), "relative": _json(row.relative)}
             for row in self.rows
         ]
-        return {**asdict(self), "rows": rows, "ok": self.ok}
+        found = None
+        if self.divergence is not None:
+            numbers = {name: _json(getattr(self.divergence, name)) for name in ("absolute", "relative")}
+            found = asdict(self.divergence) | numbers
+        return {**asdict(self), "rows": rows, "divergence": found, "ok": self.ok}
 
     def __str__(self) -> str:
         lines = [f"{'ok  ' if row.ok else 'FAIL'} {row}" for row in self.rows]
+        lines += [f"FAIL {self.divergence}"] if self.divergence else []
         lines += [f"FAIL node {found.node} ({found.op_type}): {found.reason}" for found in self.findings]
         return "\n".join(lines)
 
 
 def compare(
-    names: Sequence[str], reference: Sequence[Array], other: Sequence[Array], *, batch: int, tolerance: float
+    reference: Mapping[str, Array],
+    other: Sequence[Array],
+    *,
+    batch: int,
+    tolerance: float,
+    inputs: str = "random",
 ) -> list[ParityRow]:
-    """Compares outputs one by one; the reference is PyTorch's."""
-    pairs = zip(names, reference, other, strict=True)
-    return [_row(name, mine, theirs, batch, tolerance) for name, mine, theirs in pairs]
+    """Compares outputs one by one; the reference is PyTorch's, by name."""
+    pairs = zip(reference.items(), other, strict=True)
+    rows = [_row(name, mine, theirs, batch, tolerance) for (name, mine), theirs in pairs]
+    if inputs == "random":
+        return rows
+    marked = [replace(row, inputs=inputs) for row in rows]
+    return [_excused(row, mine) for row, mine in zip(marked, reference.values(), strict=True)]
 
 
 def _row(name: str, reference: Array, other: Array, batch: int, tolerance: float) -> ParityRow:
@@ -140,6 +190,11 @@ def _row(name: str, reference: Array, other: Array, batch: int, tolerance: float
     note = "" if reference.any() or not relative <= tolerance else "PyTorch computes nothing but zeros"
     top1, ok = _top1(reference, other), relative <= tolerance
     return ParityRow(name, batch, reference.shape, absolute, relative, top1, note, ok=ok)
+
+
+def _excused(row: ParityRow, reference: Array) -> ParityRow:
+    """A row that proves nothing either way: inputs that the model itself cannot digest."""
+    return row if np.isfinite(reference).all() else replace(row, ok=True)
 
 
 def _incomparable(reference: Array, other: Array) -> str:

@@ -48,6 +48,13 @@ class Signature:
             for tensor, batched in zip(self.tensors, self.batched(), strict=True)
         )
 
+    def extremes(self, batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """As `draw`, but beyond what images hold: rows of noise ten times as large, of 10, of -10, of 0."""
+        return tuple(
+            _extreme(tensor) if batched else tensor
+            for tensor, batched in zip(self.draw(batch, generator), self.batched(), strict=True)
+        )
+
 
 def signature(model: nn.Module, example: Any = None) -> Signature:
     """The signature of a call with this example; the model is only read.
@@ -163,3 +170,14 @@ def _random(tensor: Tensor, shape: Sequence[int], generator: torch.Generator) ->
         return torch.rand(*shape, generator=generator) < 0.5
     low, high = (int(tensor.min()), int(tensor.max())) if tensor.numel() else (0, 0)
     return torch.randint(low, high + 1, tuple(shape), generator=generator, dtype=tensor.dtype)
+
+
+def _extreme(drawn: Tensor) -> Tensor:
+    """Makes of random rows, in turn, large, constant and zero ones; integers and booleans stay."""
+    if not drawn.is_floating_point():
+        return drawn
+    made = drawn * 10
+    for row, constant in enumerate(itertools.islice(itertools.cycle((None, 10.0, -10.0, 0.0)), len(made))):
+        if constant is not None:
+            made[row] = constant
+    return made

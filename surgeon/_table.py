@@ -79,15 +79,17 @@ def parity(report: Any) -> Sequence[RenderableType]:
     title = f"{report.path}: {'agrees' if report.ok else 'does not match'} (tolerance {report.tolerance:g})"
     table = _table()
     table.add_column("output", overflow="fold")
+    table.add_column("inputs", no_wrap=True)
     for name in ("batch", "max |d|", "relative", "top-1"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
     for row in report.rows:
         top1 = "" if row.top1 is None else f"{row.top1:.0%}"
         numbers = ("", "") if math.isnan(row.relative) else (f"{row.absolute:.2g}", f"{row.relative:.2g}")
-        table.add_row(row.output, str(row.batch), *numbers, top1, _verdict(row))
-    shown = _titled(title, table)
-    return (shown, _findings(report.findings)) if report.findings else (shown,)
+        table.add_row(row.output, row.inputs, str(row.batch), *numbers, top1, _verdict(row))
+    parting = (Text(f"{report.divergence}\n"),) if report.divergence else ()
+    found = (_findings(report.findings),) if report.findings else ()
+    return (_titled(title, table), *parting, *found)
 
 
 def _verdict(row: Any) -> str:

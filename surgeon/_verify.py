@@ -1,4 +1,4 @@
-"""Compares an ONNX file with a PyTorch model: the same random inputs, one in each runtime."""
+"""Compares an ONNX file with a PyTorch model: the same inputs, random and extreme ones, in each runtime."""
 
 import os
 from collections.abc import Sequence
@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgeon._divergence import first_divergence
 from surgeon._hygiene import graph_findings
-from surgeon._onnx_file import OnnxFile, first_line, open_onnx, run
+from surgeon._onnx_file import OnnxFile, first_line, open_onnx
 from surgeon._parity import Array, ParityReport, ParityRow, compare
 from surgeon._plain import check_plain
 from surgeon._signature import Signature, evaluating_copy, flatten, signature
@@ -26,9 +27,12 @@ def verify(
 ) -> ParityReport:
     """Compares an ONNX file with a PyTorch model and returns the report; the model is only read.
 
-    Both run in evaluation mode on the CPU, on the same random inputs; gates in the model stay, with their
-    evaluation scale. The report is returned whether or not the two agree: see `ParityReport.ok`, and
-    `ParityReport.require`, which raises.
+    Both run in evaluation mode on the CPU, on the same inputs: random ones at each batch size, and at the
+    last one also large, constant and zero ones. Gates in the model stay, with their evaluation scale. The
+    report is returned whether or not the two agree: see `ParityReport.ok`, and `ParityReport.require`, which
+    raises. Where they do not, it names the node at which they part.
+
+    The file may come from anywhere: it is read and run in a process of its own.
 
     Args:
         model: The model that the file should match.
@@ -50,12 +54,13 @@ def verify(
     """
     check_plain(model)
     check_comparison(batch_sizes, tolerance)
-    file = open_onnx(path)
-    plain = evaluating_copy(model)
-    called = signature(plain, example if example is not None else _example_like(file, plain))
-    _check_inputs(file, called)
-    rows = compare_runs(plain, called, file, batch_sizes, tolerance, seed)
-    return ParityReport(str(path), tuple(rows), graph_findings(file.model), tolerance, seed)
+    with open_onnx(path) as file:
+        plain = evaluating_copy(model)
+        called = signature(plain, example if example is not None else _example_like(file, plain))
+        _check_inputs(file, called)
+        rows, differing = compare_runs(plain, called, file, batch_sizes, tolerance, seed)
+        parting = None if differing is None else first_divergence(plain, called, file, differing, tolerance)
+        return ParityReport(str(path), tuple(rows), graph_findings(file.model), tolerance, seed, parting)
 
 
 def check_comparison(batch_sizes: Sequence[int], tolerance: float) -> None:
@@ -77,31 +82,44 @@ def compare_runs(
     batch_sizes: Sequence[int],
     tolerance: float,
     seed: int,
-) -> list[ParityRow]:
-    """Runs an evaluating model and an ONNX file on the same random inputs at each batch size.
+) -> tuple[list[ParityRow], tuple[Tensor, ...] | None]:
+    """Runs an evaluating model and an ONNX file on the same inputs.
+
+    Returns:
+        A row per output and input, and the first inputs on which the two differ, if there are any.
 
     Raises:
-        OnnxFileError: ONNX Runtime cannot load the file or fails on the inputs.
+        OnnxFileError: ONNX Runtime fails on the inputs.
         UsageError: The model fails on the inputs, or returns another number of outputs.
     """
-    session = file.session()
     generator = torch.Generator().manual_seed(seed)
+    sizes = _possible_sizes(file, batch_sizes)
+    given = [("random", called.draw(size, generator)) for size in sizes]
+    given.append(("extreme", called.extremes(sizes[-1], generator)))
     rows: list[ParityRow] = []
-    for batch in _possible_sizes(file, batch_sizes):
-        tensors = called.draw(batch, generator)
-        reference = _evaluate(model, called, tensors)
-        other = run(session, tensors)
+    differing = None
+    for batch, (kind, tensors) in zip((*sizes, sizes[-1]), given, strict=True):
+        reference = evaluate(model, called, tensors)
+        other = file.runtime.run(tensors)
         if len(other) != len(reference):
-            theirs = ", ".join(output.name for output in session.get_outputs())
+            theirs = ", ".join(file.runtime.outputs)
             raise UsageError(
                 f"{file.path} has {len(other)} outputs ({theirs}), {type(model).__name__} has "
                 f"{len(reference)} ({', '.join(reference)})"
             )
-        rows += compare(list(reference), list(reference.values()), other, batch=batch, tolerance=tolerance)
-    return rows
+        found = compare(reference, other, batch=batch, tolerance=tolerance, inputs=kind)
+        rows += found
+        if differing is None and not all(row.ok for row in found):
+            differing = tensors
+    return rows, differing
 
 
-def _evaluate(model: nn.Module, called: Signature, tensors: Sequence[Tensor]) -> dict[str, Array]:
+def evaluate(model: nn.Module, called: Signature, tensors: Sequence[Tensor]) -> dict[str, Array]:
+    """The model's outputs for these inputs, by name.
+
+    Raises:
+        UsageError: The model fails on them.
+    """
     try:
         with torch.no_grad():
             result = called.call(model, tensors)

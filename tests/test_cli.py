@@ -146,17 +146,21 @@ def test_verify_agrees_with_gated_and_folded_checkpoints(delivered, checkpoint):
     assert done.stderr == ""
     found = json.loads(done.stdout)
     assert found["ok"] is True
-    assert [row["batch"] for row in found["rows"]] == [1, 3]
+    assert [(row["batch"], row["inputs"]) for row in found["rows"]] == [
+        (1, "random"),
+        (3, "random"),
+        (3, "extreme"),
+    ]
 
 
 def test_verify_as_a_table(delivered, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)  # else a long path is folded at that width
     done = surge("verify", delivered.file, NET, "--checkpoint", delivered.plain, "--batch-size", 2)
     assert done.exit_code == 0
-    title, head, row = done.stdout.rstrip().splitlines()
+    title, head, row, _ = done.stdout.rstrip().splitlines()
     assert title == f"{delivered.file}: agrees (tolerance 0.0001)"
-    assert head.split() == ["output", "batch", "max", "|d|", "relative", "top-1"]
-    assert row.split()[:2] == ["output", "2"]
+    assert head.split() == ["output", "inputs", "batch", "max", "|d|", "relative", "top-1"]
+    assert row.split()[:3] == ["output", "random", "2"]
     assert row.split()[-2:] == ["100%", "ok"]
 
 
@@ -166,7 +170,8 @@ def test_other_weights_fail_parity(delivered):
     assert "does not match" in done.stdout
     assert "FAIL" in done.stdout
     assert done.stderr.startswith("surgeon: output 'output' at batch ")
-    assert "2 of 2 comparisons failed" in done.stderr
+    assert "3 of 3 comparisons failed" in done.stderr
+    assert "the two part at node" in done.stdout
 
 
 def test_scaling_said_wrongly_fails_parity(delivered):

@@ -1,5 +1,6 @@
 """The exported file: its nodes, its numbers, what it says of itself, and what is left when it fails."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -122,7 +123,11 @@ def test_numbers(plain):
         expected = model.eval()(x)
     assert (run(path, x) - expected).abs().max() < 1e-5 * expected.abs().max()
     assert report.parity.ok
-    assert [row.batch for row in report.parity.rows] == [1, 3]
+    assert [(row.batch, row.inputs) for row in report.parity.rows] == [
+        (1, "random"),
+        (3, "random"),
+        (3, "extreme"),
+    ]
     assert all(row.relative < 1e-5 and row.top1 == 1 for row in report.parity.rows)
 
 
@@ -292,7 +297,7 @@ def test_attention_of_torch_itself(tmp_path):
 def test_static_batch_of_the_example(net, tmp_path):
     report = export(net, tmp_path / "a.onnx", example=torch.zeros(4, 3, 8, 8), dynamic_batch=False)
     assert report.inputs == {"input": (4, 3, 8, 8)}
-    assert [row.batch for row in report.parity.rows] == [4]
+    assert {row.batch for row in report.parity.rows} == {4}
 
 
 def test_static_batch(net, tmp_path):
@@ -470,6 +475,25 @@ def test_wrong_numbers_leave_no_file(net, tmp_path, wrong_exporter):
         export(net, tmp_path / "m.onnx", example=IMAGES)
     assert not caught.value.report.ok
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_the_exporter_is_not_blamed_on_the_fold(net, tmp_path, wrong_exporter):
+    surgeon.apply(net, scaling="paper", example=IMAGES)
+    message = "computes something else, and it is not the fold: in PyTorch the folded model agrees"
+    with pytest.raises(ParityError, match=message) as caught:
+        export(net, tmp_path / "m.onnx", example=IMAGES)
+    # The graph on the shelf has the weights of the ungated net: the first folded layer differs first.
+    assert caught.value.report.divergence.module == "blocks.0.bn2"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_fold_is_blamed(net, tmp_path, quick, monkeypatch):
+    surgeon.apply(net, scaling="paper", example=IMAGES)
+    monkeypatch.setattr(surgeon, "fold", lambda model: surgeon.remove(copy.deepcopy(model)))
+    message = "and the fold is at fault: in PyTorch the folded model already differs from the gated one"
+    with pytest.raises(ParityError, match=message) as caught:
+        export(net, tmp_path / "m.onnx", example=IMAGES)
+    assert caught.value.report.divergence is None  # from the folded model the graph does not part
 
 
 def test_wrong_numbers_leave_the_old_file(net, tmp_path, wrong_exporter):

@@ -51,7 +51,8 @@ def command(
     from surgeon._verify import verify
 
     with out.working(f"comparing {file} with {model}"):
-        open_onnx(file)  # A bad file is said before a large model is made.
+        with open_onnx(file):  # A bad file is said before a large model is made.
+            pass
         subject = with_scales(load_subject(model, making), gating)
         report = verify(
             subject.model,
