@@ -1,0 +1,154 @@
+"""One model of every family of timm and torchvision, gated, folded, exported and compared: a row each.
+
+    python -m benchmarks.onnx_zoo --resume
+    python -m benchmarks.onnx_zoo --match 'timm.models.res*' --match '*swin*'
+
+A family is a module of timm's models, or of torchvision's classification, segmentation and video models; its
+smallest model stands for it, with random statistics and at the smallest of a few resolutions that it takes.
+Each is exported twice with a dynamic batch, ungated and with gates of ``scaling="paper"`` folded, compared with
+PyTorch at two batch sizes and on extreme inputs, and the nodes of both graphs are counted against each other.
+Rows are appended as they come; ``python -m benchmarks.zoo`` puts them into ``docs/coverage.md``.
+"""
+
+import copy
+import functools
+import json
+import multiprocessing
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from timm.models import model_entrypoint
+from torch import nn
+from torch.onnx._internal.exporter import _registration
+from torchvision.models import get_model_builder
+
+import surgeon
+from benchmarks import zoo
+from benchmarks._zoo_checks import randomise
+from benchmarks._zoo_models import Entry, build, entries, small
+from benchmarks._zoo_report import read
+from surgeon._export_report import ExportReport
+from surgeon.errors import ExportError, NoResidualsError, SurgeonError
+
+ROWS = Path("runs/onnx_zoo.jsonl")
+_SIZES = Path("runs/parameters.json")
+_ELSEWHERE = (
+    "torchvision.models.detection",
+    "torchvision.models.optical_flow",
+    "torchvision.models.quantization",
+)
+_COPIES = 30  # bytes per parameter: the model, its copies, the graph, the graph in the other process
+
+
+def onnx(entry: Entry) -> dict[str, Any]:
+    """The columns of one model."""
+    torch.manual_seed(0)
+    model, given, size = small(entry)
+    randomise(model)
+    gated = copy.deepcopy(model)
+    try:
+        surgeon.apply(gated, scaling="paper", unit="batch", example=given)
+    except NoResidualsError:
+        gated = model
+    row: dict[str, Any] = {"size": size, "parameters": sum(p.numel() for p in model.parameters())}
+    try:
+        return row | {"onnx": "passed", **_both(model, gated, given, dynamic=True)}
+    except ExportError as error:
+        cause = str(error)
+    except SurgeonError as error:
+        return row | {"onnx": "failed", "onnx_cause": str(error)}
+    try:
+        return row | {
+            "onnx": "static batch",
+            **_both(model, gated, given, dynamic=False),
+            "onnx_cause": cause,
+        }
+    except SurgeonError as error:
+        return row | {"onnx": "failed", "onnx_cause": f"{cause} With a fixed batch: {error}"}
+
+
+def _both(model: nn.Module, gated: nn.Module, given: Any, *, dynamic: bool) -> dict[str, Any]:
+    reports: list[ExportReport] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for one in (model, gated) if gated is not model else (model,):
+            path = Path(folder) / f"{len(reports)}.onnx"
+            reports.append(surgeon.export(one, path, example=given, dynamic_batch=dynamic))
+            path.unlink()
+    ungated, folded = reports[0], reports[-1]
+    row: dict[str, Any] = {
+        "onnx_rel": max(row.relative for report in reports for row in report.parity.rows),
+        "onnx_rows": [[r.inputs, r.batch, r.relative, r.top1] for r in folded.parity.rows],
+        "onnx_left": len(folded.kept),
+        "onnx_gates": len(folded.kept) + len(folded.folded),
+        "onnx_nodes": sum(folded.nodes.values()),
+        "onnx_reasons": sorted({reason for _, reason in folded.kept}),
+        "export_s": [round(report.seconds, 1) for report in reports],
+    }
+    extra = Counter(folded.nodes)
+    extra.subtract(ungated.nodes)
+    extra["Mul"] -= len(folded.kept)
+    unexplained = {op: count for op, count in extra.items() if count}
+    if unexplained:
+        row |= {"onnx": "failed", "onnx_cause": f"nodes that the ungated export has not: {unexplained}"}
+    return row
+
+
+def families(match: tuple[str, ...]) -> list[Entry]:
+    """The smallest model of every family, small ones first."""
+    known: dict[str, int] = json.loads(_SIZES.read_text()) if _SIZES.exists() else {}
+    members: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries(None, ["*"]):
+        family = _family(entry)
+        if not family.startswith(_ELSEWHERE) and any(fnmatchcase(family, one) for one in match):
+            members[family].append(entry)
+    for entry in (one for some in members.values() for one in some if str(one) not in known):
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            known[str(entry)] = pool.apply(_parameters, (entry,))
+    _SIZES.write_text(json.dumps(known))
+    chosen = [min(some, key=lambda entry: known[str(entry)]) for some in members.values()]
+    return sorted(chosen, key=lambda entry: known[str(entry)])
+
+
+def _family(entry: Entry) -> str:
+    make = get_model_builder if entry.library == "torchvision" else model_entrypoint
+    # Those made for tests stand for nobody.
+    return "torchvision.models.detection" if entry.name.startswith("test_") else make(entry.name).__module__
+
+
+def _parameters(entry: Entry) -> int:
+    return sum(parameter.numel() for parameter in build(entry, device="meta").parameters())
+
+
+@click.command()
+@click.option(
+    "--match", multiple=True, default=["*"], help="Glob pattern on families, as timm.models.resnet."
+)
+@click.option("--resume", is_flag=True, help="Keep the rows that are there; measure what lacks or failed.")
+@click.option("--jobs", default=1, show_default=True, help="Models at a time.")
+@click.option("--limit", default=1200.0, show_default=True, help="Seconds a model may take.")
+@click.option("--memory", default=10.0, show_default=True, help="GB that the models at a time may take.")
+@click.option("--rows", type=click.Path(path_type=Path), default=ROWS, show_default=True)
+def main(match: tuple[str, ...], resume: bool, jobs: int, limit: float, memory: float, rows: Path) -> None:
+    """Export one model of every family."""
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        rows.unlink(missing_ok=True)
+    done = {(row["library"], row["model"]) for row in read(rows) if row.get("onnx") == "passed"}
+    todo = [entry for entry in families(match) if (entry.library, entry.name) not in done]
+    # The exporter reads the source of its operators anew at each call; forked processes inherit one reading.
+    read_once = functools.cache(_registration.ONNXRegistry.from_torchlib)
+    read_once()
+    _registration.ONNXRegistry.from_torchlib = staticmethod(read_once)
+    zoo.STAGES["onnx"] = (onnx, _COPIES)
+    zoo._run([zoo.Job(entry, "onnx", 1.5) for entry in todo], rows, jobs, limit, memory)
+    sys.exit(any(row.get("onnx") != "passed" for row in read(rows)))
+
+
+if __name__ == "__main__":
+    main()
