@@ -401,11 +401,11 @@ def test_branches_that_need_the_whole_batch_are_masked_and_say_so(
 
 def test_auto_skips_where_the_arithmetic_outweighs_the_moving_of_rows() -> None:
     wide, narrow = Plain(512), Plain(4)
-    for block, x, pays in ((wide, torch.zeros(2, 512), True), (narrow, X, False)):
+    for block, x, gains in ((wide, torch.zeros(2, 512), True), (narrow, X, False)):
         surgeon.apply(block, "uniform", drop_rate=0.5, example=x)
         status = surgeon.status(block)
-        assert (status.gates[0].skips, status.gates[0].note) == (pays, "")
-        assert (status.expected_flops < 1) == pays
+        assert (status.gates[0].skips, status.gates[0].note) == (gains, "")
+        assert (status.expected_flops < 1) == gains
     (g,) = gates_of(wide)
     assert (g.flops, g.moved) == (2 * 2 * 512 * 512, 2 * 512 * 4)  # two layers; the shortcut is what it reads
     seen: list[int] = []

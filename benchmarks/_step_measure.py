@@ -1,0 +1,166 @@
+"""One training step, taken apart: its time, the arithmetic really drawn, the activations it saves."""
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import surgeon
+from benchmarks._step_models import COUNTED, Net, variant
+from surgeon._gate import Gate
+
+
+@dataclass
+class Taken:
+    """What was measured of one variant, one entry per round."""
+
+    seconds: list[float] = field(default_factory=list)
+    drawn: list[float] = field(default_factory=list)
+    bytes: list[int] = field(default_factory=list)
+
+
+class Bench:
+    """One network at one batch size: every variant takes its turn once per round, in an order drawn anew."""
+
+    def __init__(self, net: Net, batch: int, device: torch.device, threads: int) -> None:
+        self.net, self.batch, self.device = net, batch, device
+        # On one thread the processor time is what a step costs, whatever else the machine does.
+        self.clock = time.process_time if device.type == "cpu" and threads == 1 else time.perf_counter
+        self.x = torch.randn(batch, 3, net.size, net.size, device=device)
+        self.y = torch.randint(0, 10, (batch,), device=device)
+
+    def steps(self, rate: float, variants: tuple[str, ...], rounds: int) -> dict[str, Taken]:
+        """Training steps of each variant at one final drop rate."""
+        models = {v: variant(self.net, v, rate).to(self.device).train() for v in variants}
+        taken, step = {v: Taken() for v in models}, {v: self._step(m) for v, m in models.items()}
+        for v, model in models.items():  # to warm up, and for the memory
+            for _ in range(3 if v in COUNTED else 1):
+                taken[v].bytes.append(self._saved(model))
+            step[v]()
+        for _ in range(rounds):
+            for v in random.sample(list(models), len(models)):
+                with drawing(models[v] if v in COUNTED else None) as share:
+                    taken[v].seconds.append(self._timed(step[v]))
+                taken[v].drawn.append(share())
+        return taken
+
+    def still(self, rounds: int) -> dict[str, list[float]]:
+        """Time over that of the plain model where nothing is dropped: evaluating, and training at rate 0."""
+        plain, gated = (variant(self.net, v, 0.0).to(self.device) for v in ("plain", "auto"))
+        runs: dict[str, Callable[[nn.Module], Callable[[], None]]] = {
+            "evaluation": lambda m: lambda: self._forward(m),
+            "rate 0": self._step,
+        }
+        ratios: dict[str, list[float]] = {}
+        for name, make in runs.items():
+            for model in (plain, gated):
+                model.train(name != "evaluation")
+            pair = [make(plain), make(gated)]
+            for run in pair:
+                run()
+            ratios[name] = []
+            for i in range(rounds):
+                first, second = (self._timed(run) for run in (pair if i % 2 else pair[::-1]))
+                ratios[name].append(second / first if i % 2 else first / second)
+        return ratios
+
+    def _step(self, model: nn.Module) -> Callable[[], None]:
+        optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            nn.functional.cross_entropy(model(self.x), self.y).backward()
+            optimizer.step()
+
+        return step
+
+    @torch.no_grad()
+    def _forward(self, model: nn.Module) -> None:
+        model(self.x)
+
+    def _timed(self, run: Callable[[], None]) -> float:
+        self._wait()
+        start = self.clock()
+        run()
+        self._wait()
+        return self.clock() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _saved(self, model: nn.Module) -> int:
+        """Bytes that a forward keeps for its backward: on CUDA the peak, else what autograd saves."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            nn.functional.cross_entropy(model(self.x), self.y).backward()
+            return torch.cuda.max_memory_allocated(self.device) - before
+        own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        kept: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return t.detach()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = nn.functional.cross_entropy(model(self.x), self.y)
+        del out
+        return sum(kept.values())
+
+
+@contextmanager
+def drawing(model: nn.Module | None) -> Iterator[Callable[[], float]]:
+    """Yields a function that gives the share of the FLOPs which the gates drew inside the block."""
+    lost: list[float] = []
+    survivors, survives = Gate.survivors, Gate.survives
+
+    def rows(gate: Gate, count: int) -> int:
+        kept = survivors(gate, count)
+        lost.append(gate.flops_share * (1 - kept / count))
+        return kept
+
+    def whole(gate: Gate) -> bool:
+        kept = survives(gate)
+        lost.append(0.0 if kept else gate.flops_share)
+        return kept
+
+    if model is not None:
+        Gate.survivors, Gate.survives = rows, whole  # type: ignore[method-assign]
+    try:
+        yield lambda: 1 - math.fsum(lost)
+    finally:
+        Gate.survivors, Gate.survives = survivors, survives  # type: ignore[method-assign]
+
+
+def row(taken: Taken, plain: Taken, model_bound: float) -> dict[str, Any]:
+    """One line of the table: a variant beside the plain model of the same rounds."""
+    ratios = [a / b for a, b in zip(taken.seconds, plain.seconds, strict=True)]
+    excess = [a / d for a, d in zip(ratios, taken.drawn, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    return {
+        "seconds": statistics.median(taken.seconds),
+        "ratio": statistics.median(ratios),
+        "low": low,
+        "high": high,
+        "mean_ratio": sum(taken.seconds) / sum(plain.seconds),
+        "drawn": statistics.fmean(taken.drawn),
+        "over_drawn": statistics.median(excess),
+        "bound": model_bound,
+        "memory": statistics.fmean(taken.bytes) / statistics.fmean(plain.bytes),
+        "megabytes": statistics.fmean(taken.bytes) / 2**20,
+    }
+
+
+def bound(net: Net, which: str, rate: float) -> float:
+    """The share of the FLOPs that is left on average, from the recording."""
+    return surgeon.status(variant(net, which, rate)).expected_flops if which in COUNTED else 1.0

@@ -1,0 +1,166 @@
+"""The page and the picture of `benchmarks.step`."""
+
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks._step_models import COUNTED, NETS, VARIANTS
+
+Row = dict[str, Any]
+
+_HEAD = (
+    "| model | batch | r | variant | s per step | over plain | quartiles | FLOPs drawn | bound "
+    "| time over FLOPs drawn | saved activations |\n|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def table(rows: list[Row]) -> str:
+    """The steps, one line per variant."""
+    return "\n".join([_HEAD, *map(_line, sorted(rows, key=_place))])
+
+
+def _place(row: Row) -> tuple[int, ...]:
+    places = (list(NETS).index(row["model"]), -row["batch"], -round(1000 * row["rate"]))
+    return (*places, VARIANTS.index(row["variant"]))
+
+
+def _line(r: Row) -> str:
+    counted = r["variant"] in COUNTED
+    return (
+        f"| {r['model']} | {r['batch']} | {r['rate']} | {r['variant']} "
+        f"| {r['seconds']:.3f} | {r['ratio']:.3f} "
+        f"| {r['low']:.3f} to {r['high']:.3f} | {_or(r['drawn'], counted)} | {_or(r['bound'], counted)} "
+        f"| {_or(r['over_drawn'], counted)} | {r['megabytes']:.0f} MB, {r['memory']:.3f} |"
+    )
+
+
+def _or(value: float, shown: bool) -> str:
+    return f"{value:.3f}" if shown else ""
+
+
+def page(rows: list[Row]) -> str:
+    """The whole page."""
+    steps = [r for r in rows if r["kind"] == "step"]
+    still = [r for r in rows if r["kind"] == "still"]
+    devices = sorted({f"{r['device']}, {r['threads']} thread(s), torch {r['torch']}" for r in rows})
+    loads = [r["load"] for r in steps] or [0.0]
+    return f"""# Time and memory of a training step
+
+Written by `python -m benchmarks.step`, from the rows in `performance.jsonl`. {"; ".join(devices)}.
+
+One step is forward, cross-entropy, backward and SGD with momentum, on random images. Every variant takes
+one step per round, in an order drawn anew; *over plain* is the median over the rounds of its step over the
+plain model's of the same round. On one thread the clock counts processor time, so that a wait is not
+counted; but the machine was busy meanwhile (load average {min(loads):.1f} to {max(loads):.1f} on
+{os.cpu_count()} cores), and caches and memory are shared: differences of a few hundredths are noise, as the
+quartiles show. Memory that is freed stays with the process (see `KEEPS_MEMORY` in the program), for all
+variants alike: glibc otherwise gives large blocks back after every operator and takes them anew page by
+page.
+
+- `library` is the model's own drop path, `mask` is `skip=False`, `auto` the default, `sample` is
+  `unit="sample", skip=True`, `batch` is `unit="batch"`. The schedule is linear to the final drop rate r.
+- *Bound* is the share of the FLOPs that is left on average, `surgeon.status(model).expected_flops`; *FLOPs
+  drawn* is the share that the gates really drew in the steps measured, and *time over FLOPs drawn* the median
+  of the one over the other: what is lost against arithmetic alone.
+- *Saved activations* is what a forward keeps for its backward, in MB and over that of the plain model; on
+  CUDA the peak of allocated memory.
+
+![Time per step over the plain model's](performance.png)
+
+{_summary(steps)}
+## Nothing dropped
+
+Time over that of the untouched model: evaluation, and a training step at drop rate 0; median and quartiles.
+
+{_still(still)}
+
+## All steps
+
+{table(steps)}
+"""
+
+
+def _summary(steps: list[Row]) -> str:
+    """What the default costs against the model's own drop path, where both were measured."""
+    by_cell: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for r in steps:
+        by_cell.setdefault((r["model"], r["batch"], r["rate"], r["device"]), {})[r["variant"]] = r
+    pairs = [(key, c) for key, c in by_cell.items() if "auto" in c and ("library" in c or "mask" in c)]
+    if not pairs:
+        return ""
+    against = [c["auto"]["mean_ratio"] / c.get("library", c.get("mask"))["mean_ratio"] for _, c in pairs]
+    worst = max(range(len(pairs)), key=against.__getitem__)
+    name, batch, rate, _ = pairs[worst][0]
+    return f"""## The default against the model's own drop path
+
+In {len(pairs)} settings `auto` takes {min(against):.2f} to {max(against):.2f} of the time of the library's
+own drop path (of `mask` where a model has none), {statistics.median(against):.2f} in the median; the largest
+is {name} at batch {batch}, r = {rate}.
+
+"""
+
+
+def _still(rows: list[Row]) -> str:
+    lines = ["| model | batch | | over plain | quartiles | rounds |", "|---|---|---|---|---|---|"]
+    for r in rows:
+        low, middle, high = statistics.quantiles(r["ratios"], n=4)
+        what = f"| {r['model']} | {r['batch']} | {r['variant']} "
+        lines.append(f"{what}| {middle:.3f} | {low:.3f} to {high:.3f} | {r['rounds']} |")
+    return "\n".join(lines)
+
+
+_COLOURS = {
+    "library": "#999999",
+    "mask": "#c9a227",
+    "auto": "#1b7f5c",
+    "sample": "#3b6fb6",
+    "batch": "#b6443b",
+}
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """One panel per final drop rate: models across, time over the plain step upwards, the bound as a bar."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
+
+    steps = [r for r in rows if r["kind"] == "step"]
+    rates = sorted({r["rate"] for r in steps})
+    if not rates:
+        return
+    figure, axes = plt.subplots(
+        len(rates), 1, figsize=(9, 1.2 + 2.4 * len(rates)), sharex=True, squeeze=False
+    )
+    names = [n for n in NETS if any(r["model"] == n for r in steps)]
+    for axis, rate in zip(axes[:, 0], rates, strict=True):
+        here = [r for r in steps if r["rate"] == rate]
+        for place, name in enumerate(names):
+            largest = max((r["batch"] for r in here if r["model"] == name), default=0)
+            _column(axis, place, [r for r in here if (r["model"], r["batch"]) == (name, largest)])
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_ylabel("step over plain")
+        axis.set_title(f"final drop rate {rate}", loc="left", fontsize=10)
+        axis.grid(axis="y", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xticks(range(len(names)), names, rotation=20, ha="right")
+    marks = [Line2D([], [], color=c, marker="o", linestyle="", label=v) for v, c in _COLOURS.items()]
+    marks.append(Line2D([], [], color="black", linewidth=2, label="bound"))
+    figure.legend(handles=marks, ncols=6, loc="upper center", frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _column(axis: Any, place: int, rows: list[Row]) -> None:
+    for r in rows:
+        if r["variant"] not in _COLOURS:
+            continue
+        x = place + 0.14 * (list(_COLOURS).index(r["variant"]) - 2)
+        spread = [[max(r["ratio"] - r["low"], 0)], [max(r["high"] - r["ratio"], 0)]]
+        axis.errorbar(x, r["ratio"], spread, color=_COLOURS[r["variant"]], marker="o", markersize=4)
+    bounds = [r["bound"] for r in rows if r["variant"] in COUNTED]
+    if bounds:
+        axis.hlines(min(bounds), place - 0.35, place + 0.35, color="black", linewidth=2)
