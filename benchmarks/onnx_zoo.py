@@ -37,7 +37,6 @@ from surgeon._export_report import ExportReport
 from surgeon.errors import ExportError, NoResidualsError, SurgeonError
 
 ROWS = Path("runs/onnx_zoo.jsonl")
-_SIZES = Path("runs/parameters.json")
 _ELSEWHERE = (
     "torchvision.models.detection",
     "torchvision.models.optical_flow",
@@ -64,11 +63,8 @@ def onnx(entry: Entry) -> dict[str, Any]:
     except SurgeonError as error:
         return row | {"onnx": "failed", "onnx_cause": str(error)}
     try:
-        return row | {
-            "onnx": "static batch",
-            **_both(model, gated, given, dynamic=False),
-            "onnx_cause": cause,
-        }
+        row |= {"onnx": "static batch", "onnx_cause": cause}
+        return row | _both(model, gated, given, dynamic=False)
     except SurgeonError as error:
         return row | {"onnx": "failed", "onnx_cause": f"{cause} With a fixed batch: {error}"}
 
@@ -99,9 +95,9 @@ def _both(model: nn.Module, gated: nn.Module, given: Any, *, dynamic: bool) -> d
     return row
 
 
-def families(match: tuple[str, ...]) -> list[Entry]:
-    """The smallest model of every family, small ones first."""
-    known: dict[str, int] = json.loads(_SIZES.read_text()) if _SIZES.exists() else {}
+def families(match: tuple[str, ...], sizes: Path) -> list[Entry]:
+    """The smallest model of every family, small ones first; ``sizes`` keeps the numbers of parameters."""
+    known: dict[str, int] = json.loads(sizes.read_text()) if sizes.exists() else {}
     members: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries(None, ["*"]):
         family = _family(entry)
@@ -113,7 +109,7 @@ def families(match: tuple[str, ...]) -> list[Entry]:
     for entry in (one for some in members.values() for one in some if str(one) not in known):
         with multiprocessing.get_context("fork").Pool(1) as pool:
             known[str(entry)] = pool.apply(_parameters, (entry,))
-    _SIZES.write_text(json.dumps(known))
+    sizes.write_text(json.dumps(known))
     chosen = [min(some, key=lambda entry: known[str(entry)]) for some in members.values()]
     return sorted(chosen, key=lambda entry: known[str(entry)])
 
@@ -141,7 +137,8 @@ def main(match: tuple[str, ...], resume: bool, jobs: int, limit: float, rows: Pa
     if not resume:
         rows.unlink(missing_ok=True)
     done = {(row["library"], row["model"]) for row in read(rows) if row.get("onnx") == "passed"}
-    todo = [entry for entry in families(match) if (entry.library, entry.name) not in done]
+    chosen = families(match, rows.with_name("parameters.json"))
+    todo = [entry for entry in chosen if (entry.library, entry.name) not in done]
     # The exporter reads the source of its operators anew at each call; forked processes inherit one reading.
     read_once = functools.cache(_registration.ONNXRegistry.from_torchlib)
     read_once()
