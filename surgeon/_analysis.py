@@ -3,7 +3,8 @@
 Nothing here changes the model; `surgeon._surgery` acts on what comes out.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -11,10 +12,12 @@ from typing import Any
 
 from torch import fx, nn
 
+from surgeon._alike import likeness
 from surgeon._example import mode, no_inference_mode, untouched
 from surgeon._flow import Flow
 from surgeon._gate import held_open
-from surgeon._oplog import storage
+from surgeon._oplog import OpLog
+from surgeon._reads import Reads
 from surgeon._record import Call, Recording, record
 from surgeon._residual import (
     REASONS,
@@ -29,6 +32,8 @@ from surgeon._residual import (
 )
 from surgeon._trace import is_size, trace
 from surgeon.errors import TraceError, UsageError
+
+_Arguments = tuple[tuple[Any, ...], dict[str, Any], OpLog]
 
 
 @dataclass(slots=True)
@@ -136,6 +141,19 @@ def _listed(patterns: str | Sequence[str]) -> Sequence[str]:
     return (patterns,) if isinstance(patterns, str) else patterns
 
 
+@dataclass(slots=True)
+class _Traced:
+    """One block's graph and the additions in it, which blocks alike may share."""
+
+    flow: Flow
+    additions: list[Addition]
+    evaluating: Reads | None = None
+
+    def fits(self, block: nn.Module) -> bool:
+        """Whether ``block``, if alike, agrees on every number and flag that was read."""
+        return self.flow.trace.reads.agree(block) and (not self.evaluating or self.evaluating.agree(block))
+
+
 class _Scan:
     """Visits the calls of a recording from the outside in and collects blocks and refusals."""
 
@@ -145,6 +163,9 @@ class _Scan:
         self.refused: list[Refusal] = []
         self.seen: set[nn.Module] = set()
         self.nested: set[nn.Module] = set()
+        adding = {call.module for call in recording.calls if call.additions}
+        self.kinds = Counter(type(module) for module in adding)
+        self.traced: dict[Hashable, list[_Traced]] = {}
 
     def visit(self, call: Call) -> None:
         module = call.module
@@ -163,43 +184,54 @@ class _Scan:
         module, name = call.module, self.names[call.module]
         arguments = self.recording.arguments(call)
         try:
-            replays = self.recording.replays(call) if self.recording.training else {}
-            flow = Flow(trace(module, *arguments, replays))
+            traced = self._traced(call, arguments)
         except TraceError as error:
             self._untraced(call, arguments, error)
             return
-        block = Block(name, module, call, flow)
-        found = self._checked(call, arguments, flow, additions(flow))
-        for addition in found:
+        block = Block(name, module, call, traced.flow)
+        for addition in traced.additions:
             self._sort(block, addition)
-        unseen = call.additions - sum(addition.code != "bias" for addition in found)
-        self._refuse_all(module, unseen, "form", first=len(found))
+        unseen = call.additions - sum(addition.code != "bias" for addition in traced.additions)
+        self._refuse_all(module, unseen, "form", first=len(traced.additions))
         if block.found:
             self.blocks.append(block)
 
-    def _checked(
-        self, call: Call, arguments: tuple[Any, ...], flow: Flow, found: list[Addition]
-    ) -> list[Addition]:
+    def _traced(self, call: Call, arguments: _Arguments) -> _Traced:
+        """A block's graph and its additions; equal blocks share them."""
+        if self.kinds[type(call.module)] == 1:
+            return self._traced_anew(call, arguments)
+        children = self.recording.children(call)
+        alike = self.traced.setdefault(likeness(call.module, *arguments, children), [])
+        shared = next((one for one in alike if one.fits(call.module)), None)
+        if shared is None:
+            shared = self._traced_anew(call, arguments)
+            alike.append(shared)
+        return shared
+
+    def _traced_anew(self, call: Call, arguments: _Arguments) -> _Traced:
+        replays = self.recording.replays(call) if self.recording.training else {}
+        traced = _Traced(flow := Flow(trace(call.module, *arguments, replays)), additions(flow))
+        if any(drop.op != "call_module" for addition in traced.additions for drop in addition.drops):
+            self._check_drops(call, arguments, traced)
+        return traced
+
+    def _check_drops(self, call: Call, arguments: _Arguments, traced: _Traced) -> None:
         """Refuses branches with stochastic depth written out whose correction would stay when the mask goes.
 
         With the mask taken off, such a branch must do in training what it does in evaluation.
         """
-        if not any(drop.op != "call_module" for addition in found for drop in addition.drops):
-            return found
-        try:
-            with mode(call.module, False):
-                evaluating = Flow(trace(call.module, *arguments))
-        except TraceError:
-            return [replace(a, code="stochastic") if a.drops and a.code is None else a for a in found]
-        plain = {a.ordinal: a for a in additions(evaluating)}
-        return [
-            replace(a, code="stochastic")
-            if a.code is None and a.drops and not _agree(flow, a, evaluating, plain.get(a.ordinal))
-            else a
-            for a in found
-        ]
+        plain: dict[int, Addition] = {}
+        with suppress(TraceError), mode(call.module, False):
+            evaluating = Flow(trace(call.module, *arguments))
+            traced.evaluating = evaluating.trace.reads
+            plain = {a.ordinal: a for a in additions(evaluating)}
+        for place, addition in enumerate(traced.additions):
+            if addition.code is None and addition.drops:
+                other = plain.get(addition.ordinal)
+                if other is None or not _agree(traced.flow, addition, evaluating, other):
+                    traced.additions[place] = replace(addition, code="stochastic")
 
-    def _untraced(self, call: Call, arguments: tuple[Any, ...], error: TraceError) -> None:
+    def _untraced(self, call: Call, arguments: _Arguments, error: TraceError) -> None:
         """Refuses a block that does not trace as in training; in evaluation it may, and tell why."""
         found: list[Addition] = []
         if not self.recording.training:
@@ -235,9 +267,8 @@ class _Scan:
         if not addition.kind or self.recording.log.real:
             return False
         gated = {found.module for found in self.blocks}
-        made_at = block.call.made_at
         shortcuts, sources = (
-            {made_at.get(storage(t), -1) for t in given} for given in arguments_of(block.flow, addition)
+            {block.call.made_at[place] for place in given} for given in arguments_of(block.flow, addition)
         )
         ways = [self.recording.log.between(a, b) for a in shortcuts for b in sources]
         over = [{self.recording.calls[i].module for i in way if i >= 0} for way in ways if way is not None]
@@ -255,9 +286,9 @@ class _Scan:
             self.refused.append(Refusal(_name(name, ordinal), name, kind, code, reason or REASONS[code]))
 
 
-def _agree(flow: Flow, training: Addition, evaluating: Flow, plain: Addition | None) -> bool:
+def _agree(flow: Flow, training: Addition, evaluating: Flow, plain: Addition) -> bool:
     """Whether a branch without its stochastic depth runs the same calls as in evaluation."""
-    if plain is None or plain.code is not None:
+    if plain.code is not None:
         return False
     masks = {n for drop in training.drops for n in mask_nodes(flow, drop)}
     left = [n for n in side(flow, training.branch, training.shortcut) if n not in masks]

@@ -5,12 +5,13 @@ next reader of ``out`` sees, or that an in-place ReLU at the head of a branch ch
 adds these edges: a node that reads a storage depends on the last node that wrote to it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from typing import Any
 
 from torch import fx
 
 from surgeon._example import tensors
-from surgeon._oplog import storage
+from surgeon._fake import storage
 from surgeon._trace import Fact, Trace
 
 
@@ -20,11 +21,13 @@ class Flow:
     Attributes:
         trace: The trace.
         order: Its nodes, the output last.
+        shared: What later steps have derived from it, so that blocks with the same trace share that too.
     """
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         self.order = list(trace.graph.nodes)
+        self.shared: dict[Hashable, Any] = {}
         self._index = {node: i for i, node in enumerate(self.order)}
         self._ancestors: list[int] = []
         self._users: dict[fx.Node, set[fx.Node]] = {node: set() for node in self.order}

@@ -22,9 +22,10 @@ from surgeon._fake import to_fake
 from surgeon._flow import Flow
 from surgeon._gate import Gate, held_open
 from surgeon._oplog import OpLog
+from surgeon._reads import CONSTANTS, attribute
 from surgeon._residual import Addition, additions
 from surgeon._splice import Run, Spliced, splice
-from surgeon._trace import CONSTANTS, trace
+from surgeon._trace import trace
 from surgeon.errors import CheckpointError, TraceError, UnseenCallError
 
 
@@ -72,20 +73,26 @@ class Gating:
         Raises:
             UnseenCallError: The trace lacks one of the residual adds that carry a gate.
         """
-        spliced = splice(
-            block,
-            flow,
-            self._chosen(additions(flow)),
-            skip={gate.ordinal for gate in self.gates if gate.skips},
-            by_rows=self.gates[0].unit == "sample",
-            rewritten=self.rewritten,
-            batch=batch,
-        )
+        spliced = self._spliced(block, flow, batch)
         found = flow.trace
         self.exact |= found.exact
         self.ambient |= found.ambient
         self.attributes = tuple(sorted({*self.attributes, *found.attributes}))
         self.runs[self._key(block, args, kwargs)] = spliced.run
+        return spliced
+
+    def _spliced(self, block: nn.Module, flow: Flow, batch: int | None) -> Spliced:
+        """The forward with gates in it; equal blocks, which share their trace, share it."""
+        chosen = self._chosen(additions(flow))
+        skip = frozenset(gate.ordinal for gate in self.gates if gate.skips)
+        by_rows = self.gates[0].unit == "sample"
+        places = tuple((a.node, a.ordinal) for a in chosen)
+        key = (block.training, places, skip, by_rows, self.rewritten, batch)
+        if key not in flow.shared:
+            flow.shared[key] = splice(
+                block, flow, chosen, skip=skip, by_rows=by_rows, rewritten=self.rewritten, batch=batch
+            )
+        spliced: Spliced = flow.shared[key]
         return spliced
 
     def note_active(self, args: tuple[Any, ...], kwargs: dict[str, Any], log: OpLog) -> None:
@@ -129,7 +136,7 @@ class Gating:
             block.training,
             tuple([_kind(value, self.exact) for value in args]),
             tuple([(name, _kind(value, self.exact)) for name, value in kwargs.items()]),
-            tuple([getattr(block, name, None) for name in self.attributes]),
+            tuple([attribute(block, name) for name in self.attributes]),
             (torch.is_grad_enabled(), torch.is_autocast_enabled()) if self.ambient else None,
         )
 

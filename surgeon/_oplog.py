@@ -1,23 +1,20 @@
 """Sees every ATen operator that runs, and follows which tensors depend on which inputs and weights."""
 
-import copy
 import functools
 import itertools
 import operator
-import types
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from surgeon._example import tensors
+from surgeon._example import mapped, tensors
+from surgeon._fake import Shadows, storage
 
 aten = torch.ops.aten
 
@@ -68,7 +65,7 @@ class OpLog(TorchDispatchMode):
         self._inputs = 0
         self._roots = 0
         self._weights: set[int] = set()
-        self._shadows: dict[int, tuple[Tensor, Tensor]] = {}
+        self._shadows = Shadows(fake)
         self._ancestry: dict[int, int] = {}
         self._alive: list[Any] = []
         self._steps: list[tuple[int, int, frozenset[int]]] = []
@@ -84,13 +81,12 @@ class OpLog(TorchDispatchMode):
         """The fake tensor that stands for ``tensor``, always the same one for the same weight."""
         if isinstance(tensor, FakeTensor) or self.real:
             return tensor
-        if id(tensor) not in self._shadows:
-            fake = self.fake.from_tensor(tensor)
-            self._shadows[id(tensor)] = tensor, fake  # both kept alive: their ids stay theirs
-            if isinstance(tensor, nn.Parameter):
-                self._weights.add(storage(fake))
-                self._add_root(fake)
-        return self._shadows[id(tensor)][1]
+        known = tensor in self._shadows
+        fake = self._shadows.of(tensor)
+        if not known and isinstance(tensor, nn.Parameter):
+            self._weights.add(storage(fake))
+            self._add_root(fake)
+        return fake
 
     def active(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` depends on a model input."""
@@ -133,9 +129,12 @@ class OpLog(TorchDispatchMode):
             self._ancestry[key] = 0
         self._ancestry[key] |= bits
 
+    def _shadowed(self, value: Any) -> Any:
+        return self.shadow(value) if isinstance(value, Tensor) else value
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # A real tensor (a weight, a buffer) must not reach the operator: an in-place one would write to it.
-        args, kwargs = pytree.tree_map_only(Tensor, self.shadow, (args, kwargs or {}))
+        args, kwargs = mapped(self._shadowed, (args, kwargs or {}))
         if func.namespace == "prim":
             return func(*args, **kwargs)
         read = tensors((args, kwargs))
@@ -165,53 +164,3 @@ class OpLog(TorchDispatchMode):
         depthwise = packet is aten.convolution and args[1].shape[1] == 1 and args[0].shape[1] > 1
         weighted = any(storage(t) in self._weights for t in read)
         return Op(func, active, weighted, depthwise, random, int(flops))
-
-
-def storage(tensor: Tensor) -> int:
-    """An identity of the memory behind a tensor, equal for views of it."""
-    return int(tensor.untyped_storage()._cdata)
-
-
-def to_fake(fake: FakeTensorMode, tree: Any) -> Any:
-    """The same nest with every tensor replaced by a fresh fake one of ``fake``; equal objects stay equal."""
-    made: dict[int, Tensor] = {}
-
-    def convert(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            plain = tensor.layout == torch.strided and not isinstance(tensor, FakeTensor)
-            made[id(tensor)] = _blank(fake, tensor) if plain else fake.from_tensor(tensor.detach())
-        return made[id(tensor)]
-
-    return twin(tree, convert)
-
-
-def twin(tree: Any, of: Callable[[Tensor], Any] | None = None) -> Any:
-    """A copy of a nest, and of the objects in it (a cache, a configuration) with all that they hold.
-
-    Args:
-        tree: The nest.
-        of: What each tensor is replaced by, ``None`` for itself; tensors are never copied.
-    """
-    copies: dict[int, Any] = {}
-
-    def leaf(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            made = of(value) if of else None
-            return value if made is None else made
-        if not hasattr(value, "__dict__") or callable(value) or isinstance(value, types.ModuleType):
-            return value
-        if id(value) not in copies:
-            try:
-                made = copies[id(value)] = copy.copy(value)
-            except Exception:  # noqa: BLE001 - an object may refuse to be copied in any way; then it is shared
-                made = copies[id(value)] = value
-            if made is not value:  # immutable objects copy as themselves
-                made.__dict__.update(pytree.tree_map(leaf, dict(value.__dict__)))
-        return copies[id(value)]
-
-    return pytree.tree_map(leaf, tree)
-
-
-def _blank(fake: FakeTensorMode, tensor: Tensor) -> Tensor:
-    with fake:
-        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)

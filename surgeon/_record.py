@@ -6,6 +6,7 @@ carries for each storage the set of model inputs and weights it depends on; so i
 two tensors that share ancestry and tells it from shape arithmetic. Hooks on every module note the calls.
 """
 
+import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,8 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from surgeon._example import generators_kept, mode, no_autocast_cache, no_inference_mode, tensors, untouched
+from surgeon._fake import storage, to_fake, twin
 from surgeon._gate import held_open
-from surgeon._oplog import OpLog, storage, to_fake, twin
+from surgeon._oplog import OpLog
 from surgeon.errors import RecordError
 
 aten = torch.ops.aten
@@ -31,7 +33,8 @@ class Call:
 
     Attributes:
         module: The module.
-        parent: Index of the call it was made from, -1 for the model itself.
+        place: Its place in the order of entry.
+        parent: Place of the call it was made from, -1 for the model itself.
         args, kwargs: What its forward got; tensors are fake.
         output: What it gave.
         wrote: Whether it changed one of its arguments in place.
@@ -41,10 +44,11 @@ class Call:
         biases: Other additions of an activation and a tensor (weight, mask, table).
         rewritten: After it returned, something wrote in place to what it took or gave, or may do so since
             that leaves the model.
-        made_at: For the storage of each tensor it got, the step of the log that made what is in it.
+        made_at: For each tensor it got, in order, the step of the log that made what is in it.
     """
 
     module: nn.Module
+    place: int
     parent: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -55,7 +59,7 @@ class Call:
     additions: int = 0
     biases: int = 0
     rewritten: bool = False
-    made_at: dict[int, int] = field(default_factory=dict)
+    made_at: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +78,20 @@ class Recording:
     training: bool
     log: "OpLog" = field(repr=False)
 
+    def children(self, call: Call) -> list[Call]:
+        """The calls made directly by ``call``, in order."""
+        below = itertools.takewhile(lambda c: c.parent >= call.place, self.calls[call.place + 1 :])
+        return [child for child in below if child.parent == call.place]
+
     def replays(self, call: Call) -> dict[nn.Module, list[Call]]:
         """The calls made directly by ``call`` whose result a trace may take from here, by module, in order.
 
         Those that hand on or write to their arguments are run anew: the trace's arguments are other tensors.
         """
-        if self.log.real:
-            return {}
         found: dict[nn.Module, list[Call]] = {}
-        index = next(i for i, c in enumerate(self.calls) if c is call)
-        for child in self.calls[index + 1 :]:
-            if child.parent == index:
+        if not self.log.real:
+            for child in self.children(call):
                 found.setdefault(child.module, []).append(child)
-            elif child.parent < index:
-                break
         return found
 
     def arguments(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any], "OpLog"]:
@@ -177,8 +181,8 @@ def _watch(model: nn.Module, log: OpLog, calls: list[Call]) -> Iterator[None]:
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = tensors((args, kwargs))
         kept_args, kept_kwargs = twin((args, kwargs))
-        calls.append(Call(module, log.stack[-1], kept_args, kept_kwargs, len(log.ops)))
-        calls[-1].made_at = {storage(t): log.made_at(t) for t in given}
+        calls.append(Call(module, len(calls), log.stack[-1], kept_args, kept_kwargs, len(log.ops)))
+        calls[-1].made_at = [log.made_at(t) for t in given]
         entered.append([(t, t._version) for t in given])
         log.stack.append(len(calls) - 1)
 

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, fx
 
 from surgeon._example import tensors
+from surgeon._fake import storage
 from surgeon._flow import Flow
-from surgeon._oplog import Op, storage
+from surgeon._oplog import Op
 
 aten = torch.ops.aten
 
@@ -236,13 +237,19 @@ def _handed_in(flow: Flow, left: fx.Node, right: fx.Node) -> _Sides:
     return ("identity", *((left, right) if given[0] else (right, left)), "no-shortcut")
 
 
-def arguments_of(flow: Flow, addition: Addition) -> tuple[list[Tensor], list[Tensor]]:
-    """The arguments of the block that a shortcut hands on, and those that a branch is computed from."""
-    stems = [n for n in _stems(flow, addition.shortcut) if n.op == "placeholder"]
-    sources = [n for n in flow.ancestors(addition.branch) if n.op == "placeholder"]
+def arguments_of(flow: Flow, addition: Addition) -> tuple[set[int], set[int]]:
+    """The arguments of the block that a shortcut hands on, and those that a branch is computed from.
+
+    Each tensor among the arguments stands for its place, counted from 0 through positional and keyword ones.
+    """
+    places, count = dict[fx.Node, range](), 0
+    for node in flow.order:
+        if node.op == "placeholder":
+            end = count + len(tensors(flow.fact(node).value))
+            places[node], count = range(count, end), end
     return (
-        [t for n in stems for t in tensors(flow.fact(n).value)],
-        [t for n in sources for t in tensors(flow.fact(n).value)],
+        {place for n in _stems(flow, addition.shortcut) for place in places.get(n, ())},
+        {place for n in flow.ancestors(addition.branch) for place in places.get(n, ())},
     )
 
 

@@ -10,7 +10,6 @@ place (their version counters move), which values share storage, how many FLOPs 
 draws random numbers.
 """
 
-import enum
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -26,14 +25,13 @@ from torch.overrides import TorchFunctionMode
 
 from surgeon._canonical import canonical
 from surgeon._example import generators_kept, no_autocast_cache, tensors, untouched
+from surgeon._fake import storage
 from surgeon._guards import guarded
-from surgeon._oplog import Op, OpLog, storage
+from surgeon._oplog import Op, OpLog
 from surgeon._proxy import ValueProxy
+from surgeon._reads import CONSTANTS, Reads, noted
 from surgeon._record import Call
 from surgeon.errors import TraceError
-
-CONSTANTS = (type(None), bool, str, enum.Enum, torch.dtype, torch.device, torch.memory_format, torch.layout)
-_PLAIN = (*CONSTANTS, int, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +66,22 @@ class Trace:
         facts: What each node is.
         exact: Python control flow consumed a size or a number, so the graph holds for these shapes only.
         ambient: The forward asked for the grad or autocast mode, so the graph holds for this mode only.
-        attributes: The plain attributes (numbers, flags, strings) of the block that its forward read.
+        reads: The plain attributes (numbers, flags, strings) of the block and its children that were read.
     """
 
     graph: fx.Graph
     facts: dict[fx.Node, Fact]
     exact: bool
     ambient: bool
-    attributes: tuple[str, ...]
+    reads: Reads
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """Names of the plain attributes that the graph holds as constants, dotted where they are a child's.
+
+        The block's own mode is not among them.
+        """
+        return tuple(sorted(self.reads.own - {"training"}))
 
 
 def trace(
@@ -99,10 +105,10 @@ def trace(
     """
     if "forward" in block.__dict__:
         raise TraceError("its forward was replaced on the instance")
-    before = dict(block.__dict__)
-    read: set[str] = set()
-    with untouched(block), generators_kept(), no_autocast_cache(), _watched(block, read):
-        tracer = BlockTracer(log, args, kwargs, replays or {})
+    _check_class(type(block))
+    before, reads = dict(block.__dict__), Reads()
+    with untouched(block), generators_kept(), no_autocast_cache():
+        tracer = BlockTracer(log, args, kwargs, replays or {}, reads)
         try:
             with guarded(tracer), _Capture(tracer):
                 graph = tracer.trace(block)
@@ -116,29 +122,15 @@ def trace(
     if changed:
         raise TraceError(f"its forward assigns self.{changed[0]}")
     _drop_unused_sizes(graph, tracer.facts)
-    plain = (name for name in sorted(read) if name in before and isinstance(before[name], _PLAIN))
-    attributes = tuple(name for name in plain if name != "training")
-    return Trace(graph, tracer.facts, tracer.exact, tracer.ambient, attributes)
+    return Trace(graph, tracer.facts, tracer.exact, tracer.ambient, reads)
 
 
-@contextmanager
-def _watched(block: nn.Module, read: set[str]) -> Iterator[None]:
-    """Notes the names of the block's attributes that are read inside the ``with``."""
-    cls = type(block)
-
-    def look_up(self: nn.Module, name: str) -> Any:
-        read.add(name)
-        return cls.__getattribute__(self, name)
-
+def _check_class(cls: type[nn.Module]) -> None:
+    """A gate needs a subclass of the block's class; few classes refuse to have one."""
     try:
-        watching = type(cls.__name__, (cls,), {"__getattribute__": look_up, "__module__": cls.__module__})
-        block.__class__ = watching
+        type(cls.__name__, (cls,), {"__module__": cls.__module__})
     except Exception as error:
         raise TraceError(f"its class {cls.__name__} cannot be subclassed: {error}") from error
-    try:
-        yield
-    finally:
-        block.__class__ = cls
 
 
 class BlockTracer(fx.Tracer):
@@ -152,8 +144,10 @@ class BlockTracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         replays: Mapping[nn.Module, list[Call]],
+        reads: Reads,
     ) -> None:
         super().__init__()
+        self._reads = reads
         self._replays = {module: list(calls) for module, calls in replays.items()}
         self.log, self.args, self.kwargs = log, args, kwargs
         self.facts: dict[fx.Node, Fact] = {}
@@ -187,11 +181,12 @@ class BlockTracer(fx.Tracer):
         keywords = dict(zip(self.kwargs, given[split:], strict=True))
 
         def call() -> Any:
-            self.listening = True
-            try:
-                return root_fn(self.root, *given[:split], **keywords)
-            finally:
-                self.listening = False
+            with noted(self.root, self._reads, lambda: self.listening):
+                self.listening = True
+                try:
+                    return root_fn(self.root, *given[:split], **keywords)
+                finally:
+                    self.listening = False
 
         return call, []
 
