@@ -13,6 +13,7 @@ from surgeon.errors import SurgeonError
 
 if TYPE_CHECKING:
     from surgeon._export import export
+    from surgeon._load import load
     from surgeon._ramp import Ramp
     from surgeon._surgery import apply, find, fold, remove, set_drop_rate, status
     from surgeon._verify import verify
@@ -25,6 +26,7 @@ __all__ = [
     "export",
     "find",
     "fold",
+    "load",
     "remove",
     "set_drop_rate",
     "status",
@@ -32,7 +34,7 @@ __all__ = [
 ]
 
 _HOMES = dict.fromkeys(("apply", "find", "fold", "remove", "set_drop_rate", "status"), "_surgery")
-_HOMES |= {"Ramp": "_ramp", "export": "_export", "verify": "_verify"}
+_HOMES |= {"Ramp": "_ramp", "export": "_export", "load": "_load", "verify": "_verify"}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,10 @@
 A surgeon checkpoint is a safetensors file with the model's stock keys and string metadata (model, schedule,
 drop rate, scaling, unit, versions), so that stock timm and torchvision models load it. Files of torch are
 read with ``weights_only=True``: no code in them is ever run.
+
+Weights of a model gated by the paper's rule are complete only with its evaluation scales. A checkpoint notes
+them in one of three places: the ``_extra_state`` of blocks gated with ``keep_eval=True``, the metadata that
+PyTorch keeps beside a ``state_dict``, the metadata of a safetensors file. `read_state` finds all three.
 """
 
 import json
@@ -17,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon._files import beside, settle
+from surgeon._gate import NOTE, gate_name
 from surgeon._version import __version__
 from surgeon.errors import CheckpointError
 
@@ -25,6 +30,7 @@ Path_ = str | os.PathLike[str]
 # In timm's order of preference: averaged weights before raw ones.
 _NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
+_EXTRA = "_extra_state"
 _SHOWN = 4
 
 
@@ -39,7 +45,7 @@ def save_checkpoint(model: nn.Module, path: Path_, metadata: Mapping[str, object
         path: The file; an existing one is replaced.
         metadata: What to remember: ``model``, ``schedule``, ``drop_rate``, ``scaling``, ``unit``, ...
             Strings are kept, ``None`` is left out, anything else is written as JSON. Added are ``weights``,
-            ``"gated"`` or ``"plain"``, and surgeon's version.
+            ``"gated"`` or ``"plain"``, the evaluation scale of each gate that has one, and surgeon's version.
 
     Returns:
         The absolute path of the file.
@@ -49,14 +55,16 @@ def save_checkpoint(model: nn.Module, path: Path_, metadata: Mapping[str, object
     """
     from safetensors.torch import save_file
 
-    from surgeon._surgery import is_gated
+    from surgeon._surgery import gates_of, is_gated
 
     place = Path(path).resolve()
     # A clone per key: safetensors refuses views and shared memory, and tied weights share theirs.
     state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
     # Gated weights still need their evaluation scales; plain ones must not get them a second time.
     weights = "gated" if is_gated(model) else "plain"
-    noted = strings({**(metadata or {}), "weights": weights, "surgeon": __version__, "format": "pt"})
+    scales = {gate.name: gate.scale for gate in gates_of(model) if gate.scale != 1.0}
+    own = {"weights": weights, "surgeon": __version__, "format": "pt"}
+    noted = strings({**(metadata or {}), **own, **({"scales": scales} if scales else {})})
     try:
         with beside(place) as folder:
             save_file(state, folder / place.name, noted)
@@ -94,26 +102,62 @@ def read_state(path: Path_) -> tuple[dict[str, Tensor], dict[str, str]]:
     place = _existing(path)
     if place.suffix == ".safetensors":
         return _read_safetensors(place, tensors=True)
-    return _tensors_only(_unnest(_read_torch(place)), place), {}
+    held = _unnest(_read_torch(place))
+    scales = _scales_beside(held)
+    return _tensors_only(held, place), strings({"weights": "gated", "scales": scales}) if scales else {}
 
 
 def load_checkpoint(model: nn.Module, path: Path_) -> dict[str, str]:
-    """Loads a checkpoint into the model, in place, and returns the checkpoint's metadata.
+    """Loads the weights of a checkpoint as they are into a plain model, in place; returns the metadata.
 
-    Everything is checked first; on an error the model is as it was.
+    Everything is checked first; on an error the model is as it was. Evaluation scales that the weights need
+    are in the metadata under ``"scales"``, by gate, as JSON: the caller has to see to them. `surgeon.load`
+    does.
 
     Raises:
         CheckpointError: The file cannot be read or does not fit, see `read_state` and `check_state`.
     """
-    state, metadata = read_state(path)
-    state = _fitting_keys(model, state)
+    read, metadata = read_state(path)
+    state, scales = split_scales(model, fitting_keys(model, read))
     check_state(model, state, path, metadata.get("model"))
     model.load_state_dict(state)
-    return metadata
+    return {**metadata, **strings({"weights": "divided", "scales": scales})} if scales else metadata
+
+
+def split_scales(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Takes the notes of ``keep_eval=True`` out of a state: the weights, and the scale of each gate by name.
+
+    A class of the model may have an extra state of its own; that stays where it is.
+    """
+    from surgeon._gating import KeepingBlock
+
+    rest, scales = dict(state), dict[str, float]()
+    modules = dict(model.named_modules())
+    for key in [key for key in state if key.rpartition(".")[2] == _EXTRA]:
+        block = key.removesuffix(_EXTRA).removesuffix(".")
+        own = type(modules.get(block, model)).get_extra_state
+        table = state[key]
+        if own in (nn.Module.get_extra_state, KeepingBlock.get_extra_state) and table.shape[1:] == (2,):
+            scales |= {gate_name(block, int(l)): scale for l, scale in table.tolist() if scale != 1.0}
+            del rest[key]
+    return rest, scales
+
+
+def _scales_beside(held: Any) -> dict[str, float]:
+    """The scales in the metadata that PyTorch keeps beside a state dict, by gate."""
+    found = {}
+    for block, noted in dict(getattr(held, "_metadata", {})).items():
+        for ordinal, scale in noted.get(NOTE, ()) if isinstance(noted, Mapping) else ():
+            found[gate_name(block, ordinal)] = float(scale)
+    return found
 
 
 def check_state(
-    model: nn.Module, state: Mapping[str, Tensor], path: Path_, trained: str | None = None
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    path: Path_,
+    trained: str | None = None,
+    own: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Checks that a state fits a model: the same keys and shapes, all values finite; nothing is changed.
 
@@ -122,11 +166,13 @@ def check_state(
         state: Tensors by name.
         path: The file they come from, for the message.
         trained: What the file says it holds, for the message.
+        own: What to compare with in place of the model's whole state.
 
     Raises:
         CheckpointError: Keys are missing or unexpected, shapes differ, or values are NaN or infinite.
     """
-    own = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    whole = model.state_dict() if own is None else own
+    own = {key: value for key, value in whole.items() if isinstance(value, Tensor)}
     # PyTorch makes up this counter when an old file lacks it.
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
@@ -182,7 +228,10 @@ def _read_torch(place: Path) -> Any:
             warnings.simplefilter("ignore")  # Hints on how to load what is refused here.
             return torch.load(place, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "nsupported" in str(error) or "weights_only" in str(error):
+        # Files of torch are zip archives, or, from before version 1.6, pickles.
+        with place.open("rb") as file:
+            first_bytes = file.read(2)
+        if first_bytes == b"PK" or first_bytes[:1] == b"\x80":
             raise CheckpointError(
                 f"will not read the checkpoint {place}: it holds more than tensors, and loading it could run "
                 "code from it. Load it where you trust it, and save the state_dict as safetensors."
@@ -214,7 +263,7 @@ def _tensors_only(loaded: Any, place: Path) -> dict[str, Tensor]:
     return {str(key): value for key, value in loaded.items()}
 
 
-def _fitting_keys(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def fitting_keys(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state without the prefixes of DDP, weight averages and torch.compile, as far as that fits better.
 
     A prefix comes off only where every key has it; a model may have a child that is called ``module``.

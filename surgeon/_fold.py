@@ -163,12 +163,27 @@ def commit(model: nn.Module, plan: FoldPlan, scales: Mapping[int, float]) -> Non
             the parameter's type. Nothing was changed.
     """
     _check_scales(plan, scales)
-    work = [(name, _parameter(model, name), steps) for name, steps in _by_parameter(plan).items()]
-    for name, parameter, steps in work:
-        _check_product(name, parameter.detach(), _scaled(parameter, steps, scales))
+    work = {name: _parameter(model, name) for name in _by_parameter(plan)}
+    check_products(plan, scales, work)
     with torch.no_grad():
-        for _, parameter, steps in work:
-            parameter.copy_(_scaled(parameter, steps, scales))
+        for name, steps in _by_parameter(plan).items():
+            work[name].copy_(_scaled(work[name], steps, scales))
+
+
+def check_products(plan: FoldPlan, scales: Mapping[int, float], tensors: Mapping[str, Tensor]) -> None:
+    """Check that every product of a plan is finite and keeps its digits; nothing is changed.
+
+    Args:
+        plan: From ``plan``.
+        scales: A scale above 0 for each gate in the plan's steps.
+        tensors: The values of the parameters in the plan, and any others.
+
+    Raises:
+        FoldError: As for ``commit``.
+    """
+    for name, steps in _by_parameter(plan).items():
+        old = tensors[name].detach()
+        _check_product(name, old, _scaled(old, steps, scales))
 
 
 def _check_scales(plan: FoldPlan, scales: Mapping[int, float]) -> None:

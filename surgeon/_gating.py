@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from surgeon._example import no_inference_mode, untouched
 from surgeon._fake import to_fake
 from surgeon._flow import Flow
-from surgeon._gate import Gate, held_open
+from surgeon._gate import NOTE, Gate, held_open
 from surgeon._oplog import OpLog
 from surgeon._reads import CONSTANTS, attribute
 from surgeon._residual import Addition, additions
@@ -195,6 +195,25 @@ class GatedBlock(nn.Module):
         gates = ", ".join(f"{g.name.rpartition('.')[2]} p={g.survival:.4g}" for g in gating.gates)
         return f"{own}, gates: {gates}" if own else f"gates: {gates}"
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # Beside the keys, which stay stock: torch.save keeps this, and `surgeon.load` reads it.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        noted = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if noted is not None and any(scale != 1.0 for _, scale in _table(self)):
+            noted[NOTE] = _table(self)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        noted = local_metadata.get(NOTE)
+        own = _table(self)
+        if noted is not None and own and [tuple(row) for row in noted] != own:
+            raise CheckpointError(
+                f"{_block_name(self)}: the checkpoint was trained with the evaluation scales "
+                f"{_spoken(noted)}, the model's are {_spoken(own)}; {_LOAD}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(2)
         _, _, *rest = reduced
@@ -211,9 +230,7 @@ class KeepingBlock(GatedBlock):
 
     def get_extra_state(self) -> Tensor:
         """Place among the block's additions and scale of each gate, one row per gate, in float64."""
-        gating = gating_of(self)
-        gates = [gate for gate in gating.gates if not gate.folded] if gating else []
-        return torch.tensor([(gate.ordinal, gate.scale) for gate in gates], dtype=torch.float64)
+        return torch.tensor(_table(self), dtype=torch.float64)
 
     def set_extra_state(self, state: Any) -> None:
         """Checks that weights which come in were divided by the scales of these gates.
@@ -223,9 +240,10 @@ class KeepingBlock(GatedBlock):
         """
         own = self.get_extra_state()
         if not (isinstance(state, Tensor) and state.shape == own.shape and _close(state, own)):
+            noted = state.tolist() if isinstance(state, Tensor) and state.ndim == 2 else ()
             raise CheckpointError(
-                f"{_block_name(self)}: the checkpoint's weights were divided by {_scales(state)}, but the "
-                f"scales of the model's gates are {_scales(own)}; {_LOAD}"
+                f"{_block_name(self)}: the checkpoint's weights were divided by the scales {_spoken(noted)}, "
+                f"the model's are {_spoken(own.tolist())}; {_LOAD}"
             )
 
     def _load_from_state_dict(
@@ -243,6 +261,12 @@ class KeepingBlock(GatedBlock):
 _LOAD = "surgeon.load(model, file) converts them"
 
 
+def _table(block: GatedBlock) -> list[tuple[int, float]]:
+    """Place and scale of each gate that still acts; empty for a slice of a gated block."""
+    gating = gating_of(block)
+    return [(gate.ordinal, gate.scale) for gate in gating.gates if not gate.folded] if gating else []
+
+
 def _close(state: Tensor, own: Tensor) -> bool:
     return torch.allclose(state.to(own), own, rtol=max(1e-6, 4 * torch.finfo(state.dtype).eps), atol=0)
 
@@ -252,8 +276,8 @@ def _block_name(block: nn.Module) -> str:
     return (gating.name if gating else "") or type(block).__name__
 
 
-def _scales(state: Any) -> str:
-    return ", ".join(f"{row[-1]:.4g}" for row in state.tolist()) if isinstance(state, Tensor) else "none"
+def _spoken(table: Sequence[Any]) -> str:
+    return ", ".join(f"{scale:.4g}" for _, scale in table) or "(none)"
 
 
 def _revive(ungated: type[nn.Module], keeping: bool = False) -> nn.Module:

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from surgeon._fold import FoldPlan, commit, plan
-from surgeon._gate import Gate, marking
+from surgeon._fold import FoldPlan, commit
+from surgeon._gate import Gate
+from surgeon._planning import plan_gates
 from surgeon.errors import FoldError
 
 
@@ -37,8 +38,7 @@ def divide(
         FoldError: The scale of a gate fits into no parameter, or a quotient does not fit its type.
     """
     scaled = [gate for gate in gates if gate.scale != 1.0]
-    with marking(scaled):
-        found = plan(model, args, kwargs, {number: gate.scale for number, gate in enumerate(scaled)})
+    found = plan_gates(model, scaled, {n: gate.scale for n, gate in enumerate(scaled)}, args, kwargs)
     if found.kept:
         kept = {scaled[one.gate].name: one.reason for one in found.kept}
         listed = "; ".join(f"{name}: {reason}" for name, reason in kept.items())

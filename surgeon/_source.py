@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from surgeon._checkpoint import load_checkpoint, read_metadata, save_checkpoint
+from surgeon._checkpoint import read_metadata, save_checkpoint
 from surgeon.errors import UsageError
 
 __all__ = ["load_model", "normalisation", "read_metadata", "resolve", "save_checkpoint"]
@@ -32,7 +32,7 @@ def load_model(
     Args:
         spec: ``timm:NAME``, ``torchvision:NAME``, ``package.module:callable``, or a bare name that only one
             of the two libraries has. Modules are also looked for in the current directory.
-        checkpoint: A safetensors file or a file of torch to load; see `load_checkpoint`.
+        checkpoint: A safetensors file or a file of torch to load; see `surgeon.load`.
         img_size: Side of the square images, in pixels, for models of fixed size (ViT, Swin, ...); models that
             take any size are made without it.
         kwargs: Passed to whatever makes the model, as ``num_classes=10``.
@@ -51,7 +51,9 @@ def load_model(
     if not isinstance(model, nn.Module):
         raise UsageError(f"{spec} returned a {type(model).__name__}; it must return a torch.nn.Module")
     if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
+        from surgeon._load import load
+
+        load(model, checkpoint)
     return model
 
 

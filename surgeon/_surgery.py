@@ -15,11 +15,11 @@ from surgeon._analysis import Analysis, Block, analyse
 from surgeon._example import Example, inputs, mode, no_inference_mode, tensors, untouched
 from surgeon._flow import Flow
 from surgeon._fold import FoldPlan, commit
-from surgeon._fold import plan as plan_fold
-from surgeon._gate import Gate, Origin, Scaling, Unit, Unused, held_open, marking
+from surgeon._gate import Gate, Origin, Scaling, Unit, Unused, held_open
 from surgeon._gating import Gating, gate_block, gated_class, gating_of, ungate_block
 from surgeon._keep import check_state_is_free, divide
 from surgeon._plain import check_plain
+from surgeon._planning import plan_gates
 from surgeon._record import Recording
 from surgeon._report import GateStatus, Status, schedule_text
 from surgeon._residual import Findings
@@ -267,11 +267,10 @@ def fold(model: nn.Module, *, inplace: bool = False, example: Example = None) ->
     gates = gates_of(model)
     if not gates:
         raise NotGatedError("the model has no gates; there is nothing to fold")
-    args, kwargs = _recorded_inputs(model, gates[0]) if example is None else inputs(model, example)
+    args, kwargs = recorded_inputs(model, gates[0], example)
     scaled = [gate for gate in gates if gate.scale != 1.0]
     scales = {number: gate.scale for number, gate in enumerate(scaled)}
-    with marking(scaled):
-        plan = plan_fold(model, args, kwargs, scales) if scaled else FoldPlan((), ())
+    plan = plan_gates(model, scaled, scales, args, kwargs) if scaled else FoldPlan((), ())
     target = model if inplace else copy.deepcopy(model)
     commit(target, plan, scales)
     reasons = {scaled[kept.gate].name: kept.reason for kept in plan.kept}
@@ -351,8 +350,12 @@ def _check_class(block: Block) -> None:
         ) from error
 
 
-def _recorded_inputs(model: nn.Module, gate: Gate) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of the recorded shapes and types, on the model's device."""
+def recorded_inputs(
+    model: nn.Module, gate: Gate, example: Example = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example as arguments; without one, of the shapes that `apply` saw, on the model's device."""
+    if example is not None:
+        return inputs(model, example)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     args, kwargs = pytree.tree_map_only(
         Tensor, lambda t: torch.zeros_like(t, device=device), (gate.origin.args, gate.origin.kwargs)

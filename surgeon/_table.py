@@ -45,6 +45,18 @@ def inspection(model: str, status: Any, findings: Findings, *, every: bool) -> S
     return (_titled(title, table), *refusals(findings.refused, every=every), _totals(status))
 
 
+def folded(
+    model: str, read: str, written: str, scales: Mapping[str, float], error: float
+) -> Sequence[RenderableType]:
+    """What a fold of a checkpoint did, in a few lines."""
+    low, high = min(scales.values()), max(scales.values())
+    lines = (
+        f"{_count(len(scales), 'gate')} folded, scales {low:.4g} to {high:.4g}, relative error {error:.1e}",
+        f"{read} -> {written}",
+    )
+    return (_titled(f"{model}: stock weights", *map(Text, lines)),)
+
+
 def refusals(refused: Sequence[Refusal], *, every: bool) -> Sequence[RenderableType]:
     """The additions left alone with their reasons: one line per reason and class of block, or every one."""
     if not refused:

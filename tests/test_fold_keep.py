@@ -187,6 +187,18 @@ def test_the_default_scaling_keeps_evaluation_anyway() -> None:
     assert torch.equal(model(X), expected)
 
 
+@pytest.mark.parametrize("keep_eval", [True, False])
+def test_a_model_fresh_from_a_pickle_folds(keep_eval: bool) -> None:
+    """Its blocks have no evaluating forward yet."""
+    model = randomise(Chain()).double()
+    surgeon.apply(model, scaling="paper", keep_eval=keep_eval, example=X.double())
+    twin = pickle.loads(pickle.dumps(model))  # noqa: S301
+    folded = surgeon.fold(twin)
+    assert [type(m) for m in folded.modules()] == [type(m) for m in randomise(Chain()).modules()]
+    torch.testing.assert_close(folded.eval()(X.double()), model.eval()(X.double()), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(twin.eval()(X.double()), model(X.double()), rtol=1e-12, atol=1e-14)
+
+
 def test_after_training_a_removal_keeps_evaluation_too() -> None:
     model = kept(randomise(Chain()).double(), X.double())
     with torch.no_grad():
@@ -291,8 +303,10 @@ def test_divided_weights_do_not_go_into_a_stock_model() -> None:
 
 def test_weights_divided_by_other_scales_do_not_go_in() -> None:
     model, other = kept(randomise(Chain()), X), kept(randomise(Chain()), X, drop_rate=0.4)
-    with pytest.raises(CheckpointError, match=r"0: .* were divided by 0\.8, but the scales .* are 0\.75"):
+    with pytest.raises(CheckpointError, match=r"0: .* evaluation scales 0\.8, the model's are 0\.75"):
         model.load_state_dict(other.state_dict())
+    with pytest.raises(CheckpointError, match=r"0: .* divided by the scales 0\.8, the model's are 0\.75"):
+        model.load_state_dict(dict(other.state_dict()))
 
 
 def _plain(state: State) -> State:

@@ -19,6 +19,8 @@ def with_scales(subject: Subject, gating: Gating) -> Subject:
     """
     import surgeon
 
+    if "scales" in subject.metadata and _agrees(subject, gating):
+        return _regated(subject)
     settings = gating.settings(subject.metadata)
     plain = subject.metadata.get("weights") == "plain"
     if plain and gating.scaling == "paper":
@@ -29,6 +31,29 @@ def with_scales(subject: Subject, gating: Gating) -> Subject:
     if plain or settings["scaling"] != "paper":
         return _noted(subject, gating)
     surgeon.apply(subject.model, unit="batch", example=subject.example, **settings)
+    return subject
+
+
+def _agrees(subject: Subject, gating: Gating) -> bool:
+    """Whether the scales that the checkpoint itself notes are the ones to use; options win over them.
+
+    Raises:
+        UsageError: Options would put other scales onto weights that were divided by the noted ones.
+    """
+    asked = gating.given() or gating.scaling == "inverted"
+    if asked and subject.metadata.get("weights") == "divided":
+        raise UsageError(
+            "the checkpoint's weights were divided by the scales of its gates, which it notes; leave "
+            "--schedule, --drop-rate, --scaling, --include and --exclude out"
+        )
+    return not asked
+
+
+def _regated(subject: Subject) -> Subject:
+    """The subject with the gates that its checkpoint notes."""
+    from surgeon._load import noted_scales, regate
+
+    regate(subject.model, noted_scales(subject.metadata), example=subject.example)
     return subject
 
 

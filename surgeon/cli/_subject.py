@@ -26,6 +26,8 @@ class Subject:
         example: What it is run on; None where the model says that itself.
         metadata: What the checkpoint says of itself; empty without one.
         random: Whether the weights are random, for want of a checkpoint.
+        arguments: What its maker was given.
+        make: Makes the model once more, without the checkpoint.
     """
 
     spec: str
@@ -33,6 +35,8 @@ class Subject:
     example: "Tensor | None"
     metadata: dict[str, str]
     random: bool
+    arguments: dict[str, Any]
+    make: "Callable[[], nn.Module]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +79,15 @@ class Gating:
 
 def model_options(body: Body) -> Body:
     """Adds the options of `Making`, which the body gets as ``making``."""
+    checkpoint = click.option(
+        "--checkpoint", type=click.Path(), help="Weights: a safetensors file, or one of torch."
+    )
+    return checkpoint(made_options(body))
+
+
+def made_options(body: Body) -> Body:
+    """As `model_options`, for a command that is given its checkpoint in another way."""
     options = (
-        click.option("--checkpoint", type=click.Path(), help="Weights: a safetensors file, or one of torch."),
         click.option("--num-classes", type=click.IntRange(min=0), help="Size of the classifier."),
         click.option("--img-size", type=click.IntRange(min=1), help="Side of the square images, in pixels."),
         click.option("--input-size", metavar="CxHxW", help="Size of the input, as 1x28x28."),
@@ -111,6 +122,7 @@ def load_subject(model: str, making: Making) -> Subject:
         UsageError: An option does not make sense, or the model is unknown.
         CheckpointError: The checkpoint cannot be read or does not fit.
     """
+    from surgeon._checkpoint import load_checkpoint
     from surgeon._source import LIBRARIES, load_model, read_metadata, resolve
 
     size = _size(making)
@@ -121,10 +133,14 @@ def load_subject(model: str, making: Making) -> Subject:
     if making.num_classes is not None:
         arguments["num_classes"] = making.num_classes
     side = size[-1] if size and size[-1] == size[-2] else None
-    made = load_model(spec, checkpoint=making.checkpoint, img_size=side, **arguments)
+    make = functools.partial(load_model, spec, img_size=side, **arguments)
+    made = make()
+    if making.checkpoint:
+        metadata = load_checkpoint(made, making.checkpoint)
     example = _example(made, size or _noted_size(metadata))
     weighted = bool(making.checkpoint or arguments.keys() & {"pretrained", "weights"})
-    return Subject(spec, made, example, metadata, random=spec.startswith(LIBRARIES) and not weighted)
+    unknown = spec.startswith(LIBRARIES) and not weighted
+    return Subject(spec, made, example, metadata, random=unknown, arguments=arguments, make=make)
 
 
 def _schedule(text: str) -> str | tuple[float, ...]:

@@ -7,12 +7,13 @@ import click
 from surgeon._version import __version__
 from surgeon.cli._run import EXIT_CODES, SETTINGS, example_block
 
-_COMMANDS = ("inspect", "audit", "finetune", "export", "verify")
+_COMMANDS = ("inspect", "audit", "finetune", "fold", "export", "verify")
 
 _EXAMPLES = """
 surgeon inspect timm:resnet50
 surgeon audit timm:efficientnet_b0 --drop-rate 0.3
 surgeon finetune digits
+surgeon fold gated.safetensors -o model.safetensors
 surgeon export timm:resnet50 --checkpoint model.safetensors -o model.onnx
 surgeon verify model.onnx timm:resnet50 --checkpoint model.safetensors
 """

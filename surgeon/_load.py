@@ -1,0 +1,229 @@
+"""Loads a checkpoint into a model, gated or not, so that the model evaluates as the checkpoint's did.
+
+Three kinds of weights go by the same names: complete ones (of a stock model, of one with the default
+scaling, or folded), *gated* ones, which need the evaluation scales of ``scaling="paper"``, and *divided*
+ones, which need them because ``keep_eval=True`` divided them. Seen from evaluation there is one rule. Where
+the checkpoint's model multiplied a branch by ``c`` (1 without a gate) and this model multiplies it by ``d``,
+the weights of the branch have to take ``c / d``, by the plan of a fold (`surgeon._fold`).
+"""
+
+import glob
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from surgeon._checkpoint import check_state, fitting_keys, read_state, split_scales
+from surgeon._example import Example
+from surgeon._fold import FoldPlan, check_products, commit
+from surgeon._gate import Gate
+from surgeon._plain import check_plain
+from surgeon._planning import plan_gates
+from surgeon._surgery import apply, gates_of, recorded_inputs, remove
+from surgeon.errors import CheckpointError, FoldError, NoResidualsError, UsageError
+
+Weights = Literal["complete", "gated", "divided"]
+
+_SPOKEN: dict[Weights, str] = {
+    "complete": "complete weights",
+    "gated": "weights that need evaluation scales",
+    "divided": "weights that were divided by evaluation scales",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What a load found and did.
+
+    Attributes:
+        path: The file.
+        found: What its weights are: ``"complete"``, ``"gated"`` or ``"divided"``.
+        into: What the model's weights are, likewise.
+        scales: The evaluation scale of each gate that the checkpoint notes, by the gate's name.
+        converted: The parameters that were multiplied on the way.
+        metadata: What the file says of itself.
+    """
+
+    path: str
+    found: Weights
+    into: Weights
+    scales: dict[str, float]
+    converted: tuple[str, ...]
+    metadata: dict[str, str]
+
+    def __str__(self) -> str:
+        done = f"converted in {len(self.converted)} parameters" if self.converted else "taken as they are"
+        into = "" if self.into == self.found else f" into a model with {_SPOKEN[self.into]}"
+        return f"{self.path}: {_SPOKEN[self.found]}{into}, {done}"
+
+
+def load(model: nn.Module, path: str | os.PathLike[str], *, example: Example = None) -> LoadReport:
+    """Loads a checkpoint into ``model``, in place, so that it evaluates as the checkpoint's model did.
+
+    Whatever the two are gated with: stock weights go into a model gated with ``keep_eval=True`` (divided by
+    its scales), gated weights into a stock model (folded), and either into its like, as they are. What was
+    found and done is in the report. Everything is checked first; on an error the model is as it was.
+
+    Args:
+        model: The model, gated or not.
+        path: A safetensors file, or one of torch (read with ``weights_only=True``), of a plain state dict or
+            a training checkpoint that holds one.
+        example: As in `surgeon.find`; only a conversion needs it.
+
+    Raises:
+        CheckpointError: The file cannot be read, does not fit the model, holds values that are not finite, or
+            its weights cannot be converted; the message says which.
+        RecordError: A conversion needs to know the model's gates, and it does not run on the example.
+        WrappedModelError: The model is wrapped.
+    """
+    check_plain(model)
+    read, metadata = read_state(path)
+    fitting = fitting_keys(model, read)
+    noted = _without_prefix(noted_scales(metadata), read, fitting)
+    state, divided = split_scales(model, fitting)
+    scales = divided or noted
+    own = {gate.name: gate for gate in gates_of(model) if gate.scale != 1.0}
+    found: Weights = "divided" if divided else "gated" if noted else "complete"
+    into: Weights = (
+        "divided" if any(gate.keep_eval for gate in own.values()) else "gated" if own else "complete"
+    )
+    whole = model.state_dict()
+    rest, _ = split_scales(model, whole)
+    check_state(model, state, path, metadata.get("model"), own=rest)
+    if found == "complete" and into == "gated":
+        raise CheckpointError(
+            f"{path} does not say whether its weights were trained with the evaluation scales of the model's "
+            "gates. If so, model.load_state_dict takes them as they are. If they are those of a stock model, "
+            "load them before surgeon.apply(model, scaling='paper'), or apply with keep_eval=True. Nothing "
+            "was loaded."
+        )
+    factors = _factors(scales, own)
+    steps = _conversion(model, factors, example, path)
+    _check_products(model, state, steps, path)
+    model.load_state_dict({**state, **{key: whole[key] for key in whole.keys() - rest.keys()}})
+    commit(model, *steps)
+    converted = tuple(dict.fromkeys(step.parameter for step in steps[0].steps))
+    return LoadReport(str(path), found, into, scales, converted, metadata)
+
+
+def noted_scales(metadata: Mapping[str, str]) -> dict[str, float]:
+    """The evaluation scale of each gate that a checkpoint's metadata notes, by the gate's name."""
+    try:
+        found = json.loads(metadata.get("scales", "{}"))
+        scales = {str(name): float(scale) for name, scale in found.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the checkpoint's metadata notes no scales by gate: {error}") from error
+    bad = [name for name, scale in scales.items() if not 0 < scale <= 1]
+    if bad:
+        raise CheckpointError(f"the checkpoint's metadata notes a scale outside (0, 1] for {bad[0]}")
+    return scales
+
+
+def regate(model: nn.Module, scales: Mapping[str, float], *, example: Example = None) -> nn.Module:
+    """Gates a plain ``model``, in place, as a checkpoint's model was: these adds, these scales.
+
+    Raises:
+        CheckpointError: The model has no such residual add.
+    """
+    patterns = {glob.escape(name): 1 - scale for name, scale in scales.items()}
+    try:
+        apply(
+            model,
+            "uniform",
+            drop_rate=0.0,
+            unit="batch",
+            scaling="paper",
+            include=list(patterns),
+            overrides=patterns,
+            example=example,
+        )
+    except (UsageError, NoResidualsError) as error:
+        raise CheckpointError(f"the checkpoint's gates do not fit {type(model).__name__}: {error}") from error
+    for gate in gates_of(model):
+        gate.scale = scales[gate.name]
+    return model
+
+
+def _without_prefix(
+    noted: dict[str, float], read: Mapping[str, Tensor], fitting: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Names of gates without what wrappers put in front of every key."""
+    prefix = [*read][-1].removesuffix([*fitting][-1])
+    return {name.removeprefix(prefix): scale for name, scale in noted.items()}
+
+
+def _factors(scales: Mapping[str, float], own: Mapping[str, Gate]) -> dict[str, float]:
+    """What the weights of each branch have to take, where that is not 1."""
+    factors = {
+        name: scales.get(name, 1.0) / (own[name].scale if name in own else 1.0)
+        for name in dict.fromkeys((*scales, *own))
+    }
+    return {name: f for name, f in factors.items() if not math.isclose(f, 1.0, rel_tol=1e-6)}
+
+
+def _conversion(
+    model: nn.Module,
+    factors: Mapping[str, float],
+    example: Example,
+    path: str | os.PathLike[str],
+) -> tuple[FoldPlan, dict[int, float]]:
+    """Which parameters take the factors."""
+    if not factors:
+        return FoldPlan((), ()), {}
+    numbers = dict(enumerate(factors.values()))
+    try:
+        with _gates(model, factors, example, path) as gates:
+            args, kwargs = recorded_inputs(model, gates[0], example)
+            found = plan_gates(model, gates, numbers, args, kwargs)
+    except FoldError as error:
+        raise CheckpointError(f"{path} could not be converted: {error}. Nothing was loaded.") from error
+    if found.kept:
+        listed = "; ".join(f"{gates[kept.gate].name}: {kept.reason}" for kept in found.kept)
+        raise CheckpointError(
+            f"{path} cannot be converted for this model: no weight takes the scale of {len(found.kept)} "
+            f"gates ({listed}). Gate the model as the checkpoint's was. Nothing was loaded."
+        )
+    return found, numbers
+
+
+@contextmanager
+def _gates(
+    model: nn.Module, factors: Mapping[str, float], example: Example, path: str | os.PathLike[str]
+) -> Iterator[list[Gate]]:
+    """The gates of that name, those of the model or, in a plain model, such as are there for the while."""
+    own = {gate.name: gate for gate in gates_of(model)}
+    if own:
+        if missing := [name for name in factors if name not in own]:
+            raise CheckpointError(
+                f"{path} was trained with a gate on {missing[0]}, where the model has none. Load it before "
+                "surgeon.apply, or apply as for the checkpoint. Nothing was loaded."
+            )
+        yield [own[name] for name in factors]
+        return
+    regate(model, dict.fromkeys(factors, 0.5), example=example)
+    try:
+        by_name = {gate.name: gate for gate in gates_of(model)}
+        yield [by_name[name] for name in factors]
+    finally:
+        remove(model)
+
+
+def _check_products(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    steps: tuple[FoldPlan, dict[int, float]],
+    path: str | os.PathLike[str],
+) -> None:
+    """Checks what the conversion will yield before anything is loaded."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    try:
+        check_products(
+            *steps, {name: tensor.to(own[name].dtype) for name, tensor in state.items() if name in own}
+        )
+    except FoldError as error:
+        raise CheckpointError(f"{path} could not be converted: {error}. Nothing was loaded.") from error

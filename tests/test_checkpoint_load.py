@@ -1,0 +1,241 @@
+"""``surgeon.load``: what a checkpoint holds goes into whatever model, and evaluates as before."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from blocks import Plain, randomise, same
+from torch import Tensor, nn
+
+import surgeon
+from surgeon._checkpoint import save_checkpoint
+from surgeon._surgery import gates_of, is_gated
+from surgeon.errors import CheckpointError, WrappedModelError
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).double()
+
+
+class Pair(nn.Module):
+    """Two residual adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = (nn.Sequential(nn.Tanh(), nn.Linear(4, 4)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.f(x)
+        return x + self.g(x)
+
+
+def chain(seed: int = 0) -> nn.Module:
+    return randomise(nn.Sequential(Plain(), nn.Linear(4, 4), Pair()), seed).double().eval()
+
+
+def gated(model: nn.Module, kind: str, **arguments: Any) -> nn.Module:
+    """The model as it is, or with gates of a kind."""
+    if kind == "stock":
+        return model
+    settings = {
+        "inverted": {},
+        "gated": {"scaling": "paper"},
+        "divided": {"scaling": "paper", "keep_eval": True},
+    }[kind]
+    return surgeon.apply(model, example=X, **settings, **arguments).eval()  # type: ignore[arg-type]
+
+
+def by_torch(model: nn.Module, path: Path) -> Path:
+    torch.save({"epoch": 3, "state_dict": model.state_dict()}, path.with_suffix(".pth"))
+    return path.with_suffix(".pth")
+
+
+def by_surgeon(model: nn.Module, path: Path) -> Path:
+    return save_checkpoint(model, path.with_suffix(".safetensors"))
+
+
+WAYS: dict[str, Callable[[nn.Module, Path], Path]] = {"torch": by_torch, "surgeon": by_surgeon}
+FOUND = {"stock": "complete", "inverted": "complete", "gated": "gated", "divided": "divided"}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("into", FOUND)
+@pytest.mark.parametrize("source", FOUND)
+@torch.no_grad()
+def test_any_weights_into_any_model(source: str, into: str, way: str, tmp_path: Path) -> None:
+    trained, model = gated(chain(1), source), gated(chain(2), into)
+    expected, other = trained(X), model(X)
+    assert (expected - other).abs().max() > 1e-3
+    path = WAYS[way](trained, tmp_path / "model")
+    if FOUND[source] == "complete" and into == "gated":
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(CheckpointError, match=r"does not say whether .*model\.load_state_dict "):
+            surgeon.load(model, path, example=X)
+        assert same(dict(model.state_dict()), before)
+        return
+    report = surgeon.load(model, path, example=X)
+    torch.testing.assert_close(model(X), expected, rtol=1e-12, atol=1e-14)
+    assert (report.found, report.into) == (FOUND[source], FOUND[into])
+    converts = {FOUND[source], FOUND[into]} not in (
+        {"complete"},
+        {"gated"},
+        {"divided"},
+        {"gated", "divided"},
+    )
+    assert bool(report.converted) == converts
+    assert is_gated(model) == (into != "stock")
+    if into != "stock":
+        torch.testing.assert_close(surgeon.fold(model)(X), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("source", "into"), [("divided", "stock"), ("stock", "divided")])
+def test_taking_them_as_they_are_would_differ(source: str, into: str, tmp_path: Path) -> None:
+    """The control of the test above."""
+    trained, model = gated(chain(1), source), gated(chain(2), into)
+    state = {name: value for name, value in trained.state_dict().items() if "extra" not in name}
+    model.load_state_dict({**state, **{k: v for k, v in model.state_dict().items() if "extra" in k}})
+    assert (model(X) - trained(X)).abs().max() > 1e-2
+    surgeon.load(model, by_torch(trained, tmp_path / "model"), example=X)
+    torch.testing.assert_close(model(X), trained(X), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["gated", "divided"])
+def test_other_scales_are_converted(kind: str, tmp_path: Path) -> None:
+    trained, model = gated(chain(1), kind, drop_rate=0.3), gated(chain(2), kind, drop_rate=0.6)
+    path = by_torch(trained, tmp_path / "model")
+    with pytest.raises(CheckpointError, match="the model's are"):
+        model.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    report = surgeon.load(model, path, example=X)
+    assert report.converted
+    assert [gate.scale for gate in gates_of(model)] == pytest.approx([0.7, 0.4, 0.4])
+    torch.testing.assert_close(model(X), trained(X), rtol=1e-12, atol=1e-14)
+
+
+def test_a_stock_model_stays_one(tmp_path: Path) -> None:
+    trained, model = gated(chain(1), "divided"), chain(2)
+    kinds, objects = [type(m) for m in model.modules()], [id(p) for p in model.parameters()]
+    report = surgeon.load(model, by_surgeon(trained, tmp_path / "model"), example=X)
+    assert [type(m) for m in model.modules()] == kinds
+    assert [id(p) for p in model.parameters()] == objects
+    assert report.scales == {"0.add": 0.75, "2.add": 0.5, "2.add_1": 0.5}
+    assert set(report.converted) == {
+        f"{n}.{k}" for n in ("0.f.2", "2.f.1", "2.g.1") for k in ("weight", "bias")
+    }
+    assert str(report).endswith(
+        "weights that were divided by evaluation scales into a model with complete weights, "
+        "converted in 6 parameters"
+    )
+
+
+def test_the_prefix_of_a_wrapper_comes_off_the_gates_too(tmp_path: Path) -> None:
+    trained, model = gated(chain(1), "gated"), chain(2)
+    torch.save(nn.ModuleDict({"module": trained}).state_dict(), tmp_path / "ddp.pth")
+    surgeon.load(model, tmp_path / "ddp.pth", example=X)
+    torch.testing.assert_close(model(X), trained(X), rtol=1e-12, atol=1e-14)
+
+
+def test_scales_that_nothing_noted_cannot_be_known(tmp_path: Path) -> None:
+    """A state dict of the paper's rule that went through other hands has stock keys and no note."""
+    trained, model = gated(chain(1), "gated"), chain(2)
+    safetensors.torch.save_file(dict(trained.state_dict()), tmp_path / "m.safetensors")
+    assert surgeon.load(model, tmp_path / "m.safetensors").found == "complete"
+    assert (model(X) - trained(X)).abs().max() > 1e-2
+
+
+# What cannot be done changes nothing.
+
+
+class Ending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(4, 4), nn.SiLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+def refused(model: nn.Module, path: Path, match: str) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    kinds = [type(m) for m in model.modules()]
+    with pytest.raises(CheckpointError, match=match):
+        surgeon.load(model, path, example=X)
+    assert same(dict(model.state_dict()), before)
+    assert [type(m) for m in model.modules()] == kinds
+
+
+def test_a_scale_that_no_weight_takes(tmp_path: Path) -> None:
+    make = lambda seed: randomise(nn.Sequential(nn.Linear(4, 4), Ending()), seed).double().eval()  # noqa: E731
+    trained = gated(make(1), "gated")
+    path = by_surgeon(trained, tmp_path / "m")
+    refused(make(2), path, r"no weight takes the scale of 1 gates \(1\.add: the branch ends in silu")
+    alike = gated(make(2), "gated")
+    surgeon.load(alike, path)
+    assert torch.equal(alike(X), trained(X))
+
+
+def test_a_gate_where_the_model_has_none(tmp_path: Path) -> None:
+    path = by_surgeon(gated(chain(1), "divided"), tmp_path / "m")
+    refused(
+        gated(chain(2), "divided", exclude=["0.add"]), path, r"a gate on 0\.add, where the model has none"
+    )
+
+
+def test_a_gate_that_the_model_cannot_have(tmp_path: Path) -> None:
+    path = save_checkpoint(
+        nn.Sequential(nn.Linear(4, 4)), tmp_path / "m.safetensors", {"scales": {"0.add": 0.5}}
+    )
+    refused(nn.Sequential(nn.Linear(4, 4)).double(), path, "the checkpoint's gates do not fit Sequential")
+
+
+@pytest.mark.parametrize("noted", ["[1]", '{"0.add": "much"}', '{"0.add": 0}', '{"0.add": NaN}', "{"])
+def test_notes_that_make_no_sense(noted: str, tmp_path: Path) -> None:
+    path = save_checkpoint(chain(1), tmp_path / "m.safetensors", {"scales": noted})
+    refused(chain(2), path, "the checkpoint's metadata notes")
+
+
+def test_a_product_that_overflows(tmp_path: Path) -> None:
+    trained, model = chain(1).float(), gated(chain(2).float(), "divided")
+    nn.init.constant_(trained[2].g[1].bias, 3e38)  # type: ignore[arg-type, union-attr, index]
+    refused(model, by_torch(trained, tmp_path / "m"), r"'2\.g\.1\.bias' overflows torch\.float32")
+
+
+def test_what_is_not_finite(tmp_path: Path) -> None:
+    trained = chain(1)
+    nn.init.constant_(trained[2].g[1].bias, float("nan"))  # type: ignore[arg-type, union-attr, index]
+    refused(
+        gated(chain(2), "divided"), by_torch(trained, tmp_path / "m"), r"not finite: 2\.g\.1\.bias \(4 of 4\)"
+    )
+
+
+def test_another_architecture(tmp_path: Path) -> None:
+    path = by_torch(nn.Linear(4, 4), tmp_path / "m")
+    refused(gated(chain(2), "divided"), path, "does not fit Sequential.*It holds another architecture")
+
+
+def test_a_wrapped_model(tmp_path: Path) -> None:
+    path = by_torch(chain(1), tmp_path / "m")
+    with pytest.raises(WrappedModelError):
+        surgeon.load(torch.optim.swa_utils.AveragedModel(chain(2)), path)
+
+
+class Counting(Plain):
+    """A class with an extra state of its own, which is not ours to read."""
+
+    def get_extra_state(self) -> Tensor:
+        return torch.zeros(1, 2)
+
+    def set_extra_state(self, state: Any) -> None:
+        self.count = state
+
+
+def test_an_extra_state_of_the_model_itself_comes_along(tmp_path: Path) -> None:
+    trained, model = (
+        randomise(nn.Sequential(Counting(), Pair())).double(),
+        nn.Sequential(Counting(), Pair()).double(),
+    )
+    gated(trained, "divided", exclude=["Counting"])
+    report = surgeon.load(model, by_torch(trained, tmp_path / "m"), example=X)
+    assert list(report.scales) == ["1.add", "1.add_1"]
+    assert model[0].count.shape == (1, 2)
+    torch.testing.assert_close(model(X), trained.eval()(X))
