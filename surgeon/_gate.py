@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from surgeon._cost import pays
+from surgeon._ranks import Ranks
 
 Unit = Literal["sample", "batch"]
 Scaling = Literal["inverted", "paper"]
@@ -113,6 +114,7 @@ class Gate:
         unused: What the parameters of a branch that did not run at all get: zero gradients, none, or zero
             where `torch.distributed` is in use.
         note: Why it is computed all the same, or why its scale stays after a fold; ``""`` otherwise.
+        ranks: What ``sync="ranks"`` shares among the gates; None where each rank draws for itself.
         keep_eval: The weights were divided by its scale when it was put in, so that evaluation stayed.
         folded: Its scale is in the weights now; it does nothing any more.
     """
@@ -134,6 +136,7 @@ class Gate:
     statistics: bool = False
     unused: Unused = "auto"
     note: str = ""
+    ranks: Ranks | None = field(default=None, repr=False)
     keep_eval: bool = False
     folded: bool = False
     keep: Tensor = field(init=False, repr=False)
@@ -143,6 +146,8 @@ class Gate:
         # Compiled graphs read p from this tensor, as a changed Python float would recompile them.
         with torch.inference_mode(False):
             self.keep = torch.tensor(1 - self.drop_rate, dtype=torch.float32, device="cpu")
+        if self.ranks is not None:
+            self.ranks.gates.append(self)
 
     @property
     def survival(self) -> float:
@@ -184,11 +189,14 @@ class Gate:
         """
         rows = branch.shape[0] if self.unit == "sample" else 1
         shape = (rows,) + (1,) * (branch.ndim - 1)
-        if torch.compiler.is_compiling():
+        if self.ranks is not None and not _held.open:
+            mask = (self.ranks.numbers(self.order, rows) < self.survival).view(shape).to(branch)
+        elif torch.compiler.is_compiling():
             keep = self.keep.to(branch.device)
             kept = torch.rand(shape, device=branch.device) < keep
             return (kept * (self.scale / keep)).to(branch.dtype)
-        mask = branch.new_empty(shape).bernoulli_(self.survival)
+        else:
+            mask = branch.new_empty(shape).bernoulli_(self.survival)
         if self.scale == 1.0:
             return mask.div_(self.survival)
         return mask.mul_(self.correction())
@@ -197,7 +205,7 @@ class Gate:
         """Tosses the coin for the whole mini-batch, on the CPU generator: no device is waited for."""
         if _held.open:
             return True
-        return torch.rand((), dtype=torch.float64, device="cpu").item() < self.survival
+        return self._tosses(1)[0] < self.survival
 
     def survivors(self, count: int) -> int:
         """How many of ``count`` rows survive: ``p * count``, rounded up or down so that this is the mean.
@@ -206,7 +214,7 @@ class Gate:
         """
         if _held.open:
             return count
-        toss = torch.rand(2, dtype=torch.float64, device="cpu").tolist()
+        toss = self._tosses(2)
         kept = min(count, int(self.survival * count + toss[0]))
         if self.statistics and kept == 1 < count:
             kept = 2 if toss[1] < 0.5 else 0
@@ -214,7 +222,19 @@ class Gate:
 
     def rows(self, count: int, kept: int, device: torch.device) -> Tensor:
         """Which ``kept`` of ``count`` rows survive, in ascending order; every such set is equally likely."""
-        return torch.randperm(count, device=device)[:kept].sort().values
+        if self.ranks is None:
+            order = torch.randperm(count, device=device)
+        else:
+            order = self.ranks.numbers(self.order, count).argsort().to(device)
+        return order[:kept].sort().values
+
+    def _tosses(self, count: int) -> list[float]:
+        """So many numbers in [0, 1), from the CPU's generator or the one that the ranks share."""
+        if self.ranks is None:
+            numbers = torch.rand(count, dtype=torch.float64, device="cpu")
+        else:
+            numbers = self.ranks.numbers(self.order, count)
+        return [float(number) for number in numbers.tolist()]
 
 
 def masked_add(gate: Gate, shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:

@@ -20,6 +20,7 @@ from surgeon._gating import Gating, gate_block, gated_class, gating_of, ungate_b
 from surgeon._keep import check_state_is_free, divide
 from surgeon._plain import check_plain
 from surgeon._planning import plan_gates
+from surgeon._ranks import Ranks, Sync
 from surgeon._record import Recording
 from surgeon._report import GateStatus, Status, schedule_text
 from surgeon._residual import Findings
@@ -67,6 +68,7 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
     keep_eval: bool = False,
     skip: bool | Literal["auto"] = "auto",
     unused: Unused = "auto",
+    sync: Sync = "none",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     overrides: Mapping[str, float] | None = None,
@@ -101,6 +103,8 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
             (``grad`` stays None: the optimizer passes over them), ``"zero"`` (zeros, as in the code of Huang
             et al.: momentum and weight decay go on), or ``"auto"``: zeros where `torch.distributed` is
             initialised, as DDP needs a gradient of every parameter on every rank.
+        sync: ``"none"``: every rank of a distributed training draws for itself. ``"ranks"``: all draw the
+            same, from a seed of rank 0; the ranks' drop rates are compared at the first draw.
         include: Glob patterns on names of residual adds, blocks or block classes: only these. The full name
             of a refused addition, or its reason code, brings that in.
         exclude: Patterns of what to leave out.
@@ -119,9 +123,7 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
         FoldError: ``keep_eval``, and no weight can take the scale of some gate; nothing was changed.
     """
     check_plain(model)
-    _check_choice("unit", unit, get_args(Unit))
-    _check_choice("scaling", scaling, get_args(Scaling))
-    _check_choice("unused", unused, get_args(Unused))
+    _check_choices(unit=(unit, Unit), scaling=(scaling, Scaling), unused=(unused, Unused), sync=(sync, Sync))
     if skip not in (True, False, "auto"):
         raise UsageError(f"skip is {skip!r}; give True, False or 'auto'")
     if isinstance(schedule, str):
@@ -142,6 +144,7 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
         schedule_text(schedule), given, *pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
     )
     ordinals = [addition.ordinal for block in analysis.blocks for addition in block.found]
+    ranks = Ranks() if sync == "ranks" else None
     gates = {
         r.name: Gate(
             name=r.name,
@@ -157,6 +160,7 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
             skips=bool(skip),
             by_cost=skip == "auto" and unit == "sample",
             unused=unused,
+            ranks=ranks,
             keep_eval=keep_eval and scaling == "paper",
         )
         for order, (r, ordinal, rate) in enumerate(zip(residuals, ordinals, rates, strict=True))
@@ -382,9 +386,10 @@ def _gate_status(name: str, block: nn.Module, gate: Gate) -> GateStatus:
     )
 
 
-def _check_choice(what: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UsageError(f"{what} is {value!r}; known are {', '.join(map(repr, known))}")
+def _check_choices(**given: tuple[str, Any]) -> None:
+    for what, (value, known) in given.items():
+        if value not in get_args(known):
+            raise UsageError(f"{what} is {value!r}; known are {', '.join(map(repr, get_args(known)))}")
 
 
 def _nothing_found(model: nn.Module, analysis: Analysis) -> str:

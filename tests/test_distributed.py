@@ -212,3 +212,87 @@ def test_fsdp2_gives_the_gradients_of_ddp(tmp_path: Path) -> None:
         """,
         tmp_path,
     )
+
+
+# --- the same draws on every rank ---------------------------------------------
+
+
+def test_synchronised_draws_are_the_same_on_every_rank_whatever_else_a_rank_draws(tmp_path: Path) -> None:
+    """Under DDP, both units and masked too; ranks differ in seeds, batches and in what they draw besides."""
+    succeed(
+        """
+        from torch.nn.parallel import DistributedDataParallel as DDP
+        seen = []
+        for name in ("survives", "survivors", "rows", "mask"):
+            def note(gate, *args, original=getattr(Gate, name)):
+                value = original(gate, *args)
+                if torch.is_tensor(value) and value.ndim == 2:  # a mask: of as many rows as there are here
+                    value = value[:2]
+                seen.append((gate.name, value.flatten().tolist() if torch.is_tensor(value) else value))
+                return value if not torch.is_tensor(value) or value.ndim != 2 else args[0].new_ones(1, 1)
+            setattr(Gate, name, note)
+        torch.manual_seed(rank)
+        for options in ({"unit": "batch"}, {"skip": True}, {"skip": False}):
+            model = DDP(gated(0.5, sync="ranks", **options))
+            for step in range(10):
+                torch.rand(rank + 1)
+                model(data(step)[2 * rank : 2 * rank + 2]).square().mean().backward()
+        every = [None] * ranks
+        dist.all_gather_object(every, seen)
+        assert len(seen) >= 3 * 4 * 10
+        assert every[0] == every[1]
+        assert len({str(value) for _, value in seen}) > 3  # and they are draws
+        """,
+        tmp_path,
+    )
+
+
+def test_synchronised_draws_let_a_branch_be_sharded_by_itself(tmp_path: Path) -> None:
+    """FSDP2 inside branches: a dropped one is gathered by no rank; the weights are those that DDP gets."""
+    succeed(
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        from torch.nn.parallel import DistributedDataParallel as DDP
+        mesh = init_device_mesh("cpu", (ranks,))
+        for unit in ("sample", "batch"):
+            sides = []
+            for sharded in (True, False):
+                model = gated(0.5, unit=unit, skip=True, sync="ranks")
+                if sharded:
+                    for block in list(model)[1:-1]:
+                        fully_shard(block.f, mesh=mesh)
+                    fully_shard(model, mesh=mesh)
+                else:
+                    model = DDP(model)
+                optimizer = torch.optim.SGD(model.parameters(), 0.001, momentum=0.9)
+                torch.manual_seed(rank)
+                for step in range(6):
+                    optimizer.zero_grad()
+                    model(data(step)[2 * rank : 2 * rank + 2]).square().mean().backward()
+                    optimizer.step()
+                found = [p.detach() for p in model.parameters()]
+                sides.append([p.full_tensor() if sharded else p for p in found])
+            torch.testing.assert_close(*sides, rtol=1e-12, atol=1e-14)
+        """,
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_ranks_with_other_schedules_are_named_at_the_first_draw(tmp_path: Path, ranks: int) -> None:
+    """On every rank, at the first forward, instead of a hang or replicas that part."""
+    succeed(
+        """
+        model = gated(0.5 if rank != 1 else 0.3, unit="batch", sync="ranks")
+        try:
+            model(data(0))
+        except surgeon.SurgeonError as error:
+            assert "rank 0 and rank 1 have different schedules" in str(error), error
+            assert "gate 1.add: drop rate 0.5 against 0.3" in str(error), error
+        else:
+            raise SystemExit("not noticed")
+        """,
+        tmp_path,
+        ranks,
+    )

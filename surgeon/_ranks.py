@@ -1,0 +1,104 @@
+"""Draws that are the same on every rank of a distributed training, ``sync="ranks"``.
+
+The ranks agree once, at the first draw: on a seed, rank 0's, and that they have the same gates and drop
+rates. After that nothing is sent. The n-th draw of a gate comes from a generator of its own, seeded by (seed,
+gate, n), so what else a rank draws, and how much, does not matter.
+
+`torch.utils.checkpoint` repeats a forward with the rank's own generator set back. Each draw therefore takes
+one number from that generator, as a token: the same token at the same gate means the same draw again.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from surgeon.errors import UsageError
+
+Sync = Literal["none", "ranks"]
+
+_REMEMBERED = 1024  # draws per gate whose backward may still be to come
+
+
+class Member(Protocol):
+    """What is to be known of a gate here."""
+
+    name: str
+    order: int
+    drop_rate: float
+
+
+@dataclass(eq=False)
+class Ranks:
+    """What the gates of one model share under ``sync="ranks"``.
+
+    Attributes:
+        gates: Those gates.
+        seed: What the ranks agreed on; None before the first draw.
+        size: How many ranks agreed.
+        tokens: For each gate (by order) the number of the draw that belongs to a token, oldest first.
+        counts: How many draws each gate has made.
+    """
+
+    gates: list[Member] = field(default_factory=list)
+    seed: int | None = None
+    size: int = 0
+    tokens: dict[int, dict[float, int]] = field(default_factory=dict)
+    counts: dict[int, int] = field(default_factory=dict)
+
+    @_disable_dynamo  # torch.compiler.disable, but it imports the compiler when called, not here
+    def numbers(self, gate: int, count: int) -> Tensor:
+        """The next draw of that gate: so many numbers in [0, 1), in float64 on the CPU.
+
+        Raises:
+            UsageError: At the first draw, on every rank: the ranks have other gates or other drop rates.
+        """
+        size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if self.seed is None or self.size != size:
+            self._agree(size)
+        token = float(torch.rand((), dtype=torch.float64, device="cpu"))
+        known = self.tokens.setdefault(gate, {})
+        if token not in known:
+            known[token] = self.counts[gate] = self.counts.get(gate, -1) + 1
+            if len(known) > _REMEMBERED:
+                del known[next(iter(known))]
+        text = f"{self.seed} {gate} {known[token]}".encode()
+        seed = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return torch.rand(count, dtype=torch.float64, device="cpu", generator=generator)
+
+    def _agree(self, size: int) -> None:
+        with torch.random.fork_rng(devices=()):  # a checkpoint that repeats the first draw agrees on nothing
+            seed = int(torch.randint(2**62, (), device="cpu"))
+        mine = (seed, [(gate.name, gate.drop_rate) for gate in self.gates])
+        every: list[Any] = [mine]
+        if size > 1:
+            every = [None] * size
+            dist.all_gather_object(every, mine)
+        _check([rates for _, rates in every])
+        self.seed, self.size = every[0][0], size
+        self.tokens, self.counts = {}, {}
+
+
+def _check(every: Sequence[Sequence[tuple[str, float]]]) -> None:
+    """Refuses ranks that do not have the same gates and rates, and names them."""
+    others = [rank for rank, rates in enumerate(every) if rates != every[0]]
+    if not others:
+        return
+    first, other = every[0], every[others[0]]
+    pairs = [(a, b) for a, b in zip(first, other, strict=False) if a != b]
+    what = f"{len(first)} gates against {len(other)}"
+    if pairs:
+        (name, rate), (theirs, drops) = pairs[0]
+        gate = f"gate {name}" if name == theirs else f"gates {name} and {theirs}"
+        what = f"{gate}: drop rate {rate:.6g} against {drops:.6g}"
+    ranks = ", ".join(map(str, others))
+    raise UsageError(
+        f"sync='ranks': rank 0 and rank{'s' * (len(others) > 1)} {ranks} have different schedules ({what}); "
+        "call surgeon.apply with the same arguments on every rank"
+    )
