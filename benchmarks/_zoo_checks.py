@@ -1,6 +1,7 @@
 """The checks behind the columns of the coverage table; the only place that knows the libraries' own gates."""
 
 import itertools
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,9 +15,9 @@ from torch.utils import _pytree as pytree
 from torchvision.ops import StochasticDepth
 
 import surgeon
+from surgeon._analysis import Analysis
 from surgeon._example import inputs, tensors
 from surgeon._gate import Gate
-from surgeon._record import record
 from surgeon._residual import Findings
 from surgeon._surgery import gated_blocks, gates_of
 
@@ -39,11 +40,12 @@ def census(findings: Findings) -> dict[str, Any]:
     }
 
 
-def recall(model: nn.Module, given: Any, findings: Findings) -> dict[str, Any]:
+def recall(model: nn.Module, analysis: Analysis) -> dict[str, Any]:
     """The model's own live gates, and which of them a gate of ours stands in for."""
+    findings = analysis.findings
     own = {name: module for name, module in model.named_modules() if isinstance(module, _OWN_GATES)}
     live = {name for name, module in own.items() if _rate(module) > 0}
-    called = {call.module for call in record(model, *inputs(model, given)).calls}
+    called = {call.module for call in analysis.recording.calls}
     names = {module: name for name, module in own.items()}
     reached = {names[module] for module in called if module in names} & live
     taken = {name for residual in findings for name in residual.replaces}
@@ -63,14 +65,6 @@ def _rate(module: nn.Module) -> float:
     return float(getattr(module, "drop_prob" if isinstance(module, DropPath) else "p"))
 
 
-def restores(model: nn.Module) -> bool:
-    """Whether `remove` gives every module its class and attributes back; the model is gated before."""
-    keys = list(model.state_dict())
-    surgeon.remove(model)
-    clean = all("_surgeon" not in m.__dict__ and not hasattr(type(m), "_ungated") for m in model.modules())
-    return clean and list(model.state_dict()) == keys
-
-
 def numbers(model: nn.Module, given: Any) -> dict[str, Any]:
     """Evaluation bit for bit, every gate live and safe to drop, a training step; on real tensors.
 
@@ -79,9 +73,10 @@ def numbers(model: nn.Module, given: Any) -> dict[str, Any]:
     randomise(model)
     args, kwargs = pytree.tree_map_only(Tensor, _noise, inputs(model, given))
     model.eval()
-    before = outputs(model, args, kwargs)
+    before, classes, keys = outputs(model, args, kwargs), _classes(model), list(model.state_dict())
+    start = time.process_time()
     surgeon.apply(model, schedule="uniform", drop_rate=0.5, example=given)
-    row: dict[str, Any] = {"gated": len(gates_of(model))}
+    row: dict[str, Any] = {"apply_s": round(time.process_time() - start, 2), "gated": len(gates_of(model))}
     row["eval_equal"] = _equal(before, outputs(model, args, kwargs))
     row["eval_finite"] = all(bool(t.isfinite().all()) for t in before if t.is_floating_point())
     dead, lost = _dead(model, args, kwargs), _lost(model, args, kwargs)
@@ -92,6 +87,7 @@ def numbers(model: nn.Module, given: Any) -> dict[str, Any]:
     surgeon.set_drop_rate(model, 0.0)
     gated = _trained(model, args, kwargs)
     surgeon.remove(model)
+    row["restored"] = _classes(model) == classes and list(model.state_dict()) == keys
     plain = _trained(model, args, kwargs)
     row["trains_plain"] = plain is not None
     row["train_ok"] = plain is None or (gated is not None and dropping is not None and plain <= gated)
@@ -140,6 +136,11 @@ def _error(got: list[Tensor], want: list[Tensor]) -> float:
     """The largest difference over the largest value, of the worst tensor."""
     pairs = [(a, b) for a, b in zip(got, want, strict=True) if b.is_floating_point() and b.numel()]
     return max(float((a - b).detach().abs().max() / b.detach().abs().max()) for a, b in pairs)
+
+
+def _classes(model: nn.Module) -> dict[str, tuple[type, frozenset[str]]]:
+    """Class and attributes of every module."""
+    return {name: (type(m), frozenset(m.__dict__)) for name, m in model.named_modules()}
 
 
 def _noise(tensor: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from surgeon._residual import REASONS
 
 _COLUMNS = (
     *("library", "model", "parameters", "gates", "identity", "projection", "refused", "own", "own_live"),
-    *("own_never_called", "recalled", "missed", "beyond", "restored", "find_s", "apply_s"),
-    *("size", "eval_equal", "live", "carried", "train_ok", "trains_plain"),
+    *("own_never_called", "recalled", "missed", "beyond", "find_s"),
+    *("size", "apply_s", "eval_equal", "live", "carried", "train_ok", "trains_plain", "restored"),
     *("fold_dtype", "fold_error", "round_trip", "left", "onnx", "onnx_rel", "onnx_left", "onnx_cause"),
     *("peak_mb", "unexplained", "note", "skipped", "error"),
 )
@@ -149,6 +149,7 @@ def _numbers(rows: list[Row]) -> list[str]:
             "- gates with the branch dropped where the block's input still reaches the output (derivative "
             f"by the input): {_sum(deep, 'carried')} of {gates}"
         ),
+        f"- every class and attribute as before after `remove`: {_sum(deep, 'restored')} of {len(deep)}",
         *(f"- {row['library']}:{row['model']}: {', '.join(row['dead'])}" for row in deep if row["dead"]),
         *(f"- {row['library']}:{row['model']}: {', '.join(row['lost'])}" for row in deep if row["lost"]),
     ]

@@ -29,36 +29,31 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import surgeon
 from benchmarks import _zoo_checks, _zoo_report
 from benchmarks._zoo_models import Entry, build, entries, example, small
-from surgeon.errors import NoResidualsError
+from surgeon._analysis import analyse
+from surgeon._example import inputs
 
 DEFAULT = Path("docs/coverage.csv")
 _BASE_GB = 1.5  # of a process with the libraries loaded and small activations
 
 
 def structure(entry: Entry) -> dict[str, Any]:
-    """The structural columns of one model, on tensors without memory."""
+    """The structural columns of one model, at its declared image size, on tensors without memory."""
     model = build(entry, device="meta")
     given = example(entry, model, "meta")
     if given is not None and "detection" in type(model).__module__:  # shapes that depend on values
         model = build(entry, device="cpu")
         given = example(entry, model, "cpu")
     start = time.process_time()
-    findings = surgeon.find(model, given)
-    found = time.process_time()
-    row = {"parameters": sum(p.numel() for p in model.parameters()), **_zoo_checks.census(findings)}
-    row |= _zoo_checks.recall(model, given, findings)
-    row["find_s"] = round(found - start, 2)
-    start = time.process_time()
-    try:
-        surgeon.apply(model, example=given)
-        row["apply_s"] = round(time.process_time() - start, 2)
-        row["restored"] = _zoo_checks.restores(model)
-    except NoResidualsError as error:
-        row["note"] = str(error)
-    return row
+    analysis = analyse(model, *inputs(model, given))
+    found = time.process_time() - start
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **_zoo_checks.census(analysis.findings),
+        **_zoo_checks.recall(model, analysis),
+        "find_s": round(found, 2),
+    }
 
 
 def numbers(entry: Entry) -> dict[str, Any]:
