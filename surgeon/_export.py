@@ -1,39 +1,43 @@
 """From a model, gated or not, to one plain ONNX file, compared with the model before it is put in place."""
 
+import copy
+import functools
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from surgeon._checkpoint import non_finite, strings
+from surgeon._checkpoint import non_finite
 from surgeon._divergence import first_divergence
+from surgeon._export_file import move, write
+from surgeon._export_metadata import describe
 from surgeon._export_report import ExportReport
 from surgeon._exporter import to_onnx
-from surgeon._files import beside, destination, settle
+from surgeon._files import beside, destination
 from surgeon._hygiene import graph_findings, node_counts
 from surgeon._onnx_file import OnnxFileError, open_onnx
 from surgeon._parity import OutputsDifferError, ParityReport, compare
 from surgeon._plain import check_plain
 from surgeon._signature import Signature, evaluating_copy, signature
 from surgeon._verify import check_comparison, compare_runs, evaluate
-from surgeon._version import __version__
 from surgeon.errors import ExportError, UsageError
 
-# An ONNX file is one protobuf message, which ends at 2 GB; the graph itself needs some of that.
-_ONE_FILE_LIMIT = 2**31 - 2**27
 _SEED = 0
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2}
+LEVELS = ("basic", "extended", "all")
 
 
-def export(
+def export(  # noqa: PLR0913 - each a decision of its own, by keyword only
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
@@ -41,10 +45,14 @@ def export(
     opset: int | None = None,
     overwrite: bool = False,
     dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+    dtype: str = "float32",
+    optimize: str | None = None,
+    check_nodes: bool = False,
     metadata: Mapping[str, object] | None = None,
     labels: Sequence[str] | None = None,
     batch_sizes: Sequence[int] = (1, 3),
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
 ) -> ExportReport:
     """Writes a model as one plain ONNX file and returns a report; the model is only read.
 
@@ -61,10 +69,18 @@ def export(
         opset: Version of ONNX's operators; None is the default of PyTorch's exporter.
         overwrite: Whether an existing file may be replaced.
         dynamic_batch: Whether the graph takes any batch size. A fixed one is the example's, or 1.
+        dynamic_size: Whether the graph takes images of any height and width.
+        dtype: ``"float32"``, or ``"float16"`` for weights and arithmetic in half precision; inputs and
+            outputs stay float32.
+        optimize: How far ONNX Runtime optimises the graph before it is written: None leaves that to the
+            session; ``"basic"`` removes nodes, ``"extended"`` fuses them into ONNX Runtime's own operators,
+            ``"all"`` also chooses layouts for this machine's processor.
+        check_nodes: Whether to export the ungated model too and check that its nodes are the same, but for
+            one multiplication for each gate that could not be folded. It takes as long again.
         metadata: More to write into the file, as ``{"dataset": "digits"}``; wins over what is found.
         labels: Names of the classes, in order.
         batch_sizes: Sizes to compare at.
-        tolerance: Largest relative error that counts as agreement.
+        tolerance: Largest relative error that counts as agreement; by default 1e-4, in float16 1e-2.
 
     Raises:
         WrappedModelError: The model is wrapped (DDP, torch.compile, ...); give the plain one.
@@ -80,36 +96,49 @@ def export(
     started = time.perf_counter()
     place = destination(path, overwrite=overwrite)
     check_plain(model)
+    _check_choices(opset, dtype, optimize)
+    tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
     check_comparison(batch_sizes, tolerance)
-    _check_opset(opset)
     _check_weights(model)
     reference = evaluating_copy(model)
     plain, gates = _without_gates(reference)
     called = signature(plain, example)
     if not dynamic_batch and example is None:
         called = signature(plain, called.tensors[0][:1])
-    graph = to_onnx(plain, called, opset=opset, dynamic_batch=dynamic_batch)
+    if dynamic_size:
+        _check_sizes(plain, called)
+    convert = functools.partial(
+        to_onnx, called=called, opset=opset, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size
+    )
+    graph = convert(plain)
     _check_graph(graph, type(model).__name__)
-    _check_labels(labels, graph)
-    noted = _metadata(model, called, graph, gates, labels, metadata)
-    graph.metadata_props.update(noted)
+    if dtype == "float16":
+        _check_range(graph)
+    if check_nodes and plain is not reference:
+        _check_nodes(graph, convert(_ungated(reference)), len(gates.kept))
+    more = dict(gates.settings) | {"dtype": dtype} | dict(metadata or {})
+    graph.metadata_props.update(describe(model, called, graph, labels, more))
     with beside(place) as folder:
         made = folder / place.name
-        data = _save(graph, made, place)
-        parity = _compare((reference, plain), called, made, path, batch_sizes, tolerance)
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        _move(made, data, place)
+        try:
+            data = write(graph, folder, place, dtype=dtype, optimize=optimize)
+            parity, final = _compare((reference, plain), called, made, path, batch_sizes, tolerance)
+        except OnnxFileError as error:
+            told = str(error).replace(str(made), str(path))
+            raise ExportError(f"{told}. Nothing was written to {path}") from error
+        size = made.stat().st_size + (made.with_name(data).stat().st_size if data else 0)
+        move(made, data, place)
     return ExportReport(
         path=str(path),
         data=str(place.parent / data) if data else None,
         bytes=size,
-        opset=graph.opset_imports.get("", 0),
-        inputs={str(given.name): _dimensions(given) for given in graph.graph.inputs},
-        nodes=node_counts(graph),
+        opset=final.opset_imports.get("", 0),
+        inputs={str(given.name): _dimensions(given) for given in final.graph.inputs},
+        nodes=node_counts(final),
         folded=gates.folded,
         kept=gates.kept,
         parity=parity,
-        metadata=noted,
+        metadata=dict(final.metadata_props),
         seconds=time.perf_counter() - started,
     )
 
@@ -145,10 +174,40 @@ def _without_gates(model: nn.Module) -> tuple[nn.Module, _Gates]:
     return plain, _Gates(folded, kept, tuple(settings.items()))
 
 
-def _check_opset(opset: int | None) -> None:
+def _ungated(model: nn.Module) -> nn.Module:
+    import surgeon
+
+    return surgeon.remove(copy.deepcopy(model))
+
+
+def _check_choices(opset: int | None, dtype: str, optimize: str | None) -> None:
+    for name, value, known in (("dtype", dtype, tuple(TOLERANCES)), ("optimize", optimize, (None, *LEVELS))):
+        if value not in known:
+            raise UsageError(f"{name} is {value!r}; give one of {', '.join(map(repr, known))}")
+    if dtype == "float16" and optimize is not None:
+        raise UsageError(
+            f"optimize={optimize!r} would undo dtype='float16': where a CPU has no arithmetic in half "
+            "precision, ONNX Runtime writes float32; give one of the two"
+        )
     latest = onnx.defs.onnx_opset_version()
     if opset is not None and not 7 <= opset <= latest:
         raise UsageError(f"opset is {opset}; the installed onnx {onnx.__version__} knows 7 to {latest}")
+
+
+def _check_sizes(model: nn.Module, called: Signature) -> None:
+    """Checks that there are images, and that the model takes larger ones than the example's.
+
+    Raises:
+        UsageError: There are none, or it does not; with its reason.
+    """
+    if not any(called.images()):
+        raise UsageError(
+            f"dynamic_size is for images, and none of {', '.join(called.names)} is B x C x H x W"
+        )
+    try:
+        evaluate(model, called, called.draw(1, torch.Generator().manual_seed(_SEED), larger=True))
+    except UsageError as error:
+        raise UsageError(f"no dynamic size is possible: {error}") from error
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -179,79 +238,27 @@ def _check_graph(graph: ir.Model, kind: str) -> None:
         )
 
 
-def _check_labels(labels: Sequence[str] | None, graph: ir.Model) -> None:
-    shape = graph.graph.outputs[0].shape
-    classes = shape[-1] if shape is not None and len(shape) == 2 else None
-    if labels is not None and isinstance(classes, int) and len(labels) != classes:
-        raise UsageError(f"there are {len(labels)} labels for the {classes} classes of the model")
+def _check_range(graph: ir.Model) -> None:
+    """Checks that every weight fits into float16, which ends at 65504."""
+    for value in graph.graph.initializers.values():
+        if value.const_value is not None and value.dtype is ir.DataType.FLOAT:
+            largest = np.abs(value.const_value.numpy()).max(initial=0.0)
+            if np.isfinite(largest) and largest > np.finfo(np.float16).max:
+                raise ExportError(
+                    f"{value.name} holds {largest:g} and float16 ends at 65504; export in float32"
+                )
 
 
-def _metadata(
-    model: nn.Module,
-    called: Signature,
-    graph: ir.Model,
-    gates: _Gates,
-    labels: Sequence[str] | None,
-    more: Mapping[str, object] | None,
-) -> dict[str, str]:
-    import onnxscript
-    import timm
-
-    config = getattr(model, "pretrained_cfg", None)
-    config = config if isinstance(config, Mapping) else {}
-    shape = graph.graph.outputs[0].shape
-    classes = shape[-1] if shape is not None and len(shape) == 2 else None
-    found: dict[str, object] = {
-        "model": config.get("architecture") or type(model).__name__,
-        "input_size": list(called.tensors[0].shape[1:]),
-        "mean": config.get("mean"),
-        "std": config.get("std"),
-        "num_classes": classes if isinstance(classes, int) else None,
-        "labels": list(labels) if labels is not None else None,
-        **dict(gates.settings),
-        **dict(more or {}),
-        "surgeon": __version__,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "onnx": onnx.__version__,
-        "onnxscript": onnxscript.__version__,
-        "onnxruntime": onnxruntime.__version__,
-    }
-    return strings(found)
-
-
-def _save(graph: ir.Model, made: Path, place: Path) -> str | None:
-    """Writes the graph; returns the name of the data file beside it, if it needs one."""
-    weights = sum(
-        value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value
-    )
-    data = None if weights <= _ONE_FILE_LIMIT else _free_name(place)
-    try:
-        ir.save(graph, made, external_data=data)
-    except OSError as error:
-        raise ExportError(f"cannot write {place}: {error}; nothing was left behind") from error
-    return data
-
-
-def _free_name(place: Path) -> str:
-    """A name for the weights that no file has: the old graph reads the old weights until it is replaced."""
-    first = f"{place.name}.data"
-    later = (f"{place.name}.{number}.data" for number in range(1, 1000))
-    return next(name for name in (first, *later) if not (place.parent / name).exists())
-
-
-def _move(made: Path, data: str | None, place: Path) -> None:
-    stale = [old for old in place.parent.glob(f"{place.name}.*data") if _is_ours(old, place)]
-    if data is not None:
-        settle(made.with_name(data), place.with_name(data))
-    settle(made, place)
-    for old in stale:
-        old.unlink()
-
-
-def _is_ours(old: Path, place: Path) -> bool:
-    number = old.name.removeprefix(f"{place.name}.").removesuffix("data").removesuffix(".")
-    return number == "" or number.isdigit()
+def _check_nodes(graph: ir.Model, ungated: ir.Model, kept: int) -> None:
+    """Checks that a graph has the nodes of the ungated model's, and a multiplication for each gate kept."""
+    extra = Counter(node_counts(graph))
+    extra.subtract(node_counts(ungated))
+    extra["Mul"] -= kept
+    unexpected = ", ".join(f"{count:+d} {op}" for op, count in sorted(extra.items()) if count)
+    if unexpected:
+        raise ExportError(
+            f"the graph has other nodes than the ungated model's export: {unexpected}. Nothing was written"
+        )
 
 
 def _compare(
@@ -261,25 +268,21 @@ def _compare(
     path: str | os.PathLike[str],
     batch_sizes: Sequence[int],
     tolerance: float,
-) -> ParityReport:
+) -> tuple[ParityReport, ir.Model]:
     """Compares the file with the first of two models, gates and all; the second is the folded one."""
     reference, plain = models
-    try:
-        with open_onnx(made) as file:
-            rows, differing = compare_runs(reference, called, file, batch_sizes, tolerance, _SEED)
-            blame, parting = "", None
-            if differing is not None:
-                blame = _blame(reference, plain, called, differing, tolerance)
-                parting = first_divergence(plain, called, file, differing, tolerance)
-            findings = graph_findings(file.model)
-    except OnnxFileError as error:
-        told = str(error).replace(str(made), str(path))
-        raise ExportError(f"{told}. Nothing was written to {path}") from error
+    with open_onnx(made) as file:
+        rows, differing = compare_runs(reference, called, file, batch_sizes, tolerance, _SEED)
+        blame, parting = "", None
+        if differing is not None:
+            blame = _blame(reference, plain, called, differing, tolerance)
+            parting = first_divergence(plain, called, file, differing, tolerance)
+        final, findings = file.model, graph_findings(file.model)
     report = ParityReport(str(path), tuple(rows), findings, tolerance, _SEED, parting)
     if not report.ok:
         what = f"the ONNX graph of {type(reference).__name__} computes something else{blame}"
         raise OutputsDifferError(f"{what}: {report.fault}. No file was written to {path}", report)
-    return report
+    return report, final
 
 
 def _blame(

@@ -14,7 +14,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import onnx_ir as ir
@@ -31,7 +31,14 @@ _LOUD = ("torch.onnx", "torch.export", "torch.fx", "torch._dynamo", "torch._expo
 _MODULE = "surgeon.module"
 
 
-def to_onnx(model: nn.Module, called: Signature, *, opset: int | None, dynamic_batch: bool) -> ir.Model:
+def to_onnx(
+    model: nn.Module,
+    called: Signature,
+    *,
+    opset: int | None,
+    dynamic_batch: bool,
+    dynamic_size: bool = False,
+) -> ir.Model:
     """Converts an evaluating model to an ONNX graph; the model is as before afterwards.
 
     Every node keeps the name of the module that it comes from (``surgeon.module``) and nothing else of the
@@ -42,14 +49,15 @@ def to_onnx(model: nn.Module, called: Signature, *, opset: int | None, dynamic_b
         called: How it is called; the shapes of its tensors are those of the graph.
         opset: Version of ONNX's operators; None is the exporter's default.
         dynamic_batch: Whether the first dimension may vary.
+        dynamic_size: Whether height and width of images may vary.
 
     Raises:
-        ExportError: The exporter failed, or the batch or the opset is not as asked; with the cause.
+        ExportError: The exporter failed, or batch, size or opset are not as asked; with the cause.
     """
     tensors = called.tensors
     if dynamic_batch and tensors[0].shape[0] < 2:
         tensors = called.draw(2, torch.Generator().manual_seed(0))
-    axes = tuple({0: "batch"} if batched and dynamic_batch else {} for batched in called.batched())
+    axes = _axes(called, batch=dynamic_batch, size=dynamic_size)
     flat = Flat(model, called).eval()
     try:
         with _quiet(), _plain_attention(model, opset), torch.no_grad():
@@ -66,13 +74,22 @@ def to_onnx(model: nn.Module, called: Signature, *, opset: int | None, dynamic_b
                 verbose=False,
             )
     except Exception as error:  # The exporter and the user's forward raise whatever they like.
-        raise ExportError(_failure(model, error, dynamic_batch=dynamic_batch)) from error
+        raise ExportError(_failure(model, error, {name for one in axes for name in one.values()})) from error
     finally:
         drop_caches(model)
     graph = cast("torch.onnx.ONNXProgram", program).model  # It is None for the old exporter only.
-    _check(graph, model, opset, dynamic_batch=dynamic_batch)
+    _check_opset(graph, model, opset)
+    _check_axes(graph, model, axes)
     _tidy(graph)
     return graph
+
+
+def _axes(called: Signature, *, batch: bool, size: bool) -> tuple[dict[int, str], ...]:
+    """For each input the dimensions that may vary, with their names."""
+    return tuple(
+        ({0: "batch"} if batch and batched else {}) | ({2: "height", 3: "width"} if size and image else {})
+        for batched, image in zip(called.batched(), called.images(), strict=True)
+    )
 
 
 @contextlib.contextmanager
@@ -107,37 +124,46 @@ def _plain_attention(model: nn.Module, opset: int | None) -> Iterator[None]:
             module.fused_attn = True  # type: ignore[assignment]
 
 
-def _failure(model: nn.Module, error: BaseException, *, dynamic_batch: bool) -> str:
+_WITHOUT = {
+    "batch": "dynamic_batch=False (--static-batch)",
+    "height": "dynamic_size=False (no --dynamic-size)",
+    "width": "dynamic_size=False (no --dynamic-size)",
+}
+
+
+def _failure(model: nn.Module, error: BaseException, dynamic: Collection[str]) -> str:
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or ["no message"]
-    how = "with a dynamic batch" if dynamic_batch else "with a fixed batch"
-    advice = (
-        " If the model's arithmetic needs a fixed batch, pass dynamic_batch=False (--static-batch)."
-        if dynamic_batch
-        else ""
-    )
+    how = f"with a dynamic {', '.join(sorted(dynamic))}" if dynamic else "with a fixed batch"
+    without = " and ".join(sorted({_WITHOUT[axis] for axis in dynamic}))
+    advice = f" If the model's arithmetic needs fixed ones, pass {without}." if dynamic else ""
     return (
         f"PyTorch's exporter could not convert {type(model).__name__} {how}: "
         f"{type(cause).__name__}: {lines[0][:300]}.{advice}"
     )
 
 
-def _check(graph: ir.Model, model: nn.Module, opset: int | None, *, dynamic_batch: bool) -> None:
-    kind = type(model).__name__
+def _check_opset(graph: ir.Model, model: nn.Module, opset: int | None) -> None:
     made = graph.opset_imports.get("", 0)
     if opset is not None and made != opset:
         raise ExportError(
-            f"{kind} cannot be written in opset {opset}: the exporter made opset {made} and could not "
-            f"convert it. Leave opset out, or ask for {made}"
+            f"{type(model).__name__} cannot be written in opset {opset}: the exporter made opset {made} and "
+            f"could not convert it. Leave opset out, or ask for {made}"
         )
-    first = graph.graph.inputs[0]
-    if dynamic_batch and first.shape is not None and isinstance(first.shape[0], int):
-        raise ExportError(
-            f"{kind} fixes its batch to {first.shape[0]} in its own arithmetic, so no dynamic batch is "
-            "possible; pass dynamic_batch=False (--static-batch) to export for one batch size"
-        )
+
+
+def _check_axes(graph: ir.Model, model: nn.Module, axes: Sequence[Mapping[int, str]]) -> None:
+    kind = type(model).__name__
+    for given, names in zip(graph.graph.inputs, axes, strict=True):
+        for axis, name in names.items():
+            if given.shape is not None and isinstance(given.shape[axis], int):
+                why = "its own arithmetic" if name == "batch" else "tables or windows of that size"
+                raise ExportError(
+                    f"{kind} fixes its {name} to {given.shape[axis]} in {why}, so no dynamic {name} is "
+                    f"possible; pass {_WITHOUT[name]} to export for that one"
+                )
 
 
 def _tidy(model: ir.Model) -> None:

@@ -74,6 +74,16 @@ class Child:
             "outputs": [made.name for made in self.session.get_outputs()],
         }
 
+    def halve(self, path: str, into: str, data: str | None = None) -> dict[str, Any]:
+        """Writes a file whose arithmetic is in float16, inputs and outputs as they were."""
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+        from onnxruntime.transformers.onnx_model import OnnxModel
+
+        converted = convert_float_to_float16(path, keep_io_types=True)
+        OnnxModel(converted).topological_sort()  # Its casts of the inputs come last.
+        onnx.save(converted, into, save_as_external_data=data is not None, location=data)
+        return {}
+
     def run(self, given: str, into: str, names: list[str], wanted: list[str] | None) -> dict[str, Any]:
         """Runs the session on the arrays in one file and writes its outputs to another."""
         with np.load(given, allow_pickle=False) as held:

@@ -80,6 +80,17 @@ class Runtime:
             raise OnnxFileError(f"ONNX Runtime cannot load {self.path}: {error}") from error
         self.inputs, self.outputs = tuple(found["inputs"]), tuple(found["outputs"])
 
+    def halve(self, into: Path, data: str | None) -> None:
+        """Writes a file whose arithmetic is in float16, inputs and outputs as they were.
+
+        Raises:
+            OnnxFileError: ONNX Runtime's converter fails, with its reason.
+        """
+        try:
+            self._ask(do="halve", path=str(self.path), into=str(into), data=data)
+        except _NoAnswerError as error:
+            raise OnnxFileError(f"ONNX Runtime cannot convert {self.path} to float16: {error}") from error
+
     def run(self, tensors: Sequence[torch.Tensor], wanted: Sequence[str] | None = None) -> list[Array]:
         """The open model's outputs for these inputs, in order; only the wanted ones if they are named.
 

@@ -41,11 +41,24 @@ class Signature:
         size = self.tensors[0].shape[:1]
         return tuple(len(size) == 1 and tensor.shape[:1] == size for tensor in self.tensors)
 
-    def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Random tensors like the example's, with another batch size: normal, or integers in its range."""
+    def images(self) -> tuple[bool, ...]:
+        """For each tensor, whether its last two dimensions are height and width: as the first image's."""
+        sizes = [tuple(t.shape[2:]) if t.ndim == 4 and t.is_floating_point() else () for t in self.tensors]
+        first = next((size for size in sizes if size), None)
+        return tuple(size == first for size in sizes)
+
+    def draw(self, batch: int, generator: torch.Generator, *, larger: bool = False) -> tuple[Tensor, ...]:
+        """Random tensors like the example's, with another batch size: normal, or integers in its range.
+
+        Args:
+            batch: Size of the batch.
+            generator: Where the numbers come from.
+            larger: Whether images are 64 pixels higher and 32 wider.
+        """
+        grown = self.images() if larger else [False] * len(self.tensors)
         return tuple(
-            _random(tensor, (batch, *tensor.shape[1:]) if batched else tensor.shape, generator)
-            for tensor, batched in zip(self.tensors, self.batched(), strict=True)
+            _random(tensor, _shape(tensor, batch if batched else None, larger=more), generator)
+            for tensor, batched, more in zip(self.tensors, self.batched(), grown, strict=True)
         )
 
     def extremes(self, batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -161,6 +174,15 @@ def _distinct(names: list[str]) -> tuple[str, ...]:
         if len(set(names)) == len(names)
         else tuple(f"{name}_{i}" for i, name in enumerate(names))
     )
+
+
+def _shape(tensor: Tensor, batch: int | None, *, larger: bool) -> tuple[int, ...]:
+    shape = list(tensor.shape)
+    if batch is not None:
+        shape[0] = batch
+    if larger:
+        shape[2:] = shape[2] + 64, shape[3] + 32
+    return tuple(shape)
 
 
 def _random(tensor: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import surgeon
-from surgeon import _export, _exporter
+from surgeon import _export, _export_file, _exporter
 from surgeon._export import export
 from surgeon._hygiene import node_counts
 from surgeon._signature import signature
@@ -323,7 +323,7 @@ def test_opset_that_cannot_be_reached(tmp_path):
 def test_large_models_get_a_data_file(net, tmp_path, graph, monkeypatch):
     path = tmp_path / "m.onnx"
     monkeypatch.setattr(_export, "to_onnx", lambda *_, **__: graph.clone())
-    monkeypatch.setattr(_export, "_ONE_FILE_LIMIT", 0)
+    monkeypatch.setattr(_export_file, "ONE_FILE_LIMIT", 0)
     report = export(net, path, example=IMAGES)
     assert report.data == f"{path}.data"
     assert report.bytes == path.stat().st_size + (tmp_path / "m.onnx.data").stat().st_size
@@ -332,7 +332,7 @@ def test_large_models_get_a_data_file(net, tmp_path, graph, monkeypatch):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.1.data"]
     x = torch.randn(2, 3, 8, 8)
     assert torch.allclose(run(path, x), net.eval()(x).detach(), atol=1e-5)
-    monkeypatch.setattr(_export, "_ONE_FILE_LIMIT", 2**31)
+    monkeypatch.setattr(_export_file, "ONE_FILE_LIMIT", 2**31)
     export(net, path, example=IMAGES, overwrite=True)
     assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
 
@@ -504,7 +504,7 @@ def test_wrong_numbers_leave_the_old_file(net, tmp_path, wrong_exporter):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("broken", ["settle", "_compare", "_save"])
+@pytest.mark.parametrize("broken", ["move", "_compare", "write"])
 def test_interruption_leaves_nothing(net, tmp_path, quick, monkeypatch, broken):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -527,11 +527,11 @@ def test_full_disk(net, tmp_path, quick, monkeypatch):
 
 _KILLED = """
 import os, signal, sys, torch
-from surgeon import _export
+from surgeon import _export, _export_file
 def killed(made, place):
     print(made.stat().st_size, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
-_export.settle = killed
+_export_file.settle = killed
 _export.export(torch.nn.Conv2d(3, 4, 3), sys.argv[1], example=torch.zeros(2, 3, 8, 8))
 """
 

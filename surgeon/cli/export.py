@@ -16,6 +16,7 @@ _EXAMPLES = """
 surgeon export timm:resnet50 --checkpoint model.safetensors -o model.onnx
 surgeon export torchvision:vit_b_16 --checkpoint last.pt -o vit.onnx --opset 23 --labels classes.txt
 surgeon export timm:resnet50 --checkpoint paper.pt --scaling paper --drop-rate 0.5 -o model.onnx
+surgeon export timm:convnext_atto --dynamic-size --fp16 -o half.onnx
 surgeon export my_networks:tiny -o tiny.onnx --input-size 1x28x28 --overwrite --json
 """
 
@@ -30,10 +31,20 @@ _CARRIED = ("mean", "std", "classes", "schedule", "drop_rate", "scaling", "unit"
 @schedule_options
 @click.option("--opset", type=int, help="Version of ONNX's operators; default is PyTorch's.")
 @click.option("--static-batch", is_flag=True, help="Fix the batch to one.")
+@click.option("--dynamic-size", is_flag=True, help="Let height and width of the images vary.")
+@click.option("--fp16", is_flag=True, help="Half precision inside; inputs and outputs stay float32.")
+@click.option(
+    "--optimize",
+    type=click.Choice(["basic", "extended", "all"]),
+    help="Let ONNX Runtime optimise the graph before it is written.",
+)
+@click.option(
+    "--check-nodes", is_flag=True, help="Compare the nodes with the ungated model's; twice the time."
+)
 @click.option("--labels", type=click.Path(), help="A text file with one class name per line.")
-@click.option("--tolerance", type=float, default=1e-4, show_default=True, help="Largest relative error.")
+@click.option("--tolerance", type=float, help="Largest relative error.  [default: 0.0001; 0.01 with --fp16]")
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
-def command(
+def command(  # noqa: PLR0913 - one for each option
     out: Output,
     *,
     model: str,
@@ -42,8 +53,12 @@ def command(
     gating: Gating,
     opset: int | None,
     static_batch: bool,
+    dynamic_size: bool,
+    fp16: bool,
+    optimize: str | None,
+    check_nodes: bool,
     labels: str | None,
-    tolerance: float,
+    tolerance: float | None,
     overwrite: bool,
 ) -> None:
     """Writes MODEL as one plain ONNX file, compared with PyTorch before it is in place.
@@ -67,6 +82,10 @@ def command(
             opset=opset,
             overwrite=overwrite,
             dynamic_batch=not static_batch,
+            dynamic_size=dynamic_size,
+            dtype="float16" if fp16 else "float32",
+            optimize=optimize,
+            check_nodes=check_nodes,
             metadata=_metadata(subject),
             labels=names,
             tolerance=tolerance,
