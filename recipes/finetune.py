@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import set_seed
 from finetune_config import Config, load_config
 from finetune_data import Images, check_images, first_classes, load_images
 from finetune_deliver import deliver
@@ -49,10 +49,6 @@ def main(config: str, overrides: list[str]) -> dict[str, Any]:
         mixed_precision=settings.train.precision,
         gradient_accumulation_steps=settings.train.accumulate,
         cpu=settings.device == "cpu",
-        # A skipped block has no gradients in that step, and DDP stops at that unless it is told to look.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=settings.gates.unit == "batch")
-        ],
     )
     say = accelerator.print
     log = RunLog(settings, state["epoch"] if state else 0, active=accelerator.is_main_process)

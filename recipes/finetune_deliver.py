@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import surgeon
-from surgeon._source import save_checkpoint
 
 
 def deliver(
@@ -36,7 +35,7 @@ def deliver(
     output, status = settings.output, surgeon.status(gated)
     folded = surgeon.fold(gated)
     metadata = _metadata(settings, images)
-    files = [save_checkpoint(folded, output / "model.safetensors", metadata)]
+    files = [surgeon.save_checkpoint(folded, output / "model.safetensors", metadata)]
     stock = fresh_network(settings.model, len(images.classes), output / "model.safetensors").eval()
 
     logits, targets = predict(gated, images, settings.train.batch_size)

@@ -9,7 +9,7 @@ import torch
 from finetune_config import Config, dump_config
 from torch import nn
 
-from surgeon._version import __version__
+from surgeon import __version__
 from surgeon.errors import SurgeonError, UsageError
 
 MAY_CHANGE = {

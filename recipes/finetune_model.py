@@ -6,7 +6,7 @@ from typing import Any
 from finetune_config import Model
 from torch import nn
 
-from surgeon._source import load_model
+import surgeon
 from surgeon.errors import SurgeonError
 
 
@@ -20,7 +20,7 @@ def load_network(config: Model) -> nn.Module:
     if config.pretrained:
         kwargs |= {"weights": "DEFAULT"} if config.name.startswith("torchvision:") else {"pretrained": True}
     try:
-        return load_model(config.name, checkpoint=config.checkpoint, **kwargs)
+        return surgeon.load_model(config.name, checkpoint=config.checkpoint, **kwargs)
     except Exception as error:
         reason = _network_failure(error)
         if not config.pretrained or reason is None:
@@ -34,7 +34,7 @@ def load_network(config: Model) -> nn.Module:
 
 def fresh_network(config: Model, classes: int, checkpoint: Path) -> nn.Module:
     """A stock network as anybody would make it, with the weights of a checkpoint."""
-    return load_model(config.name, checkpoint=checkpoint, **{**config.kwargs, "num_classes": classes})
+    return surgeon.load_model(config.name, checkpoint=checkpoint, **{**config.kwargs, "num_classes": classes})
 
 
 def reset_head(model: nn.Module, classes: int) -> None:

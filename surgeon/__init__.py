@@ -12,9 +12,11 @@ from surgeon._version import __version__
 from surgeon.errors import SurgeonError
 
 if TYPE_CHECKING:
+    from surgeon._checkpoint import save_checkpoint
     from surgeon._export import export
     from surgeon._load import load
     from surgeon._ramp import Ramp
+    from surgeon._source import load_model
     from surgeon._surgery import apply, find, fold, remove, set_drop_rate, status
     from surgeon._verify import verify
 
@@ -27,7 +29,9 @@ __all__ = [
     "find",
     "fold",
     "load",
+    "load_model",
     "remove",
+    "save_checkpoint",
     "set_drop_rate",
     "status",
     "verify",
@@ -35,6 +39,7 @@ __all__ = [
 
 _HOMES = dict.fromkeys(("apply", "find", "fold", "remove", "set_drop_rate", "status"), "_surgery")
 _HOMES |= {"Ramp": "_ramp", "export": "_export", "load": "_load", "verify": "_verify"}
+_HOMES |= {"load_model": "_source", "save_checkpoint": "_checkpoint"}
 
 
 def __getattr__(name: str) -> Any:

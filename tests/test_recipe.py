@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -301,3 +304,20 @@ def test_plot_has_a_bar_per_gate(tmp_path: Path) -> None:
     with Image.open(path) as image:
         assert image.width > 600
     assert list(tmp_path.iterdir()) == [path]  # no draft is left behind
+
+
+@pytest.mark.slow
+def test_two_processes_train_with_one_coin_per_batch(small: str, tmp_path: Path) -> None:
+    """Each with coins of its own, under DDP as the launcher makes it; a hang is killed and fails."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    script = str(_recipes.locate() / "finetune.py")
+    ran = subprocess.run(
+        [*launcher, script, small, "gates.drop_rate=0.6"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert [line["epoch"] for line in lines(tmp_path / "run") if line["kind"] == "epoch"] == [1, 2, 3]
