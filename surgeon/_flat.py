@@ -11,12 +11,15 @@ How, and why so:
 * Below it a ``TorchDispatchMode`` notes each call and numbers each tensor by identity. ``make_fx`` does
   the same with proxies and ends in an ``fx.Graph``; the plain list costs a fraction of the time, lets a
   call remember the module it came from, and cannot be mistaken for something to execute.
+* Integers and truth values among the arguments stay out of the rewriting, so that a model that asks whether
+  a mask is a fake tensor before it looks into it is told so. A model that looks all the same (a detector)
+  runs once more on real tensors.
 * Attention is recorded through its mathematical definition, and the fused paths of
   ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` are off: this list is only read.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +31,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgeon._still import evaluating, unchanged
-from surgeon.errors import FoldError
+from surgeon.errors import FoldError, UnseenCallError
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,54 +90,82 @@ def flatten(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         kwargs: Keyword arguments of the same call.
 
     Raises:
-        FoldError: The model cannot run on these arguments without real values.
+        FoldError: The model cannot run on these arguments.
     """
+    first: Exception | None = None
+    for attempt in _ATTEMPTS:
+        if attempt.real and any(t.is_meta for t in (*model.parameters(), *_tensors_in((args, kwargs)))):
+            continue
+        try:
+            with unchanged(model):
+                return _record(model, args, kwargs, attempt)
+        except (FoldError, UnseenCallError) as error:
+            first = error
+            break
+        except Exception as error:  # noqa: BLE001 - whatever a foreign forward may raise
+            first = first or error
+    if isinstance(first, FoldError):
+        raise first
+    raise FoldError(
+        f"{type(model).__name__} could not run in evaluation mode, neither on fake tensors nor on real ones, "
+        f"so there is nothing to fold on; check the example input ({type(first).__name__}: {first})"
+    ) from first
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """One way of running a model for its list of calls."""
+
+    bare: bool
+    """Integers and truth values among the arguments are not rewritten."""
+    real: bool
+    """Tensors hold numbers: copies of the model's own."""
+
+
+_ATTEMPTS = (
+    _Attempt(bare=True, real=False),
+    _Attempt(bare=False, real=False),
+    _Attempt(bare=False, real=True),
+)
+
+
+def _record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], attempt: _Attempt) -> Flat:
+    """Run the model under a recorder."""
     named = _named_tensors(model)
     recorder = _Recorder({id(module): name for name, module in model.named_modules()})
-    try:
-        with unchanged(model):
-            held, outputs = _record(model, [one.tensor for one in named], named, args, kwargs, recorder)
-    except FoldError:
-        raise
-    except Exception as error:  # whatever a foreign forward may raise
-        raise FoldError(
-            f"{type(model).__name__} could not run on fake tensors in evaluation mode, so there is nothing "
-            f"to fold on; check the example input ({type(error).__name__}: {error})"
-        ) from error
-    return Flat(
-        calls=tuple(recorder.calls),
-        parameters={v: Source(one.names) for v, one in zip(held, named, strict=True) if one.writable},
-        buffers={v: one.names[0] for v, one in zip(held, named, strict=True) if not one.writable},
-        outputs=outputs,
-    )
-
-
-def _record(
-    model: nn.Module,
-    tensors: Sequence[Tensor],
-    named: Sequence["_Named"],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    recorder: "_Recorder",
-) -> tuple[list[Value], frozenset[Value]]:
-    """Run the model under the recorder; the values of its named tensors, and those of its outputs."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
+    of = _copy if attempt.real else fake.from_tensor
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    held = [fake.from_tensor(tensor.detach()) for tensor in tensors]
-    fed = [fake.from_tensor(leaf.detach()) for leaf in leaves if isinstance(leaf, Tensor)]
+    held = [of(one.tensor.detach()) for one in named]
+    leaves = [of(leaf.detach()) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    fed = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and _rewritten(leaf, attempt)]
     values = [recorder.value(tensor) for tensor in held]
 
     def forward(*wrapped: Tensor) -> list[Tensor]:
-        given = iter(wrapped[len(named) :])
-        filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        filled = list(leaves)
+        for n, tensor in zip(fed, wrapped[len(named) :], strict=True):
+            filled[n] = tensor
         positional, keyword = pytree.tree_unflatten(filled, spec)
         state = {name: tensor for tensor, one in zip(wrapped, named, strict=False) for name in one.names}
         result = torch.func.functional_call(model, state, positional, keyword, tie_weights=False)
         return list(_tensors_in(result))
 
-    with evaluating(model), _naming(recorder), fake, recorder:
-        out = torch.func.functionalize(forward, remove="mutations")(*held, *fed)
-    return values, frozenset(recorder.value(tensor) for tensor in out)
+    with evaluating(model), _naming(recorder), nullcontext() if attempt.real else fake, recorder:
+        out = torch.func.functionalize(forward, remove="mutations")(*held, *[leaves[n] for n in fed])
+    return Flat(
+        calls=tuple(recorder.calls),
+        parameters={v: Source(one.names) for v, one in zip(values, named, strict=True) if one.writable},
+        buffers={v: one.names[0] for v, one in zip(values, named, strict=True) if not one.writable},
+        outputs=frozenset(recorder.value(tensor) for tensor in out),
+    )
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.clone()
+
+
+def _rewritten(leaf: Tensor, attempt: _Attempt) -> bool:
+    return not attempt.bare or leaf.is_floating_point() or leaf.is_complex()
 
 
 _FORM_ONLY = frozenset(

@@ -165,17 +165,47 @@ def test_meta_parameters_are_planned_but_not_written() -> None:
 
 
 def test_a_model_that_cannot_run_is_an_error() -> None:
-    with pytest.raises(FoldError, match="could not run on fake tensors in evaluation mode"):
+    with pytest.raises(FoldError, match="could not run in evaluation mode"):
         plan(Gated(nn.Linear(8, 8)), (torch.randn(2, 5),), {}, {0: SCALE})
 
 
-def test_a_forward_that_asks_for_a_value_is_an_error() -> None:
-    class Asking(Gated):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) if x.sum().item() > 0 else x
+class Asking(Gated):
+    """Looks at its input, as detectors do."""
 
-    with pytest.raises(FoldError, match="could not run on fake tensors"):
-        plan(Asking(nn.Linear(8, 8)), (tokens().float(),), {}, {0: SCALE})
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum().item() > 0 else x
+
+
+def test_a_forward_that_asks_for_a_value_runs_on_real_tensors() -> None:
+    model, x = randomised(Asking(nn.Linear(8, 8))), tokens().abs()
+    before = {name: (value.clone(), value._version) for name, value in model.state_dict().items()}
+    assert exponents(plan(model, (x,), {}, {0: SCALE})) == {"weight": 1, "bias": 1}
+    assert plan(model, (-x,), {}, {0: SCALE}).kept == (Kept(0, "the model's forward did not pass it"),)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name][0])
+        assert value._version == before[name][1]
+    with pytest.raises(FoldError, match="neither on fake tensors nor on real ones"):
+        plan(model, (x.to("meta"),), {}, {0: SCALE})
+
+
+class Masked(Gated):
+    """Looks into its mask only where that has numbers in it, as language models do."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        assert isinstance(mask, torch._subclasses.FakeTensor) == (self.scale is None)
+        if isinstance(mask, torch._subclasses.FakeTensor) or not mask.all():
+            x = x.masked_fill(~mask[..., None], 0.0)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long])
+def test_a_mask_is_seen_to_be_fake(dtype: torch.dtype) -> None:
+    model = randomised(Masked(nn.Linear(8, 8)))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
+    if dtype != torch.bool:
+        model.forward = lambda x, mask: Masked.forward(model, x, mask != 0)  # type: ignore[assignment, method-assign]
+    made = plan(model, (tokens(), mask.to(dtype)), {}, {0: SCALE})
+    assert exponents(made) == {"weight": 1, "bias": 1}
 
 
 def test_a_plan_prints_well() -> None:
