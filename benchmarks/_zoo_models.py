@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from surgeon._example import inputs
 
@@ -109,6 +110,8 @@ def _torchvision(name: str) -> nn.Module:
     if name.startswith("quantized_") or "quantize" in inspect.signature(builder).parameters:
         plain["quantize"] = False
     model: nn.Module = torchvision.models.get_model(name, **plain)
+    if isinstance(getattr(model, "transform", None), GeneralizedRCNNTransform):  # not to 800 pixels
+        model.transform.min_size, model.transform.max_size = (160,), 160
     return model
 
 
@@ -118,7 +121,7 @@ def example(entry: Entry, model: nn.Module, device: str, size: int | None = None
         return None if size is None else torch.zeros(2, 3, size, size, device=device)
     package = type(model).__module__
     if "detection" in package:
-        return ([torch.zeros(3, 320, 320, device=device)] * 2,)
+        return ([torch.zeros(3, 160, 160, device=device)] * 2,)
     if "optical_flow" in package:
         return tuple(torch.zeros(2, 3, 128, 128, device=device) for _ in range(2))
     shape = next((shape for part, shape in _SHAPES if part in f"{package}.{entry.name}"), None)
