@@ -13,7 +13,6 @@ other. Rows are appended as they come; ``python -m benchmarks.zoo`` puts them in
 import copy
 import functools
 import json
-import multiprocessing
 import sys
 import tempfile
 from collections import Counter, defaultdict
@@ -106,10 +105,9 @@ def families(match: tuple[str, ...], sizes: Path) -> list[Entry]:
             continue
         if any(fnmatchcase(family, one) for one in match):
             members[family].append(entry)
-    for entry in (one for some in members.values() for one in some if str(one) not in known):
-        with multiprocessing.get_context("fork").Pool(1) as pool:
-            known[str(entry)] = pool.apply(_parameters, (entry,))
-    sizes.write_text(json.dumps(known))
+    for some in members.values():
+        known |= {str(entry): _parameters(entry) for entry in some if str(entry) not in known}
+        sizes.write_text(json.dumps(known))
     chosen = [min(some, key=lambda entry: known[str(entry)]) for some in members.values()]
     return sorted(chosen, key=lambda entry: known[str(entry)])
 
