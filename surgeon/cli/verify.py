@@ -26,6 +26,7 @@ surgeon verify model.onnx my_networks:tiny --checkpoint tiny.safetensors --json
     multiple=True,
     default=(1, 3),
     show_default=True,
+    help="Sizes to compare at; may be repeated.",
 )
 @click.option("--tolerance", type=float, default=1e-4, show_default=True, help="Largest relative error.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random inputs.")
@@ -40,10 +41,10 @@ def command(
     tolerance: float,
     seed: int,
 ) -> int:
-    """Compares the ONNX file FILE with MODEL on random inputs, and searches its graph.
+    """Compares the ONNX file FILE with MODEL on random and extreme inputs, and searches its graph.
 
     Outputs have to agree at every batch size, and the graph may hold nothing random, no gate, no node in
-    training mode and no control flow. Weights come from --checkpoint; without it MODEL's are random, and
+    training mode and no control flow. Where they do not agree, the node at which file and model part is named. Weights come from --checkpoint; without it MODEL's are random, and
     nothing can agree. The schedule's options are as for export.
     """
     from surgeon import _table
