@@ -1,0 +1,88 @@
+"""The checks of the coverage sweep can fail: each is shown a network with the fault that it looks for."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import _zoo_checks, _zoo_report
+
+
+class Block(nn.Module):
+    """``keep * x + f(x)``; with ``keep`` 0 the shortcut carries nothing."""
+
+    def __init__(self, keep: float) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+        self.keep = keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.keep + self.f(x)
+
+
+class Net(nn.Module):
+    """Two blocks, of which the second has the given ``keep``."""
+
+    def __init__(self, keep: float) -> None:
+        super().__init__()
+        self.first, self.second = Block(1.0), Block(keep)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(self.first(x))
+        return out
+
+
+class Restless(Net):
+    """Evaluates otherwise each time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.rand(())
+
+
+EXAMPLE = torch.zeros(3, 6)
+
+
+def test_a_sound_network_passes() -> None:
+    row = _zoo_checks.numbers(Net(1.0), EXAMPLE)
+    assert row["gated"] == row["live"] == row["carried"] == 2
+    assert row["eval_equal"] and row["eval_finite"] and row["train_ok"] and row["restored"]
+
+
+def test_a_gate_that_loses_the_input_is_named() -> None:
+    row = _zoo_checks.numbers(Net(0.0), EXAMPLE)
+    assert row["lost"] == ["second.add"] and row["carried"] == 1
+
+
+def test_a_gate_that_nothing_depends_on_is_named() -> None:
+    model = Net(1.0)
+    model.second.f[2].register_forward_hook(lambda *call: call[-1] * 0)
+    assert _zoo_checks.numbers(model, EXAMPLE)["dead"] == ["second.add"]
+
+
+def test_unequal_evaluation_is_seen() -> None:
+    assert not _zoo_checks.numbers(Restless(1.0), EXAMPLE)["eval_equal"]
+
+
+def test_a_fold_is_exact_and_not_a_silent_nothing() -> None:
+    row = _zoo_checks.folds(Net(1.0).double(), EXAMPLE.double())
+    assert row["left"] == {} and row["divided"] == 4
+    assert max(row["fold_error"], row["kept_error"], row["round_trip"], row["weights_error"]) < 1e-14
+    assert row["fold_moved"] > 1e-3
+
+
+def test_the_page_is_made_from_the_rows(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    measured = [
+        {"stage": "structure", "gates": 2, "own_live": 3, "recalled": 2, "missed": ["drop"], "find_s": 0.5},
+        {"stage": "numbers", "error": "ValueError: first try"},
+        {"stage": "numbers", **_zoo_checks.numbers(Net(0.0), EXAMPLE)},
+    ]
+    named = [{"library": "mine", "model": "net", **row} for row in measured]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in named))
+    _zoo_report.write(_zoo_report.read(rows), tmp_path / "coverage.csv")
+    page = (tmp_path / "coverage.md").read_text()
+    assert "| mine | 1 | 1 | 0 | 0 | 2 | 2 of 3 |" in page
+    assert "- mine:net: drop" in page and "- mine:net: second.add" in page
+    assert "first try" not in page  # the last row of a stage counts
+    assert (tmp_path / "coverage.csv").read_text().count("\n") == 2
