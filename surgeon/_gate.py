@@ -111,6 +111,7 @@ class Gate:
         flops: FLOPs of the branch's forward on one row.
         moved: Bytes of one row of what the branch reads and of the shortcut.
         statistics: The branch computes statistics over its rows, so it never runs on a single one of many.
+        dim: The dimension along which samples lie; a gate that skips has 0.
         unused: What the parameters of a branch that did not run at all get: zero gradients, none, or zero
             where `torch.distributed` is in use.
         note: Why it is computed all the same, or why its scale stays after a fold; ``""`` otherwise.
@@ -134,6 +135,7 @@ class Gate:
     flops: int = 0
     moved: int = 0
     statistics: bool = False
+    dim: int = 0
     unused: Unused = "auto"
     note: str = ""
     ranks: Ranks | None = field(default=None, repr=False)
@@ -187,8 +189,8 @@ class Gate:
 
         Draws as timm's ``DropPath`` does, from PyTorch's generator of the branch's device.
         """
-        rows = branch.shape[0] if self.unit == "sample" else 1
-        shape = (rows,) + (1,) * (branch.ndim - 1)
+        rows = branch.shape[self.dim] if self.unit == "sample" else 1
+        shape = tuple([rows if d == self.dim else 1 for d in range(branch.ndim)])
         if self.ranks is not None and not _held.open:
             mask = (self.ranks.numbers(self.order, rows) < self.survival).view(shape).to(branch)
         elif torch.compiler.is_compiling():

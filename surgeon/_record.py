@@ -148,7 +148,7 @@ def _record(model: nn.Module, args: Any, kwargs: Any, *, training: bool, real: b
         for context in (untouched(model), mode(model, training), generators_kept(), no_autocast_cache()):
             stack.enter_context(context)
         stack.enter_context(held_open())
-        stack.enter_context(_quiet())
+        stack.enter_context(quiet())
         stack.enter_context(no_inference_mode())
         stack.enter_context(torch.no_grad())
         stack.enter_context(_watch(model, log, calls))
@@ -164,7 +164,7 @@ def _record(model: nn.Module, args: Any, kwargs: Any, *, training: bool, real: b
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """A forward that fails on fake tensors is an answer here, not worth PyTorch's own error log."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, logger.disabled = logger.disabled, True

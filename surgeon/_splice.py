@@ -20,6 +20,7 @@ from surgeon._flow import Flow
 from surgeon._gate import Gate, evaluating_add, masked_add
 from surgeon._residual import Addition, row_mask, writes_to
 from surgeon._rowwise import Rowwise, nested, rowwise
+from surgeon._samples import Samples
 from surgeon._skip import Form, Lifted, batch_add, rows_add
 from surgeon._trace import is_size
 
@@ -51,11 +52,13 @@ class Subset:
         statistics: It computes statistics over its rows.
         flops: FLOPs of its forward on one row.
         moved: Bytes of one row of the tensors that gathering and adding back touch.
+        samples: What the sum tells about where the samples lie.
     """
 
     statistics: bool
     flops: int
     moved: int
+    samples: Samples
 
 
 def splice(
@@ -84,53 +87,49 @@ def splice(
         if not block.training:
             writer.add(index, addition, evaluating_add)
             continue
-        reason = unliftable(flow, addition) if addition.ordinal in skip else ""
-        if reason or addition.ordinal not in skip:
+        wanted, reason = addition.ordinal in skip, unliftable(flow, addition)
+        if by_rows and (wanted or batch is not None):
+            found, subsets[addition.ordinal] = _look(writer, addition, block, batch, reason)
+            reason = found.reason
+        if reason or not wanted:
             writer.add(index, addition, masked_add)
-            subsets[addition.ordinal] = _subset(flow, addition, [addition.shortcut])
-        elif not by_rows:
-            writer.lift(index, addition, batch_add)
         else:
-            reason = _lift_rows(writer, index, addition, block, batch, subsets)
-        if reason:
+            writer.lift(index, addition, rows_add if by_rows else batch_add)
+        if reason and wanted:
             kept[addition.ordinal] = reason
     return Spliced(writer.write(), flow.trace.exact, kept, subsets)
 
 
-def _lift_rows(
-    writer: "_Writer",
-    index: int,
-    addition: Addition,
-    block: nn.Module,
-    batch: int | None,
-    subsets: dict[int, Subset],
-) -> str:
-    """Lifts a branch that may run on some rows only; the reason why it may not, if so."""
+def _look(
+    writer: "_Writer", addition: Addition, block: nn.Module, batch: int | None, reason: str
+) -> tuple[Rowwise, Subset]:
+    """Whether a branch may run on some rows only, and what that involves; ``reason`` speaks against it."""
     flow = writer.flow
+    if reason:
+        shape = tuple(flow.fact(addition.shortcut).value.shape)
+        return Rowwise(reason), Subset(False, 0, 0, Samples(shape, mixes=False, apart=lambda _: True))
     lifted, reads = writer.lifted(addition)
     values = [flow.fact(node).value for node in reads]
+    active = [flow.fact(node).active for node in reads]
     shortcut = flow.fact(addition.shortcut).value
     if batch is not None and shortcut.shape[:1] != (batch,):
         found = Rowwise(f"its result has the shape {list(shortcut.shape)}, the batch {batch} entries")
     else:
-        found = _rowwise(lifted, block, values, [flow.fact(node).active for node in reads], shortcut)
-    touched = [reads[i] for i in lifted.rows]
-    subsets[addition.ordinal] = _subset(flow, addition, touched, statistics=found.statistics)
-    if found.reason:
-        writer.add(index, addition, masked_add)
-    else:
-        writer.lift(index, addition, rows_add)
-    return found.reason
+        found = _rowwise(lifted, block, values, active, shortcut)
 
+    def apart(dim: int) -> bool:
+        size = shortcut.shape[dim]
+        along = [
+            i
+            for i, (value, on) in enumerate(zip(values, active, strict=True))
+            if on and isinstance(value, Tensor) and value.ndim > dim and value.shape[dim] == size
+        ]
+        return bool(along) and not rowwise(lifted.run, block, values, along, dim).reason
 
-def _subset(
-    flow: Flow, addition: Addition, reads: Sequence[fx.Node | None], *, statistics: bool = False
-) -> Subset:
-    """What running the branch on some rows involves, if it reads ``reads`` per row."""
-    shape = flow.fact(addition.shortcut).value.shape
-    rows = shape[0] if shape else 1
-    moved = sum(_bytes(flow, node) for node in (*reads, addition.shortcut))
-    return Subset(statistics, addition.flops // max(rows, 1), moved // max(rows, 1))
+    rows = shortcut.shape[0] if shortcut.ndim else 1
+    moved = sum(_bytes(flow, node) for node in (*(reads[i] for i in lifted.rows), addition.shortcut))
+    samples = Samples(tuple(shortcut.shape), found.mixes, apart)
+    return found, Subset(found.statistics, addition.flops // max(rows, 1), moved // max(rows, 1), samples)
 
 
 def _bytes(flow: Flow, node: fx.Node | None) -> int:

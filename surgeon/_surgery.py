@@ -11,22 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from surgeon._analysis import Analysis, Block, analyse
-from surgeon._example import Example, inputs, mode, no_inference_mode, tensors, untouched
-from surgeon._flow import Flow
+from surgeon._analysis import Analysis, analyse
+from surgeon._example import Example, inputs
 from surgeon._fold import FoldPlan, commit
-from surgeon._gate import Gate, Origin, Scaling, Unit, Unused, held_open
-from surgeon._gating import Gating, gate_block, gated_class, gating_of, ungate_block
+from surgeon._gate import Gate, Origin, Scaling, Unit, Unused
+from surgeon._gating import Gating, gate_block, gating_of, ungate_block
 from surgeon._keep import check_state_is_free, divide
 from surgeon._plain import check_plain
 from surgeon._planning import plan_gates
+from surgeon._preparation import prepare
 from surgeon._ranks import Ranks, Sync
-from surgeon._record import Recording
 from surgeon._report import GateStatus, Status, schedule_text
 from surgeon._residual import Findings
 from surgeon._schedule import NAMES, Schedule, drop_rates
-from surgeon._splice import Spliced
-from surgeon._trace import trace
 from surgeon.errors import AlreadyGatedError, NoResidualsError, NotGatedError, UsageError
 
 
@@ -167,7 +164,7 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
     }
     if keep_eval and scaling == "paper":
         check_state_is_free([block.module for block in analysis.blocks])
-    prepared = [(block, _prepare(block, analysis.recording, gates)) for block in analysis.blocks]
+    prepared = prepare(analysis, gates)
     for block, gating in prepared:
         gate_block(block.module, gating)
     if keep_eval and scaling == "paper":
@@ -305,53 +302,6 @@ def gated_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gating]]:
 def gates_of(model: nn.Module) -> list[Gate]:
     """Every gate of ``model``, in execution order."""
     return sorted((g for _, _, gating in gated_blocks(model) for g in gating.gates), key=lambda g: g.order)
-
-
-def _prepare(block: Block, recording: Recording, gates: Mapping[str, Gate]) -> Gating:
-    """The gating of one block with its training forward made, and its evaluating one where that differs."""
-    chosen = [gates[r.name] for r in block.residuals]
-    gating = Gating(block.name, chosen, block.call.rewritten)
-    args, kwargs, log = recording.arguments(block.call)
-    with mode(block.module, True):
-        spliced = gating.prepare(block.module, block.flow, args, kwargs, _batch(recording))
-    gating.note_active(args, kwargs, log)
-    for gate in chosen:
-        _settle_form(gate, spliced)
-    if not gating.evaluates_plainly:
-        with no_inference_mode(), mode(block.module, False), untouched(block.module), held_open():
-            flow = Flow(trace(block.module, args, kwargs, log))
-            gating.prepare(block.module, flow, args, kwargs)
-    _check_class(block)
-    return gating
-
-
-def _batch(recording: Recording) -> int | None:
-    """How many samples the recorded example has: the first size of the model's first tensor argument."""
-    given = [t for t in tensors((recording.calls[0].args, recording.calls[0].kwargs)) if t.ndim]
-    return given[0].shape[0] if given else None
-
-
-def _settle_form(gate: Gate, spliced: Spliced) -> None:
-    """Notes on ``gate`` what came out about its branch."""
-    subset = spliced.subsets.get(gate.ordinal)
-    if subset is not None:
-        gate.statistics, gate.flops, gate.moved = subset.statistics, subset.flops, subset.moved
-    if gate.ordinal in spliced.kept_whole:
-        if gate.skipping():  # where it would not pay anyway there is nothing to note
-            gate.note = f"computed also when dropped: {spliced.kept_whole[gate.ordinal]}"
-        gate.skips = False
-
-
-def _check_class(block: Block) -> None:
-    """Makes the class that the block is about to get, so that nothing can fail half-way."""
-    try:
-        gated_class(type(block.module))
-    except Exception as error:
-        kind = type(block.module).__name__
-        raise UsageError(
-            f"{block.name or 'the model'}: its class {kind} cannot be subclassed ({error}), so it cannot "
-            f"carry a gate; leave it out with exclude={block.name or kind!r}"
-        ) from error
 
 
 def recorded_inputs(

@@ -382,10 +382,10 @@ class TokensFirst(nn.Module):
     [
         (MeanOverBatch, (2, 4), "mixes the rows of a batch"),
         (RowsWithRows, (2, 4), "mixes the rows of a batch"),
-        (AlongTheBatch, (2, 4), "works along the first dimension (cumsum)"),
+        (AlongTheBatch, (2, 4), "works along the dimension of the rows (cumsum)"),
         (FixedSize, (2, 4), "does not run on another number of rows"),
         (Escapes, (2, 4), "is also used elsewhere in the block"),
-        (TokensFirst, (2, 3, 4), "its result has the shape [3, 2, 4], the batch 2 entries"),
+        (TokensFirst, (2, 3, 4), "its samples lie along dimension 1 of [3, 2, 4]"),
     ],
 )
 def test_branches_that_need_the_whole_batch_are_masked_and_say_so(
