@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from surgeon._batchnorm import fuse_batchnorm as take_batchnorms
 from surgeon._checkpoint import non_finite
 from surgeon._divergence import first_divergence
 from surgeon._export_file import move, write
@@ -47,6 +48,7 @@ def export(  # noqa: PLR0913 - each a decision of its own, by keyword only
     dynamic_batch: bool = True,
     dynamic_size: bool = False,
     dtype: str = "float32",
+    fuse_batchnorm: bool = False,
     optimize: str | None = None,
     check_nodes: bool = False,
     metadata: Mapping[str, object] | None = None,
@@ -72,6 +74,8 @@ def export(  # noqa: PLR0913 - each a decision of its own, by keyword only
         dynamic_size: Whether the graph takes images of any height and width.
         dtype: ``"float32"``, or ``"float16"`` for weights and arithmetic in half precision; inputs and
             outputs stay float32.
+        fuse_batchnorm: Whether to take batch norms that the exporter leaves into the convolution or linear
+            layer behind them; most are in the one before them anyway.
         optimize: How far ONNX Runtime optimises the graph before it is written: None leaves that to the
             session; ``"basic"`` removes nodes, ``"extended"`` fuses them into ONNX Runtime's own operators,
             ``"all"`` also chooses layouts for this machine's processor.
@@ -116,6 +120,8 @@ def export(  # noqa: PLR0913 - each a decision of its own, by keyword only
         _check_range(graph)
     if check_nodes and plain is not reference:
         _check_nodes(graph, convert(_ungated(reference)), len(gates.kept))
+    if fuse_batchnorm:
+        take_batchnorms(graph)
     more = dict(gates.settings) | {"dtype": dtype} | dict(metadata or {})
     graph.metadata_props.update(describe(model, called, graph, labels, more))
     with beside(place) as folder:

@@ -191,3 +191,12 @@ def test_a_node_too_many_is_found(net, tmp_path, graph, monkeypatch):
 def test_choices_are_checked_before_any_work(net, tmp_path, arguments, message):
     with pytest.raises(UsageError, match=message):
         export(net, tmp_path / "m.onnx", example=IMAGES, **arguments)
+
+
+def test_norms_before_layers_are_taken_in_when_asked(net, tmp_path, quick, monkeypatch):
+    asked = []
+    monkeypatch.setattr(_export, "take_batchnorms", asked.append)
+    export(net, tmp_path / "a.onnx", example=IMAGES)
+    assert asked == []
+    export(net, tmp_path / "b.onnx", example=IMAGES, fuse_batchnorm=True)
+    assert len(asked) == 1

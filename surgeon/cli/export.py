@@ -33,6 +33,7 @@ _CARRIED = ("mean", "std", "classes", "schedule", "drop_rate", "scaling", "unit"
 @click.option("--static-batch", is_flag=True, help="Fix the batch to one.")
 @click.option("--dynamic-size", is_flag=True, help="Let height and width of the images vary.")
 @click.option("--fp16", is_flag=True, help="Half precision inside; inputs and outputs stay float32.")
+@click.option("--fuse-batchnorm", is_flag=True, help="Also take norms into the layers behind them.")
 @click.option(
     "--optimize",
     type=click.Choice(["basic", "extended", "all"]),
@@ -55,6 +56,7 @@ def command(  # noqa: PLR0913 - one for each option
     static_batch: bool,
     dynamic_size: bool,
     fp16: bool,
+    fuse_batchnorm: bool,
     optimize: str | None,
     check_nodes: bool,
     labels: str | None,
@@ -84,6 +86,7 @@ def command(  # noqa: PLR0913 - one for each option
             dynamic_batch=not static_batch,
             dynamic_size=dynamic_size,
             dtype="float16" if fp16 else "float32",
+            fuse_batchnorm=fuse_batchnorm,
             optimize=optimize,
             check_nodes=check_nodes,
             metadata=_metadata(subject),

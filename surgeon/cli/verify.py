@@ -44,8 +44,9 @@ def command(
     """Compares the ONNX file FILE with MODEL on random and extreme inputs, and searches its graph.
 
     Outputs have to agree at every batch size, and the graph may hold nothing random, no gate, no node in
-    training mode and no control flow. Where they do not agree, the node at which file and model part is named. Weights come from --checkpoint; without it MODEL's are random, and
-    nothing can agree. The schedule's options are as for export.
+    training mode and no control flow. Where they do not agree, the node at which the two part is named.
+    Weights come from --checkpoint; without it MODEL's are random, and nothing can agree. The options of the
+    schedule are as for export.
     """
     from surgeon import _table
     from surgeon._onnx_file import open_onnx
