@@ -66,6 +66,8 @@ class Source:
     names: tuple[str, ...]
     rows: tuple[int, int] | None = None
     dim: int = 0
+    through: str = ""
+    """The value is not the parameter but this function of it; see `surgeon._through`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ those of ``surgeon._algebra``.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from surgeon._balance import Balance
 from surgeon._flat import Flat, flatten
 from surgeon._rows import by_rows
-from surgeon._search import Exponents, Refusal, solve
+from surgeon._search import Exponents, Refusal, solve, spoken
+from surgeon._through import INVERTIBLE, freed
 from surgeon.errors import FoldError
 
 
@@ -32,11 +33,14 @@ class Step:
     rows: tuple[int, int] | None = None
     """First row and the row after the last, counted along ``dim``; None for the whole parameter."""
     dim: int = 0
+    through: str = ""
+    """What is multiplied is this function of the parameter, such as ``"sigmoid"``."""
 
     def __str__(self) -> str:
         rows = "" if self.rows is None else f"[{':, ' * self.dim}{self.rows[0]}:{self.rows[1]}]"
         power = "" if self.exponent == 1 else f" ** {self.exponent}"
-        return f"gate {self.gate}: {self.parameter}{rows} *= scale{power}"
+        what = f"{self.parameter}{rows}"
+        return f"gate {self.gate}: {f'{self.through}({what})' if self.through else what} *= scale{power}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,10 @@ class Kept:
 
     gate: int
     reason: str
+    operator: str = field(default="", compare=False)
+    """The operator to blame, such as ``"silu"``; empty if it is none."""
+    module: str = field(default="", compare=False)
+    """Name of the module that the operator ran in."""
 
     def __str__(self) -> str:
         return f"gate {self.gate}: kept, {self.reason}"
@@ -97,7 +105,7 @@ def analyse(flat: Flat, scales: Mapping[int, float]) -> FoldPlan:
     """The plan for a model already flattened.
 
     Each gate alone, then gates of equal scale that get into each other's way, then what is still refused
-    on the model taken apart by rows.
+    on the model taken apart by rows, at last with functions of parameters in place of the parameters.
     """
     balance = Balance(flat)
     found = {gate: _solved(balance, gate) for gate in sorted(scales)}
@@ -108,11 +116,18 @@ def analyse(flat: Flat, scales: Mapping[int, float]) -> FoldPlan:
             found.update({gate: {} for gate in group} | {group[0]: result})
             together.append(group)
     steps = {gate: _steps(flat, gate, one) for gate, one in found.items() if not isinstance(one, Refusal)}
-    refused = {gate: one.reason for gate, one in found.items() if isinstance(one, Refusal)}
+    refused = {gate: one for gate, one in found.items() if isinstance(one, Refusal)}
     if any(gate in balance.marks for gate in refused):
-        steps |= _steps_by_rows(by_rows(flat), refused)
-    kept = tuple(Kept(gate, reason) for gate, reason in refused.items() if gate not in steps)
+        apart = by_rows(flat)
+        steps |= _further_steps(apart, refused)
+        steps |= _further_steps(freed(apart), refused.keys() - steps)
+    kept = tuple(_kept(gate, one) for gate, one in refused.items() if gate not in steps)
     return FoldPlan(tuple(step for gate in sorted(steps) for step in steps[gate]), kept, tuple(together))
+
+
+def _kept(gate: int, refusal: Refusal) -> Kept:
+    call = refusal.call
+    return Kept(gate, refusal.reason, spoken(call) if call else "", call.module if call else "")
 
 
 def _solved(balance: Balance, gate: int) -> Exponents | Refusal:
@@ -121,10 +136,10 @@ def _solved(balance: Balance, gate: int) -> Exponents | Refusal:
     return solve(balance, frozenset([gate]))
 
 
-def _steps_by_rows(flat: Flat, gates: Iterable[int]) -> dict[int, list[Step]]:
-    """Steps for those gates that fold when parameters may be scaled in part."""
+def _further_steps(flat: Flat, gates: Iterable[int]) -> dict[int, list[Step]]:
+    """Steps for those gates that fold on another view of the model."""
     balance = Balance(flat)
-    found = {gate: _solved(balance, gate) for gate in gates}
+    found = {gate: _solved(balance, gate) for gate in sorted(gates)}
     return {gate: _steps(flat, gate, one) for gate, one in found.items() if not isinstance(one, Refusal)}
 
 
@@ -144,7 +159,7 @@ def _related(found: Mapping[int, Exponents | Refusal], scales: Mapping[int, floa
 
 def _steps(flat: Flat, gate: int, exponents: Exponents) -> list[Step]:
     sources = [(flat.parameters[value], exponent) for value, exponent in exponents.items()]
-    return [Step(source.names[0], gate, exponent, source.rows, source.dim) for source, exponent in sources]
+    return [Step(s.names[0], gate, exponent, s.rows, s.dim, s.through) for s, exponent in sources]
 
 
 def commit(model: nn.Module, plan: FoldPlan, scales: Mapping[int, float]) -> None:
@@ -226,7 +241,12 @@ def _scaled(parameter: Tensor, steps: list[Step], scales: Mapping[int, float]) -
         part = (
             exact if step.rows is None else exact.narrow(step.dim, step.rows[0], step.rows[1] - step.rows[0])
         )
-        part.mul_(scales[step.gate] ** step.exponent)
+        factor = scales[step.gate] ** step.exponent
+        if step.through:
+            function, inverse = INVERTIBLE[step.through]
+            part.copy_(inverse(function(part) * factor))
+        else:
+            part.mul_(factor)
     return exact
 
 
@@ -236,6 +256,8 @@ def _check_product(name: str, old: Tensor, exact: Tensor) -> None:
         raise FoldError(f"the parameter {name!r} holds NaN or infinite values; a fold would spread them")
     stored = exact.to(old.dtype).to(exact.dtype)
     largest = exact.abs().max() if exact.numel() else torch.zeros(())
+    if not exact.isfinite().all():
+        raise FoldError(f"no finite value of the parameter {name!r} takes the scale")
     if not stored.isfinite().all():
         raise FoldError(
             f"the parameter {name!r} overflows {old.dtype} when scaled; fold in a wider type first"

@@ -118,6 +118,7 @@ class Gate:
         ranks: What ``sync="ranks"`` shares among the gates; None where each rank draws for itself.
         keep_eval: The weights were divided by its scale when it was put in, so that evaluation stayed.
         folded: Its scale is in the weights now; it does nothing any more.
+        obstacle: The operator that keeps the scale out of the weights after a fold, such as ``"silu"``.
     """
 
     name: str
@@ -141,6 +142,7 @@ class Gate:
     ranks: Ranks | None = field(default=None, repr=False)
     keep_eval: bool = False
     folded: bool = False
+    obstacle: str = ""
     keep: Tensor = field(init=False, repr=False)
     marked_as: int | None = field(default=None, init=False, repr=False)
 
@@ -172,11 +174,11 @@ class Gate:
         self.drop_rate = rate
         self.keep.fill_(1 - rate)
 
-    def settle(self, note: str = "") -> None:
+    def settle(self, note: str = "", obstacle: str = "") -> None:
         """Ends the gate's part in training. Its scale goes to 1, or stays, with a note."""
         self.set_drop_rate(0.0)
         self.folded = not note
-        self.note = note
+        self.note, self.obstacle = note, obstacle
         if self.folded:
             self.scale = 1.0
 

@@ -23,6 +23,7 @@ class GateStatus:
         skips: Whether a dropped branch is not computed.
         note: What is special about this gate; ``""`` if nothing.
         keep_eval: Whether the weights were divided by ``scale`` when the gate was put in.
+        obstacle: After a fold, the operator that keeps the scale out of the weights, such as ``"silu"``.
     """
 
     name: str
@@ -38,6 +39,7 @@ class GateStatus:
     skips: bool
     note: str
     keep_eval: bool = False
+    obstacle: str = ""
 
 
 @dataclass(frozen=True, slots=True)

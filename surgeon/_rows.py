@@ -6,6 +6,7 @@ exponent of its own: a gate on the first channels of a dual path, or on one row 
 then scale the rows that belong to it. A value that anything reads as a whole stays whole.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -328,15 +329,24 @@ def _permuted(call: Call, dim: int) -> Owners | None:
 
 
 def _reshaped(call: Call, dim: int) -> Owners | None:
-    """A view that leaves the last dimension alone."""
+    """A view that leaves a dimension alone: as long as before, and as much in front of it."""
     old, new = call.arguments["self"].shape, call.outputs[0].shape
-    return {"self": len(old) - 1} if dim == len(new) - 1 and old and old[-1] == new[-1] else None
+    before = math.prod(new[:dim])
+    same = [at for at in range(len(old)) if math.prod(old[:at]) == before and old[at] == new[dim]]
+    return {"self": same[0]} if same else None
+
+
+def _of_layer_norm(call: Call, dim: int) -> Owners | None:
+    """Rows that are normalised one by one."""
+    held = call.arguments
+    return {"input": dim} if dim < len(held["input"].shape) - len(held["normalized_shape"]) else None
 
 
 _OWNERS: dict[str, Callable[[Call, int], Owners | None]] = {
     **dict.fromkeys(
         (
-            *("aten.relu", "aten.leaky_relu", "aten.hardtanh", "aten.silu", "aten.gelu", "aten.sigmoid"),
+            *("aten.relu", "aten.leaky_relu", "aten.hardtanh", "aten.silu", "aten.gelu"),
+            *("aten.sigmoid", "aten.tanh", "aten.exp"),
             *("aten.mul", "aten.add", "aten.sub", "aten.div", "aten.clone", "aten.alias", "aten._to_copy"),
             "surgeon.mark",
         ),
@@ -348,6 +358,7 @@ _OWNERS: dict[str, Callable[[Call, int], Owners | None]] = {
     "aten.native_batch_norm": _of_norm,
     "aten.cudnn_batch_norm": _of_norm,
     "aten._native_batch_norm_legit_no_training": _of_norm,
+    "aten.native_layer_norm": _of_layer_norm,
     "aten.convolution": _of_convolution,
     "aten.addmm": _of_matmul,
     "aten.mm": _of_mm,

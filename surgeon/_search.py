@@ -23,11 +23,23 @@ _CHOICES = 300  # tries per gate; real branches need fewer than ten, and each ma
 
 
 @dataclass(frozen=True, slots=True)
+class Obstacle:
+    """What is in the way of a scale."""
+
+    depth: int
+    """How many laws lie between it and the gate."""
+    reason: str
+    call: Call | None = None
+    """The operator that is to blame, if it is one."""
+
+
+@dataclass(frozen=True, slots=True)
 class Refusal:
     """Why no exponents exist, and which parameters were tried on the way."""
 
     reason: str
     tried: frozenset[Value]
+    call: Call | None = None
 
 
 Exponents = Mapping[Value, int]
@@ -48,7 +60,7 @@ class _Search:
     open: list[int] = field(default_factory=list)
     """Laws that were seen broken with more than one way to mend them."""
     tried: set[Value] = field(default_factory=set)
-    reasons: list[tuple[int, str]] = field(default_factory=list)
+    obstacles: list[Obstacle] = field(default_factory=list)
     choices: int = 0
 
     def run(self) -> Exponents | Refusal:
@@ -66,11 +78,10 @@ class _Search:
 
     def _refusal(self) -> Refusal:
         if self.choices >= _CHOICES:
-            self.reasons.append(
-                (0, f"the search for a place to put the scale was cut after {_CHOICES} tries")
-            )
-        _, reason = min(self.reasons, key=lambda one: one[0])
-        return Refusal(reason, frozenset(self.tried))
+            cut = f"the search for a place to put the scale was cut after {_CHOICES} tries"
+            self.obstacles.append(Obstacle(0, cut))
+        nearest = min(self.obstacles, key=lambda one: one.depth)
+        return Refusal(nearest.reason, frozenset(self.tried), nearest.call)
 
     def _assign(self, root: int, exponent: int, entry: Value, depth: int, call: Call) -> bool:
         """Give a class its exponent; on a contradiction note why."""
@@ -85,7 +96,7 @@ class _Search:
             self.exponents[root], self.depth[root] = exponent, depth
             self.trail.append(root)
             return True
-        self.reasons.append(self._why(root, entry, depth, call))
+        self.obstacles.append(self._why(root, entry, depth, call))
         return False
 
     def _allowed(self, root: int, exponent: int) -> bool:
@@ -129,7 +140,8 @@ class _Search:
         depth = 1 + max(self.depth.get(other, 0) for other in terms if other in self.exponents)
         exponent, remainder = divmod(-rest, terms[root])
         if remainder:
-            self.reasons.append((depth, f"only a root of the scale would do before {described(call)}"))
+            reason = f"only a root of the scale would do before {described(call)}"
+            self.obstacles.append(Obstacle(depth, reason, call))
             return False
         entry = next(value for value, _ in law.terms if self.balance.root(value) == root)
         if not self._assign(root, exponent, entry, depth, call):
@@ -140,7 +152,8 @@ class _Search:
     def _broken(self, index: int) -> None:
         terms, _, call = self.equations[index]
         depth = 1 + max(self.depth[root] for root in terms)
-        self.reasons.append((depth, f"the scale would reach both sides of {described(call)}, or neither"))
+        reason = f"the scale would reach both sides of {described(call)}, or neither"
+        self.obstacles.append(Obstacle(depth, reason, call))
 
     def _choose(self) -> bool:
         """Mend the oldest broken law that leaves a choice, and all after it; undo what fails."""
@@ -168,32 +181,33 @@ class _Search:
 
     # Words for what went wrong.
 
-    def _why(self, root: int, entry: Value, depth: int, call: Call) -> tuple[int, str]:
-        """Distance and reason for a class that cannot have the exponent asked of it.
+    def _why(self, root: int, entry: Value, depth: int, call: Call) -> Obstacle:
+        """Why a class cannot have the exponent asked of it.
 
         A class stays because of a pin in it; another one may not be scaled because one of its values does
         not lead to the gate. The nearest of these is to blame.
         """
         if root != STAYS and not self._inside(entry):
-            return depth, _outside(None, call)
+            return Obstacle(depth, _outside(None, call), call)
         queue = deque([(entry, not depth)])
         seen = {entry}
         while queue:
             value, ends = queue.popleft()
             links = self.balance.near.get(value, [])
             if any(self._is_shortcut(by) for _, by in links):
-                return depth, _REACHES_SHORTCUT
+                return Obstacle(depth, _REACHES_SHORTCUT)
             if (reason := self._blame(value, ends)) is not None:
-                return depth, reason
+                return Obstacle(depth, reason, self.balance.pins[value].call)
             for other, by in links:
                 if other in seen or self.balance.root(other) != root:
                     continue
                 seen.add(other)
                 named = self.balance.flat.parameters.get(value)
                 if (root != STAYS or named) and not self._inside(other):
-                    return depth, _outside(named, by)
+                    return Obstacle(depth, _outside(named, by), by)
                 queue.append((other, ends and value in by.outputs and other in by.inputs))
-        return depth, "no parameter of the branch can take the scale without changing something else"
+        nowhere = "no parameter of the branch can take the scale without changing something else"
+        return Obstacle(depth, nowhere)
 
     def _is_shortcut(self, call: Call) -> bool:
         behind = {mark.outputs[0] for gate in self.gates for mark in self.balance.marks[gate]}
@@ -256,8 +270,13 @@ _SPOKEN = {
 
 def described(call: Call) -> str:
     """An operator as a user knows it, with the module it ran in."""
+    return f"{spoken(call)} in {call.module!r}" if call.module else spoken(call)
+
+
+def spoken(call: Call) -> str:
+    """An operator as a user knows it."""
     name = call.name.split(".", 1)[1] if call.name.startswith("aten.") else call.name
     name = _SPOKEN.get(name, name.removeprefix("_"))
     if name == "hardtanh" and (call.arguments["min_val"], call.arguments["max_val"]) == (0, 6):
         name = "relu6"
-    return f"{name} in {call.module!r}" if call.module else name
+    return name

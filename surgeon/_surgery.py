@@ -274,15 +274,15 @@ def fold(model: nn.Module, *, inplace: bool = False, example: Example = None) ->
     plan = plan_gates(model, scaled, scales, args, kwargs) if scaled else FoldPlan((), ())
     target = model if inplace else copy.deepcopy(model)
     commit(target, plan, scales)
-    reasons = {scaled[kept.gate].name: kept.reason for kept in plan.kept}
+    stays = {scaled[kept.gate].name: (kept.reason, kept.operator) for kept in plan.kept}
     for _, block, gating in list(gated_blocks(target)):
         for gate in gating.gates:
-            gate.settle(reasons.get(gate.name, ""))
+            gate.settle(*stays.get(gate.name, ()))
         if all(gate.folded for gate in gating.gates):
             ungate_block(block)
-    if reasons:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        warnings.warn(f"{len(reasons)} of {len(gates)} gates keep one multiplication: {listed}", stacklevel=2)
+    if stays:
+        listed = "; ".join(f"{name}: {reason}" for name, (reason, _) in stays.items())
+        warnings.warn(f"{len(stays)} of {len(gates)} gates keep one multiplication: {listed}", stacklevel=2)
     return target
 
 
@@ -333,6 +333,7 @@ def _gate_status(name: str, block: nn.Module, gate: Gate) -> GateStatus:
         skips=gate.skipping(device),
         note=gate.note,
         keep_eval=gate.keep_eval,
+        obstacle=gate.obstacle,
     )
 
 

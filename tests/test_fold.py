@@ -414,6 +414,9 @@ def test_a_refusal_says_why(ending: str) -> None:
     made = folds(model, example())
     assert made.steps == ()
     assert made.kept == (Kept(0, reason),)
+    [kept] = made.kept
+    assert not kept.operator or f" {kept.operator} " in reason
+    assert not kept.module or f"'{kept.module}'" in reason
 
 
 # Random branches.

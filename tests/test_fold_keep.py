@@ -242,6 +242,17 @@ def test_a_gate_that_no_weight_can_take_is_named_and_nothing_changes() -> None:
     torch.testing.assert_close(model(X), expected)
 
 
+def test_what_a_fold_leaves_is_data() -> None:
+    model = surgeon.apply(randomise(nn.Sequential(nn.Linear(4, 4), Ending())), scaling="paper", example=X)
+    with pytest.warns(
+        UserWarning, match=r"1 of 2 gates keep one multiplication: 1\.add: the branch ends in silu"
+    ):
+        left = surgeon.fold(model)
+    [gate] = surgeon.status(left).gates
+    assert (gate.name, gate.block_type, gate.obstacle) == ("1.add", "Ending", "silu")
+    assert gate.note == "the branch ends in silu in '1.f.1', which does not commute with a scale"
+
+
 def test_a_quotient_that_overflows_changes_nothing() -> None:
     model = randomise(Chain())
     nn.init.constant_(model[2].g[1].bias, 3e38)  # type: ignore[arg-type, union-attr, index]

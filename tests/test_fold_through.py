@@ -1,0 +1,131 @@
+"""Folds through functions of parameters, and into rows that alone are read."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from test_fold import SCALE, Gated, Of, difference, folds, image, randomised, scaled, tokens
+from test_fold_sharing import Parts, rows
+from torch import Tensor, nn
+
+import surgeon
+from surgeon._fold import Step, commit, plan
+from surgeon._surgery import gates_of
+from surgeon.errors import FoldError
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "exp": torch.exp,
+}
+
+
+def beside(function: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Tensor], Tensor]:
+    """A learnt step from the input towards its image: the branch holds the shortcut itself."""
+
+    def forward(block: nn.Module, x: Tensor) -> Tensor:
+        return function(block.alpha).view(1, -1) * (block.fc(x).relu() - x)  # type: ignore[operator, arg-type]
+
+    return forward
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_function_of_a_parameter_takes_the_scale(function: str) -> None:
+    model = randomised(Gated(Of(beside(FUNCTIONS[function]), fc=nn.Linear(8, 8), alpha=torch.ones(8))))
+    made = folds(model, tokens())
+    assert made.steps == (Step("branch.alpha", 0, 1, through=function),)
+    assert str(made).splitlines()[1] == f"gate 0: {function}(branch.alpha) *= scale"
+
+
+def test_a_factor_on_the_parameter_itself_is_seen() -> None:
+    model = randomised(Gated(Of(beside(torch.sigmoid), fc=nn.Linear(8, 8), alpha=torch.ones(8))))
+    x, wrong = tokens(), copy.deepcopy(model)
+    wrong.branch.alpha.data.mul_(SCALE)
+    with torch.no_grad():
+        scaled(model, {0: SCALE})
+        scaled(wrong, {})
+        assert difference(wrong(x), model(x)) > 1e-3
+
+
+def test_a_layer_takes_it_first() -> None:
+    """A product is exact for any scale; a function may leave its range."""
+    model = randomised(
+        Gated(Of(lambda m, x: m.alpha.sigmoid() * m.fc(x), fc=nn.Linear(8, 8), alpha=torch.ones(8)))
+    )
+    assert {step.parameter for step in folds(model, tokens()).steps} == {"branch.fc.weight", "branch.fc.bias"}
+
+
+def test_a_parameter_read_elsewhere_too_stays() -> None:
+    model = randomised(
+        Gated(
+            Of(
+                lambda m, x: m.alpha.sigmoid() * (m.fc(x).relu() - x) * m.alpha.cos(),
+                fc=nn.Linear(8, 8),
+                alpha=torch.ones(8),
+            )
+        )
+    )
+    made = folds(model, tokens())
+    assert len(made.kept) == 1
+
+
+def test_rows_of_a_table_under_a_function() -> None:
+    def table(block: nn.Module, x: Tensor) -> Tensor:
+        alpha = torch.sigmoid(block.table).view(3, -1, 1, 1)
+        for row in range(3):
+            branch = alpha[row] * (block.conv(x) - x)
+            x = x + (block.gated(branch) if row == 1 else branch)
+        return x
+
+    model = randomised(Parts(table, conv=nn.Conv2d(4, 4, 1), table=torch.ones(3, 4)))
+    made = folds(model, image())
+    assert rows(made) == {"table": ((1, 2), 0, 1)}
+    assert str(made.steps[0]) == "gate 0: sigmoid(table[1:2]) *= scale"
+
+
+def test_a_value_out_of_range_changes_nothing() -> None:
+    model = randomised(Gated(Of(beside(torch.sigmoid), fc=nn.Linear(8, 8), alpha=torch.ones(8))))
+    nn.init.constant_(model.branch.alpha, 3.0)
+    made = plan(model, (tokens(),), {}, {0: SCALE})
+    before = model.branch.alpha.clone()
+    with pytest.raises(FoldError, match=r"no finite value of the parameter 'branch\.alpha' takes the scale"):
+        commit(model, made, {0: 1 / SCALE})
+    assert torch.equal(model.branch.alpha, before)
+    commit(model, made, {0: SCALE})
+    commit(model, made, {0: 1 / SCALE})
+    torch.testing.assert_close(model.branch.alpha, before, rtol=1e-14, atol=0)
+
+
+def test_tokens_that_nobody_reads_may_be_scaled() -> None:
+    """Class attention: the patch tokens are handed on, doubled, and of the last block only one is read."""
+
+    def last(block: nn.Module, x: Tensor) -> Tensor:
+        branch = torch.cat([block.gamma * block.fc(x[:, :1]), x[:, 1:]], dim=1)
+        return block.norm(x + block.gated(branch))[:, 0]
+
+    parts = {"fc": nn.Linear(8, 8), "gamma": torch.ones(8), "norm": nn.LayerNorm(8)}
+    assert rows(folds(randomised(Parts(last, **parts)), tokens())) == {"gamma": (None, 0, 1)}
+
+    def read(block: nn.Module, x: Tensor) -> Tensor:
+        branch = torch.cat([block.gamma * block.fc(x[:, :1]), x[:, 1:]], dim=1)
+        return block.norm(x + block.gated(branch))[:, :2]
+
+    assert len(folds(randomised(Parts(read, **parts)), tokens()).kept) == 1
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_efficientvim_has_nothing_left() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("efficientvim_m1", num_classes=10).double().eval()
+    for name, value in model.state_dict().items():
+        if name.endswith(("alpha", "bn.weight", "norm.weight")):
+            value.normal_(std=0.5)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    surgeon.apply(model, scaling="paper", example=x)
+    folded = surgeon.fold(model)
+    assert not gates_of(folded)
+    assert difference(folded(x), model(x)) < 1e-12
+    assert difference(surgeon.remove(model)(x), folded(x)) > 1e-3
