@@ -23,9 +23,9 @@ class Cost:
     per_byte: float
 
 
-# Measured by `python -m benchmarks.rows` on one core (about 50 GFLOP/s): 0.3 ms per call, and from next to
-# nothing to 0.15 ns per byte. More cores make arithmetic cheaper than either.
-CPU = Cost(per_call=15e6, per_byte=4.0)
+# Measured by `python -m benchmarks.rows` on one core at 50 to 60 GFLOP/s: 0.3 ms per call on a quiet machine
+# and 0.6 ms on a busy one, 0.1 ns per byte. More cores make arithmetic cheaper than either.
+CPU = Cost(per_call=30e6, per_byte=6.0)
 # Reckoned, not measured: 80 microseconds of small kernels, 2 TB/s, 60 TFLOP/s.
 ACCELERATOR = Cost(per_call=5e9, per_byte=30.0)
 
