@@ -165,6 +165,14 @@ def normalises(call: Call) -> Laws:
     return [*pinned, *equal((out, held["weight"], held.get("bias")))]
 
 
+def normalises_by_buffers(call: Call) -> Laws:
+    """An evaluating batch norm whose running mean may be scaled with its input; see `surgeon._freed`."""
+    held, out = call.arguments, call.outputs[0]
+    pinned = zero((held["running_var"], *call.outputs[1:]))
+    moved = equal((held["input"], held["running_mean"]))
+    return [*pinned, *moved, *product(out, held["input"], held["weight"]), *equal((out, held["bias"]))]
+
+
 def weight_norm(call: Call) -> Laws:
     """``w = g v / |v|`` without an epsilon: ``g`` carries the scale."""
     out, norms = call.outputs
@@ -368,6 +376,7 @@ _RULES: dict[str, Rule] = {
         " _fused_rms_norm",
         normalises,
     ),
+    "surgeon.batch_norm": normalises_by_buffers,
     **_aten("_weight_norm_interface", weight_norm),
     **_aten(
         "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu"

@@ -67,7 +67,7 @@ class Source:
     rows: tuple[int, int] | None = None
     dim: int = 0
     through: str = ""
-    """The value is not the parameter but this function of it; see `surgeon._through`."""
+    """The value is not the parameter but this function of it; see `surgeon._freed`."""
 
 
 @dataclass(frozen=True, slots=True)

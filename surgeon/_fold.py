@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from surgeon._balance import Balance
 from surgeon._flat import Flat, flatten
+from surgeon._freed import INVERTIBLE, freed
 from surgeon._rows import by_rows
 from surgeon._search import Exponents, Refusal, solve, spoken
-from surgeon._through import INVERTIBLE, freed
 from surgeon.errors import FoldError
 
 
@@ -27,7 +27,7 @@ class Step:
     """Multiply one parameter by ``scale[gate] ** exponent``."""
 
     parameter: str
-    """The parameter's name; the first of them if it is tied."""
+    """The parameter's name, the first of them if it is tied; or that of a batch norm's running mean."""
     gate: int
     exponent: int
     rows: tuple[int, int] | None = None
@@ -119,8 +119,8 @@ def analyse(flat: Flat, scales: Mapping[int, float]) -> FoldPlan:
     refused = {gate: one for gate, one in found.items() if isinstance(one, Refusal)}
     if any(gate in balance.marks for gate in refused):
         apart = by_rows(flat)
-        steps |= _further_steps(apart, refused)
-        steps |= _further_steps(freed(apart), refused.keys() - steps)
+        for view in (apart, freed(flat), freed(apart)):
+            steps |= _further_steps(view, refused.keys() - steps)
     kept = tuple(_kept(gate, one) for gate, one in refused.items() if gate not in steps)
     return FoldPlan(tuple(step for gate in sorted(steps) for step in steps[gate]), kept, tuple(together))
 
@@ -222,9 +222,10 @@ def _by_parameter(plan: FoldPlan) -> dict[str, list[Step]]:
     return grouped
 
 
-def _parameter(model: nn.Module, name: str) -> nn.Parameter:
+def _parameter(model: nn.Module, name: str) -> Tensor:
+    held, _, own = name.rpartition(".")
     try:
-        parameter = model.get_parameter(name)
+        parameter: Tensor = getattr(model.get_submodule(held), own)
     except AttributeError as error:
         raise FoldError(f"the model has no parameter {name!r}; the plan was made for another one") from error
     if parameter.is_meta or parameter.is_inference():

@@ -220,7 +220,7 @@ def _check_products(
     path: str | os.PathLike[str],
 ) -> None:
     """Checks what the conversion will yield before anything is loaded."""
-    own = dict(model.named_parameters(remove_duplicate=False))
+    own = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
     try:
         check_products(
             *steps, {name: tensor.to(own[name].dtype) for name, tensor in state.items() if name in own}

@@ -275,7 +275,7 @@ def described(call: Call) -> str:
 
 def spoken(call: Call) -> str:
     """An operator as a user knows it."""
-    name = call.name.split(".", 1)[1] if call.name.startswith("aten.") else call.name
+    name = call.name.removeprefix("aten.").removeprefix("surgeon.")
     name = _SPOKEN.get(name, name.removeprefix("_"))
     if name == "hardtanh" and (call.arguments["min_val"], call.arguments["max_val"]) == (0, 6):
         name = "relu6"

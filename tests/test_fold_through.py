@@ -1,6 +1,7 @@
-"""Folds through functions of parameters, and into rows that alone are read."""
+"""Folds into what is no parameter as such: functions of them, running means, rows that alone are read."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -96,6 +97,60 @@ def test_a_value_out_of_range_changes_nothing() -> None:
     commit(model, made, {0: SCALE})
     commit(model, made, {0: 1 / SCALE})
     torch.testing.assert_close(model.branch.alpha, before, rtol=1e-14, atol=0)
+
+
+def cheap(block: nn.Module, x: Tensor) -> Tensor:
+    """A ghost module whose cheap path is a norm alone."""
+    first = block.conv(x).relu()  # type: ignore[operator]
+    return torch.cat([first, block.bn(first) + block.dw(first)], dim=1)  # type: ignore[operator]
+
+
+def _cheap(**norm: bool) -> nn.Module:
+    return randomised(
+        Gated(
+            Of(
+                cheap,
+                conv=nn.Conv2d(4, 2, 1),
+                bn=nn.BatchNorm2d(2, **norm),
+                dw=nn.Conv2d(2, 2, 1, bias=False),
+            )
+        )
+    )
+
+
+def test_a_norm_hands_a_scale_on_when_its_running_mean_takes_it_too() -> None:
+    made = folds(_cheap(), image())
+    assert {step.parameter.removeprefix("branch."): step.exponent for step in made.steps} == {
+        "conv.weight": 1,
+        "conv.bias": 1,
+        "bn.running_mean": 1,
+        "bn.bias": 1,
+    }
+    assert folds(_cheap(affine=False), image()).steps != ()
+
+
+def test_a_running_mean_left_alone_is_seen() -> None:
+    model, x = _cheap(), image()
+    made = plan(model, (x,), {}, {0: SCALE})
+    steps = tuple(step for step in made.steps if not step.parameter.endswith("running_mean"))
+    with torch.no_grad():
+        scaled(model, {0: SCALE})
+        expected = model(x)
+        scaled(model, {})
+        commit(model, dataclasses.replace(made, steps=steps), {0: SCALE})
+        assert difference(model(x), expected) > 1e-3
+
+
+def test_a_norm_by_the_statistics_of_the_batch_hands_nothing_on() -> None:
+    [kept] = folds(_cheap(track_running_stats=False), image()).kept
+    assert (kept.operator, kept.module) == ("batch_norm", "branch.bn")
+    assert kept.reason.endswith("which normalises what it reads")
+
+
+def test_a_running_mean_with_another_reader_stays() -> None:
+    model = _cheap()
+    model.branch.function = lambda m, x: cheap(m, x) + m.bn.running_mean.sum()
+    assert len(folds(model, image()).kept) == 1
 
 
 def test_tokens_that_nobody_reads_may_be_scaled() -> None:
