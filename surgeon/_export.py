@@ -30,11 +30,10 @@ from surgeon._onnx_file import OnnxFileError, open_onnx
 from surgeon._parity import OutputsDifferError, ParityReport, compare
 from surgeon._plain import check_plain
 from surgeon._signature import Signature, evaluating_copy, signature
-from surgeon._verify import check_comparison, compare_runs, evaluate
+from surgeon._verify import TOLERANCES, check_comparison, compare_runs, evaluate
 from surgeon.errors import ExportError, UsageError
 
 _SEED = 0
-TOLERANCES = {"float32": 1e-4, "float16": 1e-2}
 LEVELS = ("basic", "extended", "all")
 
 
@@ -132,6 +131,8 @@ def export(  # noqa: PLR0913 - each a decision of its own, by keyword only
         except OnnxFileError as error:
             told = str(error).replace(str(made), str(path))
             raise ExportError(f"{told}. Nothing was written to {path}") from error
+        except OSError as error:
+            raise ExportError(f"cannot write {path}: {error}; nothing was left behind") from error
         size = made.stat().st_size + (made.with_name(data).stat().st_size if data else 0)
         move(made, data, place)
     return ExportReport(

@@ -8,7 +8,6 @@ import onnx_ir as ir
 
 from surgeon._files import settle
 from surgeon._onnx_file import Runtime, runtime
-from surgeon.errors import ExportError
 
 # An ONNX file is one protobuf message, which ends at 2 GB; the graph itself needs some of that.
 ONE_FILE_LIMIT = 2**31 - 2**27
@@ -30,27 +29,23 @@ def write(graph: ir.Model, folder: Path, place: Path, *, dtype: str, optimize: s
         The name of the file beside it that holds the weights, if there is one.
 
     Raises:
-        ExportError: The disk is full, or the like.
+        OSError: The disk is full, or the like.
         OnnxFileError: ONNX Runtime cannot do what was asked.
     """
     stored = [value.const_value for value in graph.graph.initializers.values()]
     weights = sum(tensor.nbytes for tensor in stored if tensor is not None)
     made = folder / place.name
     data = _data_name(place, weights)
-    try:
-        ir.save(graph, made, external_data=data)
-        if dtype == "float16":
-            weights //= 2
-            data = _again(made, _data_name(place, weights), lambda run, into, beside: run.halve(into, beside))
-        if optimize is not None:
-            level = optimize
-            data = _again(
-                made,
-                _data_name(place, weights),
-                lambda run, into, beside: run.open(level=level, optimized=str(into), data=beside),
-            )
-    except OSError as error:
-        raise ExportError(f"cannot write {place}: {error}; nothing was left behind") from error
+    ir.save(graph, made, external_data=data)
+    if dtype == "float16":
+        weights //= 2
+        data = _again(made, _data_name(place, weights), lambda run, into, beside: run.halve(into, beside))
+    if optimize is not None:
+        data = _again(
+            made,
+            _data_name(place, weights),
+            lambda run, into, beside: run.open(level=optimize, optimized=str(into), data=beside),
+        )
     return data
 
 

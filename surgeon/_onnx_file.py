@@ -8,12 +8,11 @@ import contextlib
 import itertools
 import json
 import os
-import selectors
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import torch
 from surgeon._parity import Array
 from surgeon.errors import SurgeonError
 
+_ERRORS = "stderr"
 _PROGRAM = Path(__file__).with_name("_onnx_child.py")
 # No answer to one request in this many seconds, and the file is taken for one that never ends.
 TIME_LIMIT_S = 1800.0
@@ -42,13 +42,13 @@ class _NoAnswerError(Exception):
 class Runtime:
     """The process in which onnx and ONNX Runtime work on one file; see `runtime`."""
 
-    def __init__(self, path: Path, folder: Path, process: subprocess.Popen[str], errors: Path) -> None:
+    def __init__(self, path: Path, folder: Path, process: subprocess.Popen[str], reader: Executor) -> None:
         self.path = path
         self.inputs: tuple[str, ...] = ()
         self.outputs: tuple[str, ...] = ()
         self._folder = folder
         self._process = process
-        self._errors = errors
+        self._reader = reader
         self._count = itertools.count()
 
     def check(self) -> None:
@@ -100,7 +100,10 @@ class Runtime:
         number = next(self._count)
         given, into = (self._folder / f"{number}.{what}.npz" for what in ("in", "out"))
         feed: dict[str, Any] = {str(index): tensor.numpy() for index, tensor in enumerate(tensors)}
-        np.savez(given, **feed)
+        try:
+            np.savez(given, **feed)
+        except OSError as error:
+            raise OnnxFileError(f"cannot hand inputs to ONNX Runtime by {self._folder}: {error}") from error
         try:
             chosen = None if wanted is None else list(wanted)
             self._ask(do="run", given=str(given), into=str(into), names=self.inputs, wanted=chosen)
@@ -127,17 +130,15 @@ class Runtime:
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
-        started = time.monotonic()
-        with selectors.DefaultSelector() as waiting:
-            waiting.register(self._process.stdout, selectors.EVENT_READ)
-            ready = waiting.select(TIME_LIMIT_S)
-        if not ready:
+        reading = self._reader.submit(self._process.stdout.readline)
+        try:
+            line = reading.result(TIME_LIMIT_S)
+        except TimeoutError as error:
             self._process.kill()
-            raise _NoAnswerError(f"no answer in {time.monotonic() - started:.0f} s, so it was stopped")
-        line = self._process.stdout.readline()
+            raise _NoAnswerError(f"no answer in {TIME_LIMIT_S:g} s, so it was stopped") from error
         if line:
             return line
-        raise _NoAnswerError(_ending(self._process.wait(), self._errors))
+        raise _NoAnswerError(_ending(self._process.wait(), self._folder / _ERRORS))
 
 
 def _ending(code: int, errors: Path) -> str:
@@ -150,9 +151,9 @@ def _ending(code: int, errors: Path) -> str:
 @contextlib.contextmanager
 def runtime(path: Path) -> Iterator[Runtime]:
     """A process for one file, ended at the end."""
-    with tempfile.TemporaryDirectory(prefix="surgeon.") as folder:
-        errors = Path(folder) / "stderr"
-        with errors.open("w", encoding="utf-8") as written:
+    # Waiting with a limit needs a thread: pipes cannot be waited for on every system.
+    with ThreadPoolExecutor(1) as reader, tempfile.TemporaryDirectory(prefix="surgeon.") as folder:
+        with (Path(folder) / _ERRORS).open("w", encoding="utf-8") as written:
             process = subprocess.Popen(  # noqa: S603 - this interpreter on surgeon's own program
                 [sys.executable, "-P", str(_PROGRAM)],
                 stdin=subprocess.PIPE,
@@ -162,7 +163,7 @@ def runtime(path: Path) -> Iterator[Runtime]:
             )
         with process:
             try:
-                yield Runtime(path, Path(folder), process, errors)
+                yield Runtime(path, Path(folder), process, reader)
             finally:
                 process.kill()
 

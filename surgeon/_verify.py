@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,9 @@ from surgeon._plain import check_plain
 from surgeon._signature import Signature, evaluating_copy, flatten, signature
 from surgeon.errors import UsageError
 
+# Largest relative error that counts as agreement, by the precision of the file's arithmetic.
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2}
+
 
 def verify(
     model: nn.Module,
@@ -22,7 +26,7 @@ def verify(
     *,
     example: Any = None,
     batch_sizes: Sequence[int] = (1, 3),
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
     seed: int = 0,
 ) -> ParityReport:
     """Compares an ONNX file with a PyTorch model and returns the report; the model is only read.
@@ -40,7 +44,8 @@ def verify(
         example: A tensor, a tuple of arguments or a dict of keyword arguments; only types and shapes matter.
             Without it, the shape comes from the file where the file fixes it, else from the model.
         batch_sizes: Sizes to compare at. A file with a fixed batch is compared at that size alone.
-        tolerance: Largest relative error, ``max|d| / max|y|`` per output, that counts as agreement.
+        tolerance: Largest relative error, ``max|d| / max|y|`` per output, that counts as agreement; by
+            default 1e-4, and 1e-2 for a file with weights in float16.
         seed: Seed of the random inputs.
 
     Raises:
@@ -53,14 +58,20 @@ def verify(
         (True, 3.1e-07)
     """
     check_plain(model)
-    check_comparison(batch_sizes, tolerance)
+    check_comparison(batch_sizes, TOLERANCES["float32"] if tolerance is None else tolerance)
     with open_onnx(path) as file:
+        tolerance = _tolerance(file) if tolerance is None else tolerance
         plain = evaluating_copy(model)
         called = signature(plain, example if example is not None else _example_like(file, plain))
         _check_inputs(file, called)
         rows, differing = compare_runs(plain, called, file, batch_sizes, tolerance, seed)
         parting = None if differing is None else first_divergence(plain, called, file, differing, tolerance)
         return ParityReport(str(path), tuple(rows), graph_findings(file.model), tolerance, seed, parting)
+
+
+def _tolerance(file: OnnxFile) -> float:
+    types = {value.dtype for value in file.model.graph.initializers.values()}
+    return TOLERANCES["float16" if ir.DataType.FLOAT16 in types else "float32"]
 
 
 def check_comparison(batch_sizes: Sequence[int], tolerance: float) -> None:

@@ -15,6 +15,7 @@ from surgeon import _export, _export_file, _exporter
 from surgeon._export import export
 from surgeon._hygiene import node_counts
 from surgeon._signature import signature
+from surgeon._verify import verify
 from surgeon.errors import ExportError, ParityError, UsageError
 
 IMAGES = torch.zeros(2, 3, 16, 16)
@@ -90,6 +91,8 @@ def test_half_precision(net, tmp_path, quick):
     assert (half.metadata["dtype"], plain.metadata["dtype"]) == ("float16", "float32")
     assert half.metadata["torch"] == plain.metadata["torch"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.onnx", "b.onnx"]
+    assert verify(net, tmp_path / "b.onnx", example=IMAGES).tolerance == 1e-2
+    assert verify(net, tmp_path / "a.onnx", example=IMAGES).tolerance == 1e-4
 
 
 def test_half_precision_is_held_to_its_tolerance(net, tmp_path, quick):
