@@ -13,7 +13,7 @@ import timm
 import torch
 import torchvision
 
-from surgeon._residual import REASONS
+from surgeon._findings import REASONS
 
 _COLUMNS = (
     *("library", "model", "parameters", "gates", "identity", "projection", "refused", "own", "own_live"),
@@ -118,9 +118,16 @@ def _refused(rows: list[Row]) -> list[str]:
 
 
 def _missed(rows: list[Row]) -> list[str]:
-    missed = [row for row in rows if row.get("missed")]
-    lines = [f"- {row['library']}:{row['model']}: {', '.join(row['missed'])}" for row in missed]
-    return [f"{_sum(rows, 'own_live') - _sum(rows, 'recalled')} in all.", "", *lines] if lines else []
+    causes: dict[str, list[str]] = {}
+    for row in rows:
+        for cause, count in Counter((row.get("missed") or {}).values()).items():
+            causes.setdefault(cause, []).append(f"{row['model']} {count}")
+    counts = ((cause, _total(models), ", ".join(models)) for cause, models in causes.items())
+    return _table(("why", "sites", "models"), counts) if causes else []
+
+
+def _total(models: list[str]) -> int:
+    return sum(int(model.rpartition(" ")[2]) for model in models)
 
 
 def _numbers(rows: list[Row]) -> list[str]:

@@ -74,7 +74,7 @@ def test_a_fold_is_exact_and_not_a_silent_nothing() -> None:
 def test_the_page_is_made_from_the_rows(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     measured = [
-        {"stage": "structure", "gates": 2, "own_live": 3, "recalled": 2, "missed": ["drop"], "find_s": 0.5},
+        {"stage": "structure", "gates": 2, "own_live": 3, "recalled": 2, "missed": {"drop": "no shortcut"}, "find_s": 0.5},
         {"stage": "numbers", "error": "ValueError: first try"},
         {"stage": "numbers", **_zoo_checks.numbers(Net(0.0), EXAMPLE)},
     ]
@@ -83,6 +83,6 @@ def test_the_page_is_made_from_the_rows(tmp_path: Path) -> None:
     _zoo_report.write(_zoo_report.read(rows), tmp_path / "coverage.csv")
     page = (tmp_path / "coverage.md").read_text()
     assert "| mine | 1 | 1 | 0 | 0 | 2 | 2 of 3 |" in page
-    assert "- mine:net: drop" in page and "- mine:net: second.add" in page
+    assert "| no shortcut | 1 | net 1 |" in page and "- mine:net: second.add" in page
     assert "first try" not in page  # the last row of a stage counts
     assert (tmp_path / "coverage.csv").read_text().count("\n") == 2
