@@ -30,7 +30,7 @@ from surgeon._onnx_file import OnnxFileError, open_onnx
 from surgeon._parity import OutputsDifferError, ParityReport, compare
 from surgeon._plain import check_plain
 from surgeon._signature import Signature, evaluating_copy, signature
-from surgeon._verify import TOLERANCES, check_comparison, compare_runs, evaluate
+from surgeon._verify import TOLERANCES, check_comparison, compare_runs, evaluate, rounding
 from surgeon.errors import ExportError, UsageError
 
 _SEED = 0
@@ -280,12 +280,13 @@ def _compare(
     reference, plain = models
     with open_onnx(made) as file:
         rows, differing = compare_runs(reference, called, file, batch_sizes, tolerance, _SEED)
-        blame, parting = "", None
+        blame, parting, noise = "", None, None
         if differing is not None:
+            noise = rounding(reference, called, differing)
             blame = _blame(reference, plain, called, differing, tolerance)
             parting = first_divergence(plain, called, file, differing, tolerance)
         final, findings = file.model, graph_findings(file.model)
-    report = ParityReport(str(path), tuple(rows), findings, tolerance, _SEED, parting)
+    report = ParityReport(str(path), tuple(rows), findings, tolerance, _SEED, parting, noise)
     if not report.ok:
         what = f"the ONNX graph of {type(reference).__name__} computes something else{blame}"
         raise OutputsDifferError(f"{what}: {report.fault}. No file was written to {path}", report)

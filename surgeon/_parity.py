@@ -103,6 +103,8 @@ class ParityReport:
         tolerance: Largest relative error that counts as agreement.
         seed: Seed of the random inputs.
         divergence: Where the graph departs from the model; None if it does not, or where that cannot be said.
+        rounding: How far PyTorch itself is from its own float64, relative, where the two differ; None if they
+            do not, or if the model does not run in float64.
     """
 
     path: str
@@ -111,6 +113,7 @@ class ParityReport:
     tolerance: float
     seed: int
     divergence: Divergence | None = None
+    rounding: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -139,12 +142,22 @@ class ParityReport:
         if failed:
             count = f"{failed} of {len(self.rows)} comparisons failed"
             where = f"; {self.divergence}" if self.divergence else ""
-            return f"{self.worst}; the tolerance is {self.tolerance:g} relative, {count}{where}"
+            return f"{self.worst}; the tolerance is {self.tolerance:g} relative, {count}{self.excuse}{where}"
         if self.findings:
             first, more = self.findings[0], len(self.findings) - 1
             others = f"; {more} more such nodes" if more else ""
             return f"node {first.node} ({first.op_type}) does not belong in the graph: {first.reason}{others}"
         return ""
+
+    @property
+    def excuse(self) -> str:
+        """Whether rounding alone may explain a difference; empty if it does not."""
+        if self.rounding is None or not self.worst.relative < 10 * self.rounding:
+            return ""
+        return (
+            f"; PyTorch itself is {self.rounding:.1g} from its own float64 there, so this may be nothing but "
+            "rounding, which a larger tolerance allows"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The report for JSON; numbers that are not finite become None."""

@@ -1,5 +1,7 @@
 """Compares an ONNX file with a PyTorch model: the same inputs, random and extreme ones, in each runtime."""
 
+import copy
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -65,8 +67,13 @@ def verify(
         called = signature(plain, example if example is not None else _example_like(file, plain))
         _check_inputs(file, called)
         rows, differing = compare_runs(plain, called, file, batch_sizes, tolerance, seed)
-        parting = None if differing is None else first_divergence(plain, called, file, differing, tolerance)
-        return ParityReport(str(path), tuple(rows), graph_findings(file.model), tolerance, seed, parting)
+        parting, noise = None, None
+        if differing is not None:
+            parting = first_divergence(plain, called, file, differing, tolerance)
+            noise = rounding(plain, called, differing)
+        return ParityReport(
+            str(path), tuple(rows), graph_findings(file.model), tolerance, seed, parting, noise
+        )
 
 
 def _tolerance(file: OnnxFile) -> float:
@@ -131,6 +138,17 @@ def compare_runs(
         if differing is None and not all(row.ok for row in found):
             differing = tensors
     return rows, differing
+
+
+def rounding(model: nn.Module, called: Signature, tensors: Sequence[Tensor]) -> float | None:
+    """How far a model's outputs are from those of itself in float64, relative; None if it cannot run so."""
+    wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors]
+    try:
+        exact = evaluate(copy.deepcopy(model).double(), called, wide)
+        rows = compare(exact, list(evaluate(model, called, tensors).values()), batch=0, tolerance=math.inf)
+    except UsageError:
+        return None
+    return max((row.relative for row in rows if not math.isnan(row.relative)), default=None)
 
 
 def evaluate(model: nn.Module, called: Signature, tensors: Sequence[Tensor]) -> dict[str, Array]:

@@ -100,6 +100,22 @@ def test_tolerance_is_relative_to_the_largest_value(model, tmp_path):
     assert not verify(model, path, example=EXAMPLE, tolerance=5e-4).ok
 
 
+def test_rounding_is_told_from_a_mistake(tmp_path):
+    class Cancelling(Model):
+        """Loses four of its seven digits."""
+
+        def forward(self, x):
+            return (x @ self.weight + 1e4) - 1e4
+
+    report = verify(Cancelling(WEIGHT.clone()), linear(tmp_path / "m.onnx"), example=EXAMPLE, tolerance=1e-6)
+    assert not report.ok
+    assert 1e-5 < report.rounding < 1e-2
+    assert "so this may be nothing but rounding, which a larger tolerance allows" in report.fault
+    wrong = verify(Cancelling(WEIGHT.clone()), linear(tmp_path / "n.onnx", WEIGHT * 1.5), example=EXAMPLE)
+    assert wrong.excuse == ""
+    assert verify(Model(WEIGHT.clone()), linear(tmp_path / "o.onnx"), example=EXAMPLE).rounding is None
+
+
 def test_other_shape(tmp_path):
     report = verify(Model(WEIGHT[:, :2].clone()), linear(tmp_path / "m.onnx"), example=EXAMPLE)
     assert report.worst.note == "the shape is (1, 2) in PyTorch and (1, 3) in ONNX Runtime"
