@@ -75,6 +75,6 @@ class Join(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (rows,) = ctx.saved_tensors
         part = take(grad, rows)
-        # Of its own memory unless a second derivative looks on.
-        part = part * ctx.factor if torch.is_grad_enabled() else part.mul_(ctx.factor)
+        if ctx.factor != 1.0:  # in place unless a second derivative looks on
+            part = part * ctx.factor if torch.is_grad_enabled() else part.mul_(ctx.factor)
         return grad, part, None, None

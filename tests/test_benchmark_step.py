@@ -1,0 +1,68 @@
+"""`benchmarks.step` on a network of two blocks: its rows, going on, the page and the picture."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+import surgeon
+from benchmarks import _step_models, step
+from benchmarks._step_measure import drawing
+from benchmarks._step_models import Basic, Net
+
+
+def tiny() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 1), Basic(4, 4, 1), Basic(4, 4, 1), nn.Flatten(), nn.Linear(256, 10))
+
+
+@pytest.fixture
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_step_models.NETS, "tiny", Net(tiny, 8))
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_rows_page_and_picture_and_nothing_measured_twice(tmp_path: Path) -> None:
+    rows, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
+    given = ["--models", "tiny", "--batch", "4", "--rounds", "2", "--still", "2", "--rows", str(rows)]
+    given += ["--page", str(page), "--threads", str(torch.get_num_threads())]
+    for rates, lines in (("0.5", 2 + 5), ("0.5", 2 + 5), ("0.5,0.1", 2 + 10)):
+        ran = CliRunner().invoke(step.main, [*given, "--rates", rates], catch_exceptions=False)
+        assert ran.exit_code == 0
+        assert len(rows.read_text().splitlines()) == lines
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    steps = {(r["rate"], r["variant"]): r for r in found if r["kind"] == "step"}
+    assert steps[0.5, "plain"]["ratio"] == 1
+    assert (
+        steps[0.5, "mask"]["bound"] == 1 > steps[0.1, "batch"]["bound"] > steps[0.5, "batch"]["bound"] > 0.5
+    )
+    assert all(r["seconds"] > 0 and r["megabytes"] > 0 for r in steps.values())
+    assert {r["variant"] for r in found if r["kind"] == "still"} == {"evaluation", "rate 0"}
+    text = page.read_text()
+    assert "| tiny | 4 | 0.5 | sample |" in text
+    assert text.count("| tiny | 4 | evaluation |") == 1
+    assert page.with_suffix(".png").stat().st_size > 5000
+
+
+def test_an_unknown_network_is_named() -> None:
+    ran = CliRunner().invoke(step.main, ["--models", "resnet9"])
+    assert ran.exit_code == 2
+    assert "'resnet9' is not among resnet50" in ran.output
+
+
+@pytest.mark.parametrize("options", [{"unit": "batch"}, {"skip": True}])
+def test_the_share_drawn_is_that_of_what_ran(options: dict[str, object]) -> None:
+    """On average that is the bound; with every row kept it is one."""
+    model = surgeon.apply(tiny(), "uniform", drop_rate=0.4, example=torch.zeros(2, 3, 8, 8), **options)
+    x, shares = torch.randn(4, 3, 8, 8), []
+    for _ in range(200):
+        with drawing(model) as share:
+            model(x)
+        shares.append(share())
+    assert sum(shares) / 200 == pytest.approx(surgeon.status(model).expected_flops, abs=0.06)
+    surgeon.set_drop_rate(model, 0.0)
+    with drawing(model) as share:
+        model(x)
+    assert share() == 1
