@@ -7,31 +7,30 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import fx, nn
 
 from surgeon._alike import likeness
+from surgeon._choice import Choice
 from surgeon._example import mode, no_inference_mode, untouched
+from surgeon._facts import is_size
+from surgeon._findings import REASONS, Findings, Refusal, Residual
 from surgeon._flow import Flow
 from surgeon._gate import held_open
+from surgeon._opgraph import operators
 from surgeon._oplog import OpLog
 from surgeon._reads import Reads
 from surgeon._record import Call, Recording, record
 from surgeon._residual import (
-    REASONS,
     Addition,
-    Findings,
-    Refusal,
-    Residual,
     additions,
     arguments_of,
     mask_nodes,
     side,
 )
-from surgeon._trace import is_size, trace
-from surgeon.errors import TraceError, UsageError
+from surgeon._trace import trace
+from surgeon.errors import TraceError
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any], OpLog]
 
@@ -85,7 +84,8 @@ def analyse(
         args: Positional arguments of the example.
         kwargs: Keyword arguments of the example.
         include: Glob patterns on names of residual adds, blocks or block classes; if given, only these. The
-            full name of a refused addition, or a reason code, brings that in.
+            full name of a refused addition, or a reason code, brings that in; ``:left`` or ``:right`` behind
+            a pattern tells which side of the sum is the shortcut.
         exclude: Patterns of what to leave out, likewise.
 
     Raises:
@@ -94,51 +94,13 @@ def analyse(
     """
     recording = record(model, args, kwargs)
     names = {module: name for name, module in model.named_modules()}
-    scan = _Scan(recording, names, _Choice(include, exclude))
+    scan = _Scan(recording, names, Choice(include, exclude))
     # Always in training mode, where stochastic depth that is already there is live.
     with no_inference_mode(), mode(model, True), untouched(model), held_open():
         for call in recording.calls:
             scan.visit(call)
     scan.choice.check()
     return Analysis(recording, tuple(scan.blocks), tuple(scan.refused))
-
-
-class _Choice:
-    """What the user wants gated, and which of the patterns were of use."""
-
-    def __init__(self, include: Sequence[str], exclude: Sequence[str]) -> None:
-        if isinstance(include, str) or isinstance(exclude, str):
-            include, exclude = _listed(include), _listed(exclude)
-        self.include, self.exclude = tuple(include), tuple(exclude)
-        self.used: set[str] = set()
-
-    def takes(self, name: str, block: str, block_type: str, code: str | None) -> bool:
-        if code is None:
-            wanted = not self.include or self._match(self.include, name, block, block_type)
-        else:
-            wanted = self._match([p for p in self.include if p in (name, code)], name, code)
-        return not self._match(self.exclude, name, block, block_type) and wanted
-
-    def asks_for(self, code: str) -> bool:
-        return code in self.include or any(p.rpartition(".")[2].startswith("add") for p in self.include)
-
-    def _match(self, patterns: Sequence[str], *texts: str) -> bool:
-        hits = [p for p in patterns if any(fnmatchcase(text, p) for text in texts)]
-        self.used.update(hits)
-        return bool(hits)
-
-    def check(self) -> None:
-        for kind, patterns in (("include", self.include), ("exclude", self.exclude)):
-            for pattern in patterns:
-                if pattern not in self.used and not (kind == "exclude" and pattern in REASONS):
-                    raise UsageError(
-                        f"{kind}: {pattern!r} matches no residual add, block or block class; "
-                        "surgeon.find(model) lists them (`surgeon inspect MODEL` on the command line)"
-                    )
-
-
-def _listed(patterns: str | Sequence[str]) -> Sequence[str]:
-    return (patterns,) if isinstance(patterns, str) else patterns
 
 
 @dataclass(slots=True)
@@ -157,7 +119,7 @@ class _Traced:
 class _Scan:
     """Visits the calls of a recording from the outside in and collects blocks and refusals."""
 
-    def __init__(self, recording: Recording, names: dict[nn.Module, str], choice: _Choice) -> None:
+    def __init__(self, recording: Recording, names: dict[nn.Module, str], choice: Choice) -> None:
         self.recording, self.names, self.choice = recording, names, choice
         self.blocks: list[Block] = []
         self.refused: list[Refusal] = []
@@ -173,7 +135,9 @@ class _Scan:
             return
         self.seen.add(module)
         if not call.additions:
-            if any(module.children()):  # the bias of a single layer is no matter for a report
+            if self.choice.asks_for("bias"):
+                self._trace(call)
+            elif any(module.children()):  # the bias of a single layer is no matter for a report
                 self._refuse_all(module, call.biases, "bias")
         elif module in self.nested and not self.choice.asks_for("nested"):
             self._refuse_all(module, call.additions, "nested")
@@ -186,7 +150,7 @@ class _Scan:
         try:
             traced = self._traced(call, arguments)
         except TraceError as error:
-            self._untraced(call, arguments, error)
+            self._untraced(call, error)
             return
         block = Block(name, module, call, traced.flow)
         for addition in traced.additions:
@@ -231,29 +195,28 @@ class _Scan:
                 if other is None or not _agree(traced.flow, addition, evaluating, other):
                     traced.additions[place] = replace(addition, code="stochastic")
 
-    def _untraced(self, call: Call, arguments: _Arguments, error: TraceError) -> None:
-        """Refuses a block that does not trace as in training; in evaluation it may, and tell why."""
-        found: list[Addition] = []
-        if not self.recording.training:
-            with mode(call.module, False), suppress(TraceError):
-                found = additions(Flow(trace(call.module, *arguments)))
+    def _untraced(self, call: Call, error: TraceError) -> None:
+        """Refuses the additions of a block without a trace, each for what the operators that ran say."""
+        found = additions(operators(self.recording.log, call), regions=False)
         name, kind = self.names[call.module], type(call.module).__name__
         why = f"{REASONS['untraceable']}: {error}"
         for addition in found:
             code = addition.code or "untraceable"
             reason = REASONS[code] if addition.code else why
-            self.refused.append(Refusal(_name(name, addition.ordinal), name, kind, code, reason))
-        self._refuse_all(call.module, call.additions - len(found), "untraceable", why, first=len(found))
+            self._refuse(_name(name, addition.ordinal), name, kind, code, reason)
+        unseen = call.additions - sum(addition.code != "bias" for addition in found)
+        self._refuse_all(call.module, unseen, "untraceable", why, first=len(found))
 
     def _sort(self, block: Block, addition: Addition) -> None:
         name, kind = _name(block.name, addition.ordinal), type(block.module).__name__
         code = "nested" if block.module in self.nested else addition.code
         if code == "no-shortcut" and self._hands_on(block, addition):
             code = None
-        if addition.kind and self.choice.takes(name, block.name, kind, code):
-            block.found.append(addition)
-            block.residuals.append(_describe(block, addition, name))
-            self._mark_nested(block, addition)
+        chosen = self.choice.takes(block.flow, addition, code, name, block.name, kind)
+        if chosen is not None:
+            block.found.append(chosen)
+            block.residuals.append(_describe(block, chosen, name))
+            self._mark_nested(block, chosen)
         elif code is not None:
             self.refused.append(Refusal(name, block.name, kind, code, REASONS[code]))
         else:
@@ -283,7 +246,12 @@ class _Scan:
     def _refuse_all(self, module: nn.Module, count: int, code: str, reason: str = "", first: int = 0) -> None:
         name, kind = self.names[module], type(module).__name__
         for ordinal in range(first, first + count):
-            self.refused.append(Refusal(_name(name, ordinal), name, kind, code, reason or REASONS[code]))
+            self._refuse(_name(name, ordinal), name, kind, code, reason or REASONS[code])
+
+    def _refuse(self, name: str, block: str, kind: str, code: str, reason: str) -> None:
+        """Lists an addition that is in no graph."""
+        self.choice.refuses(name, code, reason, block, kind)
+        self.refused.append(Refusal(name, block, kind, code, reason))
 
 
 def _agree(flow: Flow, training: Addition, evaluating: Flow, plain: Addition) -> bool:

@@ -81,7 +81,7 @@ def _collect(tree: Any, found: list[Tensor]) -> None:
 
 
 def mapped(of: Callable[[Any], Any], tree: Any) -> Any:
-    """The nest with ``of(leaf)`` in the place of each leaf, as pytree's ``tree_map``; plain nests are quick."""
+    """The nest with ``of(leaf)`` in the place of each leaf, as pytree's ``tree_map``; quick."""
     kind = type(tree)
     if kind in _ATOMS or isinstance(tree, Tensor):
         return of(tree)
@@ -173,4 +173,5 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    return [(v, v.copy()) for v in module.__dict__.values() if isinstance(v, (list, set, dict))]
+    # Most are the empty dicts of hooks.
+    return [(v, v.copy() if v else ()) for v in module.__dict__.values() if isinstance(v, (list, set, dict))]

@@ -11,8 +11,8 @@ from typing import Any
 from torch import fx
 
 from surgeon._example import tensors
+from surgeon._facts import Fact, Trace
 from surgeon._fake import storage
-from surgeon._trace import Fact, Trace
 
 
 class Flow:

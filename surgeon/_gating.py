@@ -23,7 +23,7 @@ from surgeon._flow import Flow
 from surgeon._gate import NOTE, Gate, held_open
 from surgeon._oplog import OpLog
 from surgeon._reads import CONSTANTS, attribute
-from surgeon._residual import Addition, additions
+from surgeon._residual import Addition, additions, meant
 from surgeon._splice import Run, Spliced, splice
 from surgeon._trace import trace
 from surgeon.errors import CheckpointError, TraceError, UnseenCallError
@@ -42,6 +42,7 @@ class Gating:
         self.name = name
         self.gates = tuple(gates)
         self.rewritten = rewritten
+        self.complete: bool | None = None  # whether each residual add of the block carries a gate
         self.exact = False
         self.ambient = False
         self.attributes: tuple[str, ...] = ()
@@ -83,10 +84,10 @@ class Gating:
 
     def _spliced(self, block: nn.Module, flow: Flow, batch: int | None) -> Spliced:
         """The forward with gates in it; equal blocks, which share their trace, share it."""
-        chosen = self._chosen(additions(flow))
+        chosen = self._chosen(flow)
         skip = frozenset(gate.ordinal for gate in self.gates if gate.skips)
         by_rows = self.gates[0].unit == "sample"
-        places = tuple((a.node, a.ordinal) for a in chosen)
+        places = tuple((a.node, a.ordinal, a.shortcut) for a in chosen)
         key = (block.training, places, skip, by_rows, self.rewritten, batch)
         if key not in flow.shared:
             flow.shared[key] = splice(
@@ -116,19 +117,23 @@ class Gating:
             ) from error
         return self.runs[self._key(block, args, kwargs)]
 
-    def _chosen(self, found: Sequence[Addition]) -> list[Addition]:
+    def _chosen(self, flow: Flow) -> list[Addition]:
         """The additions that the gates belong to; for other shapes a block may sum up more terms."""
+        found = additions(flow)
         plain = [addition for addition in found if addition.code is None]
-        if len(plain) == len(self.gates):
+        if self.complete is None:
+            self.complete = [a.ordinal for a in plain] == [gate.ordinal for gate in self.gates]
+        if self.complete and len(plain) == len(self.gates):
             return [replace(a, ordinal=g.ordinal) for a, g in zip(plain, self.gates, strict=True)]
-        by_ordinal = {addition.ordinal: addition for addition in found if addition.kind}
-        missing = [gate.name for gate in self.gates if gate.ordinal not in by_ordinal]
+        by_ordinal = {addition.ordinal: addition for addition in found}
+        chosen = [meant(flow, by_ordinal.get(gate.ordinal), gate.kind) for gate in self.gates]
+        missing = [gate.name for gate, a in zip(self.gates, chosen, strict=True) if a is None]
         if missing:
             raise UnseenCallError(
                 f"{self.name or 'the model'} is called in a way in which it does not perform the gated "
                 f"addition {missing[0]}; exclude it (exclude={missing[0]!r}) or call it as on the example"
             )
-        return [by_ordinal[gate.ordinal] for gate in self.gates]
+        return [addition for addition in chosen if addition is not None]
 
     def _key(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Everything that decides which code the block's forward runs."""
@@ -148,6 +153,7 @@ class Gating:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Gating":
         twin = Gating(self.name, copy.deepcopy(self.gates, memo), self.rewritten)
+        twin.complete = self.complete
         twin.exact, twin.ambient, twin.attributes = self.exact, self.ambient, self.attributes
         twin.active, twin.runs = dict(self.active), dict(self.runs)
         return twin

@@ -47,6 +47,37 @@ class Op:
     flops: int
 
 
+Layout = tuple[torch.Size, tuple[int, ...], int]
+
+
+def layout(tensor: Tensor) -> Layout:
+    """The shape, strides and offset of a tensor: which part of its storage it shows."""
+    return tensor.shape, tensor.stride(), int(tensor.storage_offset())
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One operator that made a value from active tensors; views make none.
+
+    Attributes:
+        op: Its place in the log, -1 for an input of the model.
+        owner: Place of the call whose forward ran it.
+        adds: It adds two activations, or two tensors with a common ancestor.
+        sources: For each tensor it read, the step that made what is in its storage, -1 for a constant.
+        read: How they were read: the shape, strides and offset of each.
+        made: The same of its first result.
+        floating: Whether that holds floating-point numbers.
+    """
+
+    op: int
+    owner: int
+    adds: bool
+    sources: tuple[int, ...]
+    read: tuple[Layout, ...]
+    made: Layout
+    floating: bool
+
+
 class OpLog(TorchDispatchMode):
     """Logs every ATen operator and follows which storages depend on which model inputs and weights.
 
@@ -68,25 +99,24 @@ class OpLog(TorchDispatchMode):
         self._shadows = Shadows(fake)
         self._ancestry: dict[int, int] = {}
         self._alive: list[Any] = []
-        self._steps: list[tuple[int, int, frozenset[int]]] = []
+        self.steps: list[Step] = []
         self._made_at: dict[int, int] = {}
 
     def root(self, tensor: Tensor) -> None:
         """Declares ``tensor`` to be a model input."""
         self._inputs |= 1 << self._roots
         self._add_root(tensor)
-        self._step([tensor], [], adds=False)
+        self._step([tensor], [], adds=False, op=-1)
 
     def shadow(self, tensor: Tensor) -> Tensor:
-        """The fake tensor that stands for ``tensor``, always the same one for the same weight."""
-        if isinstance(tensor, FakeTensor) or self.real:
+        """The fake tensor that stands for ``tensor``, always the same; itself in a log of real tensors."""
+        if isinstance(tensor, FakeTensor):
             return tensor
-        known = tensor in self._shadows
-        fake = self._shadows.of(tensor)
-        if not known and isinstance(tensor, nn.Parameter):
-            self._weights.add(storage(fake))
-            self._add_root(fake)
-        return fake
+        found = tensor if self.real else self._shadows.of(tensor)
+        if isinstance(tensor, nn.Parameter) and storage(found) not in self._weights:
+            self._weights.add(storage(found))
+            self._add_root(found)
+        return found
 
     def active(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` depends on a model input."""
@@ -102,21 +132,23 @@ class OpLog(TorchDispatchMode):
             return None
         reached = {start}
         for step in range(start + 1, end + 1):
-            if not reached.isdisjoint(self._steps[step][2]):
+            if not reached.isdisjoint(self.steps[step].sources):
                 reached.add(step)
         if end not in reached or end == start:
             return None
         way, owners = {end}, set()
         for step in range(end, start, -1):
             if step in way and step in reached:
-                adds, owner, sources = self._steps[step]
-                way |= sources
-                owners |= {owner} if adds else set()
+                found = self.steps[step]
+                way |= set(found.sources)
+                owners |= {found.owner} if found.adds else set()
         return owners
 
-    def _step(self, made: list[Tensor], sources: list[int], *, adds: bool) -> None:
-        self._steps.append((adds, self.stack[-1], frozenset(sources)))
-        self._made_at.update({storage(t): len(self._steps) - 1 for t in made})
+    def _step(self, made: list[Tensor], read: list[Tensor], *, adds: bool, op: int) -> None:
+        sources = tuple([self.made_at(t) for t in read])
+        layouts, floats = tuple([layout(t) for t in read]), made[0].is_floating_point()
+        self.steps.append(Step(op, self.stack[-1], adds, sources, layouts, layout(made[0]), floats))
+        self._made_at.update({storage(t): len(self.steps) - 1 for t in made})
 
     def _add_root(self, tensor: Tensor) -> None:
         self._mark(tensor, 1 << self._roots)
@@ -140,19 +172,18 @@ class OpLog(TorchDispatchMode):
         read = tensors((args, kwargs))
         bits = [self._ancestry.get(storage(t), 0) for t in read]
         active = sum(1 for b in bits if b & self._inputs)
-        sources = [self.made_at(t) for t in read]
         out = func(*args, **kwargs)
         written = tensors(out)
         adds = False
+        if func.overloadpacket in _SUMS and active and len(read) > 1 and written[0].is_floating_point():
+            adds = active > 1 or any(a & b for a, b in itertools.combinations(bits, 2))
+            (self.additions if adds else self.biases)[self.stack[-1]] += 1
         if func.overloadpacket not in _SHAPE_ONLY:
             union = functools.reduce(operator.or_, bits, 0)
             for t in written if union else ():
                 self._mark(t, union)
-        if func.overloadpacket in _SUMS and active and len(read) > 1 and written[0].is_floating_point():
-            adds = active > 1 or any(a & b for a, b in itertools.combinations(bits, 2))
-            (self.additions if adds else self.biases)[self.stack[-1]] += 1
-        if active and not func.is_view:
-            self._step(written, sources, adds=adds)
+            if active and written and not func.is_view:
+                self._step(written, read, adds=adds, op=len(self.ops))
         self.ops.append(self._op(func, args, kwargs, out, read, active))
         return out
 

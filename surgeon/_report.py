@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from surgeon._residual import Findings
+from surgeon._findings import Findings
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,96 +24,13 @@ from torch import Tensor, fx
 
 from surgeon._example import tensors
 from surgeon._fake import storage
+from surgeon._findings import REASONS
 from surgeon._flow import Flow
+from surgeon._operators import is_coin, is_layer, is_linear, pools, projects, scales
 from surgeon._oplog import Op
 
-aten = torch.ops.aten
-
-REASONS = {
-    "aliased": "writes in place to a tensor that is read again under another name",
-    "bias": "adds a weight, mask or table that depends on no input",
-    "broadcast": "the two sides differ in shape, so one of them is spread over the other",
-    "form": "is made inside one operator or in a form that cannot take a gate",
-    "fusion": "merges two branches with activations of their own; neither side is a shortcut",
-    "gating": "mixes two activations with weights computed from the input",
-    "linear": "sums linear paths (a reparametrisation branch); no activation to skip",
-    "nested": "lies inside the branch of another residual add",
-    "no-shortcut": "the two sides share no ancestor in the block, so neither is a shortcut",
-    "position": "adds a position encoding, one depthwise convolution of the input",
-    "stochastic": "has stochastic depth of its own written out, which cannot be taken off whole",
-    "untraceable": "the block could not be traced",
-}
-
 _ADDS = {operator.add, operator.iadd}  # surgeon._canonical leaves no other spelling
-
-
-@dataclass(frozen=True, slots=True)
-class Residual:
-    """One addition ``shortcut + branch(x)`` that may carry a gate.
-
-    Attributes:
-        name: Qualified name of the add, the block's name and the add's place in it: ``"layer1.0.add"``,
-            ``"blocks.3.add_1"``.
-        block: Qualified name of the module whose own ``forward`` performs the add; ``""`` is the model.
-        block_type: Class name of that module.
-        kind: ``"identity"`` or ``"projection"`` (what the shortcut does to the block's input).
-        shortcut: What the shortcut runs: ``"identity"`` or its modules, ``"downsample"``.
-        branch: What the branch runs, its modules in order: ``"conv1 bn1 act1 conv2 bn2"``.
-        flops: FLOPs of one forward of the branch on the example.
-        replaces: Names of the stochastic-depth modules already on this branch; the gate stands in for them.
-    """
-
-    name: str
-    block: str
-    block_type: str
-    kind: str
-    shortcut: str
-    branch: str
-    flops: int
-    replaces: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """One addition that is left alone.
-
-    Attributes:
-        name, block, block_type: As in `Residual`.
-        code: A key of `REASONS`.
-        reason: The same as a sentence.
-    """
-
-    name: str
-    block: str
-    block_type: str
-    code: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Findings:
-    """What `surgeon.find` found; iterating gives the residual adds.
-
-    Attributes:
-        residuals: The residual adds, in the order in which they first run.
-        refused: Every other addition of two tensors, with its reason; a layer's own bias is not listed.
-        flops: FLOPs of one forward of the whole model on the example.
-    """
-
-    residuals: tuple[Residual, ...]
-    refused: tuple[Refusal, ...]
-    flops: int
-
-    def __iter__(self) -> Iterator[Residual]:
-        return iter(self.residuals)
-
-    def __len__(self) -> int:
-        return len(self.residuals)
-
-    def __str__(self) -> str:
-        from surgeon._report import findings_text
-
-        return findings_text(self)
+_PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +41,8 @@ class Addition:
         node: The addition.
         ordinal: Its place among the additions of the block: 0, 1, ...
         code: Why it is no residual add; ``None`` if it is one.
-        kind: ``"identity"`` or ``"projection"``, ``""`` if neither could be told.
+        kind: ``"identity"`` or ``"projection"``, ``""`` if neither could be told, ``"left"`` or ``"right"``
+            if the user told that this side is the shortcut.
         shortcut, branch: Its two sides; left and right as written with an empty kind.
         drops: The nodes of stochastic depth already on the branch: calls of parameter-free modules, or
             multiplications, that scale whole rows at random.
@@ -142,13 +60,18 @@ class Addition:
     flops: int = 0
 
 
-def additions(flow: Flow) -> list[Addition]:
-    """Every addition of an activation and another tensor in the graph, classified; the graph is only read."""
+def additions(flow: Flow, *, regions: bool = True) -> list[Addition]:
+    """Every addition of an activation and another tensor in the graph, classified; the graph is only read.
+
+    Args:
+        flow: The graph.
+        regions: Whether to tell which nodes run for each branch alone.
+    """
     nodes = [node for node in flow.order if _is_addition(flow, node)]
     found: list[Addition] = []
     inside: set[fx.Node] = set()
     for ordinal, node in reversed(list(enumerate(nodes))):
-        addition = _classify(flow, node, ordinal)
+        addition = _classify(flow, node, ordinal, regions)
         if node in inside and addition.code != "bias":
             addition = replace(addition, code="nested")
         elif addition.code is None:
@@ -156,6 +79,43 @@ def additions(flow: Flow) -> list[Addition]:
         found.append(addition)
     merged = _merged(flow, nodes)
     return [replace(a, code="fusion") if a.code is None and a.node in merged else a for a in reversed(found)]
+
+
+def told(flow: Flow, addition: Addition, kind: str) -> Addition | str:
+    """An addition whose shortcut the user tells, or why it cannot take a gate.
+
+    Args:
+        flow: The graph.
+        addition: The addition, refused or not.
+        kind: The side that is the shortcut, ``"left"`` or ``"right"`` as the sum is written.
+    """
+    left, right = (operand for operand in addition.node.args if isinstance(operand, fx.Node))
+    shortcut, branch = (left, right) if kind == "left" else (right, left)
+    if not flow.fact(shortcut).active:
+        return f"its {kind} side depends on no input, so it is no shortcut"
+    problem = _misshapen(flow, addition.node, shortcut, branch)
+    if problem is not None:
+        return REASONS[problem]
+    return _described(flow, replace(addition, code=None, kind=kind, shortcut=shortcut, branch=branch))
+
+
+def meant(flow: Flow, addition: Addition | None, kind: str) -> Addition | None:
+    """The addition with the sides that a gate of ``kind`` has; ``None`` if it has no such sides."""
+    if addition is None or kind not in ("left", "right"):
+        return addition if addition is not None and addition.kind else None
+    found = told(flow, addition, kind)
+    return found if isinstance(found, Addition) else None
+
+
+def _described(flow: Flow, addition: Addition) -> Addition:
+    """The same with what belongs to its branch."""
+    work = side(flow, addition.branch, addition.shortcut)
+    return replace(
+        addition,
+        drops=tuple(_drops(flow, work)),
+        region=flow.region(addition.branch, addition.node),
+        flops=sum(flow.fact(n).flops for n in work),
+    )
 
 
 def _merged(flow: Flow, nodes: list[fx.Node]) -> set[fx.Node]:
@@ -184,7 +144,7 @@ def _is_addition(flow: Flow, node: fx.Node) -> bool:
     return floating and len(operands) == 2 and any(flow.fact(a).active for a in operands)
 
 
-def _classify(flow: Flow, node: fx.Node, ordinal: int) -> Addition:
+def _classify(flow: Flow, node: fx.Node, ordinal: int, regions: bool) -> Addition:
     left, right = (operand for operand in node.args if isinstance(operand, fx.Node))
     kind, shortcut, branch, code = _sides(flow, left, right)
     refusal = code if not kind else _misshapen(flow, node, shortcut, branch)
@@ -194,12 +154,12 @@ def _classify(flow: Flow, node: fx.Node, ordinal: int) -> Addition:
     return Addition(
         node,
         ordinal,
-        code or _unfit(flow, work),
+        code or _unfit(flow, work, kind),
         kind,
         shortcut,
         branch,
         drops=tuple(_drops(flow, work)),
-        region=flow.region(branch, node),
+        region=flow.region(branch, node) if regions else (),
         flops=sum(flow.fact(n).flops for n in work),
     )
 
@@ -258,12 +218,12 @@ def _projection(flow: Flow, left: fx.Node, right: fx.Node) -> _Sides:
     if _is_mixture(flow, left, right):
         return "", left, right, "gating"
     ops = [_ops(flow, side(flow, left, right)), _ops(flow, side(flow, right, left))]
-    plain = [all(_linear(op) or op.func.overloadpacket in _PROJECTS for op in mine) for mine in ops]
+    plain = [all(projects(op) for op in mine) for mine in ops]
     if all(plain):
         return "", left, right, "linear"
     if not any(plain):
         # A pre-activation projection has its norm and activation before its one layer.
-        layers = [sum(op.weighted and op.func.overloadpacket in _LAYERS for op in mine) for mine in ops]
+        layers = [sum(is_layer(op) for op in mine) for mine in ops]
         plain = [layers[0] <= 1 < layers[1], layers[1] <= 1 < layers[0]]
     if not any(plain):
         return "", left, right, "fusion"
@@ -275,23 +235,26 @@ def _carries(flow: Flow, shortcut: fx.Node, branch: fx.Node) -> bool:
     return any(flow.precedes(stem, branch) for stem in _stems(flow, shortcut))
 
 
-def _stems(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
+def _stems(flow: Flow, node: fx.Node) -> list[fx.Node]:
     """``node`` and the values it hands on: what it is a sum of, a view of its own shape of, a scaling of."""
-    yield node
-    for source in node.all_input_nodes:
-        if isinstance(flow.fact(source).value, Tensor) and (
-            node.target in _ADDS or _hands_on(flow, source, node)
-        ):
-            yield from _stems(flow, source)
+    found, todo = dict.fromkeys([node]), [node]
+    while todo:
+        one = todo.pop()
+        for source in one.all_input_nodes:
+            tensor = isinstance(flow.fact(source).value, Tensor)
+            if source not in found and tensor and (one.target in _ADDS or _hands_on(flow, source, one)):
+                found[source] = None
+                todo.append(source)
+    return list(found)
 
 
 def _hands_on(flow: Flow, source: fx.Node, node: fx.Node) -> bool:
     before, after = flow.fact(source).value, flow.fact(node).value
     if node.op == "get_attr" or not isinstance(after, Tensor) or before.shape != after.shape:
         return False
-    scales = all(op.func.overloadpacket in _SCALES and op.active < 2 for op in flow.fact(node).ops)
+    scaled = all(scales(op) for op in flow.fact(node).ops)
     # Without operators the node must return its argument, as nn.Identity does.
-    return scales and (bool(flow.fact(node).ops) or storage(before) == storage(after))
+    return scaled and (bool(flow.fact(node).ops) or storage(before) == storage(after))
 
 
 def side(flow: Flow, one: fx.Node, other: fx.Node) -> list[fx.Node]:
@@ -300,20 +263,15 @@ def side(flow: Flow, one: fx.Node, other: fx.Node) -> list[fx.Node]:
     return [n for n in flow.order if n in mine and n.op != "placeholder"]
 
 
-def _unfit(flow: Flow, work: list[fx.Node]) -> str | None:
+def _unfit(flow: Flow, work: list[fx.Node], kind: str) -> str | None:
     """Why a branch beside an identity or projection shortcut is none worth a gate."""
     ops = _ops(flow, work)
     weighted = [op for op in ops if op.weighted]
+    if kind == "projection" and not weighted:
+        return "arithmetic"
     if weighted and all(op.depthwise for op in weighted):
         return "position"
-    return "linear" if all(_linear(op) for op in ops) and not _pools(ops) else None
-
-
-def _pools(ops: list[Op]) -> bool:
-    """Whether a linear branch mixes tokens by pooling alone, without a layer that linear paths merge into."""
-    packets = [op.func.overloadpacket for op in ops]
-    merges = any(op.weighted and op.func.overloadpacket in _LAYERS for op in ops)
-    return not merges and any(packet in _POOLS for packet in packets)
+    return "linear" if all(is_linear(op) for op in ops) and not pools(ops) else None
 
 
 def _seen_elsewhere(flow: Flow, node: fx.Node) -> bool:
@@ -328,7 +286,7 @@ def _seen_elsewhere(flow: Flow, node: fx.Node) -> bool:
 
 def _is_mixture(flow: Flow, *sides: fx.Node) -> bool:
     def gated(node: fx.Node) -> bool:
-        product = node.target in (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+        product = node.target in _PRODUCTS
         return (
             product
             and all(flow.fact(a).active for a in node.all_input_nodes)
@@ -347,7 +305,7 @@ def _drops(flow: Flow, work: Iterable[fx.Node]) -> Iterator[fx.Node]:
         if node.op == "call_module":
             ops = flow.fact(node).ops
             alone = not any(op.weighted or op.flops for op in ops)
-            if alone and _is_coin(ops) and all(op.random in (0, 1, value.shape[0]) for op in ops):
+            if alone and is_coin(ops) and all(op.random in (0, 1, value.shape[0]) for op in ops):
                 yield node
         elif node.target in _PRODUCTS and row_mask(flow, node) is not None:
             yield node
@@ -360,7 +318,7 @@ def row_mask(flow: Flow, product: fx.Node) -> fx.Node | None:
         if fact.active or not isinstance(fact.value, Tensor):
             continue
         made_by = [op for n in flow.ancestors(operand, itself=True) for op in flow.fact(n).ops]
-        if _is_coin(made_by) and fact.value.numel() in (1, flow.fact(product).value.shape[0]):
+        if is_coin(made_by) and fact.value.numel() in (1, flow.fact(product).value.shape[0]):
             return operand
     return None
 
@@ -371,88 +329,5 @@ def mask_nodes(flow: Flow, drop: fx.Node) -> set[fx.Node]:
     return {drop} if mask is None else {drop, *flow.region(mask, drop)}
 
 
-def _is_coin(ops: Iterable[Op]) -> bool:
-    """Whether random numbers are drawn and made zeros and ones of: by a Bernoulli draw, or by rounding."""
-    ops = list(ops)
-    drawn = any(op.random for op in ops)
-    return drawn and any(op.func.overloadpacket in _COINS for op in ops)
-
-
 def _ops(flow: Flow, nodes: Iterable[fx.Node]) -> list[Op]:
     return [op for node in nodes for op in flow.fact(node).ops if op.active]
-
-
-def _linear(op: Op) -> bool:
-    """Whether the operator is linear or affine in its active tensors, running statistics taken as fixed."""
-    packet = op.func.overloadpacket
-    if op.func.is_view or packet in _ADDITIVE:
-        return True
-    return packet in _LINEAR and op.active == 1
-
-
-_PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
-_COINS = {
-    *(
-        aten.bernoulli,
-        aten.bernoulli_,
-        aten.floor,
-        aten.floor_,
-        aten.round,
-        aten.round_,
-        aten.ceil,
-        aten.ceil_,
-    ),
-    *(aten.lt, aten.lt_, aten.le, aten.le_, aten.gt, aten.gt_, aten.ge, aten.ge_),
-}
-_LAYERS = {aten.convolution, aten.addmm, aten.mm, aten.bmm, aten.baddbmm}
-_POOLS = {aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d}
-_SCALES = {aten.mul, aten.div, aten.alias, aten.detach, aten.clone, aten.view, aten.unsqueeze, aten._to_copy}
-_ADDITIVE = {
-    *(aten.add, aten.add_, aten.sub, aten.sub_, aten.cat, aten.stack, aten.clone, aten.copy_, aten.neg),
-    *(
-        aten._to_copy,
-        aten.constant_pad_nd,
-        aten.roll,
-        aten.flip,
-        aten.index_select,
-        aten.index,
-        aten.empty_like,
-    ),
-    *(
-        aten._unsafe_view,
-        aten.zeros_like,
-        aten.new_zeros,
-        aten.new_empty,
-        aten.new_empty_strided,
-        aten.contiguous,
-    ),
-    *(aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_no_training),
-    *(aten._native_batch_norm_legit_functional, aten.cudnn_batch_norm, aten.miopen_batch_norm),
-}
-_LINEAR = {
-    *(
-        aten.convolution,
-        aten.addmm,
-        aten.mm,
-        aten.bmm,
-        aten.baddbmm,
-        aten.mul,
-        aten.mul_,
-        aten.div,
-        aten.div_,
-    ),
-    *(aten.mean, aten.sum, aten.avg_pool1d),
-    *(aten.avg_pool2d, aten.avg_pool3d, aten._adaptive_avg_pool2d, aten._adaptive_avg_pool3d, aten.addcmul),
-    *(aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d, aten.upsample_bilinear2d),
-    *(
-        aten.upsample_bicubic2d,
-        aten._upsample_bilinear2d_aa,
-        aten._upsample_bicubic2d_aa,
-        aten.reflection_pad2d,
-    ),
-    *(aten.native_dropout, aten.replication_pad2d),
-}
-_PROJECTS = {
-    *(aten.max_pool1d, aten.max_pool2d_with_indices, aten.max_pool3d_with_indices, aten.native_layer_norm),
-    *(aten.native_group_norm, aten._fused_rms_norm, aten.adaptive_max_pool2d, aten.max, aten.amax),
-}

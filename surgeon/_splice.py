@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from surgeon._facts import is_size
 from surgeon._fake import storage
 from surgeon._flow import Flow
 from surgeon._gate import Gate, evaluating_add, masked_add
@@ -22,7 +23,6 @@ from surgeon._residual import Addition, row_mask, writes_to
 from surgeon._rowwise import Rowwise, nested, rowwise
 from surgeon._samples import Samples
 from surgeon._skip import Form, Lifted, batch_add, rows_add
-from surgeon._trace import is_size
 
 Run = Callable[..., Any]
 

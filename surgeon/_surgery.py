@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from surgeon._analysis import Analysis, analyse
 from surgeon._example import Example, inputs
+from surgeon._findings import Findings
 from surgeon._fold import FoldPlan, commit
 from surgeon._gate import Gate, Origin, Scaling, Unit, Unused
 from surgeon._gating import Gating, gate_block, gating_of, ungate_block
@@ -22,7 +23,6 @@ from surgeon._planning import plan_gates
 from surgeon._preparation import prepare
 from surgeon._ranks import Ranks, Sync
 from surgeon._report import GateStatus, Status, schedule_text
-from surgeon._residual import Findings
 from surgeon._schedule import NAMES, Schedule, drop_rates
 from surgeon.errors import AlreadyGatedError, NoResidualsError, NotGatedError, UsageError
 
@@ -103,7 +103,8 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
         sync: ``"none"``: every rank of a distributed training draws for itself. ``"ranks"``: all draw the
             same, from a seed of rank 0; the ranks' drop rates are compared at the first draw.
         include: Glob patterns on names of residual adds, blocks or block classes: only these. The full name
-            of a refused addition, or its reason code, brings that in.
+            of a refused addition, or its reason code, brings that in; where either side of the sum may be
+            the shortcut, ``:left`` or ``:right`` behind a pattern tells which.
         exclude: Patterns of what to leave out.
         overrides: Pattern -> drop rate, on top of the schedule.
         example: As in `find`.

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from surgeon._residual import Findings, Refusal
+from surgeon._findings import Findings, Refusal
 
 _SHOWN_GROUPS = 12
 

@@ -14,7 +14,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -25,63 +25,14 @@ from torch.overrides import TorchFunctionMode
 
 from surgeon._canonical import canonical
 from surgeon._example import generators_kept, no_autocast_cache, tensors, untouched
+from surgeon._facts import Fact, Trace, is_size
 from surgeon._fake import storage
 from surgeon._guards import guarded
-from surgeon._oplog import Op, OpLog
+from surgeon._oplog import OpLog
 from surgeon._proxy import ValueProxy
 from surgeon._reads import CONSTANTS, Reads, noted
 from surgeon._record import Call
 from surgeon.errors import TraceError
-
-
-@dataclass(frozen=True, slots=True)
-class Fact:
-    """What is known of one node from running it on fake values.
-
-    Attributes:
-        value: Its value; tensors are fake.
-        reads: Storages of the tensors among its arguments.
-        writes: Those of them that it changed in place.
-        ops: The ATen operators it ran.
-        active: Whether its value is, or holds, a tensor that depends on a model input.
-    """
-
-    value: Any
-    reads: frozenset[int]
-    writes: frozenset[int]
-    ops: tuple[Op, ...]
-    active: bool
-
-    @property
-    def flops(self) -> int:
-        return sum(op.flops for op in self.ops)
-
-
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """The graph of one block's forward for one way of calling it.
-
-    Attributes:
-        graph: One placeholder per argument (positional first, then keywords, as called), then the body.
-        facts: What each node is.
-        exact: Python control flow consumed a size or a number, so the graph holds for these shapes only.
-        ambient: The forward asked for the grad or autocast mode, so the graph holds for this mode only.
-        reads: The plain attributes (numbers, flags, strings) of the block and its children that were read.
-    """
-
-    graph: fx.Graph
-    facts: dict[fx.Node, Fact]
-    exact: bool
-    ambient: bool
-    reads: Reads
-
-    @property
-    def attributes(self) -> tuple[str, ...]:
-        """Names of the plain attributes that the graph holds as constants, dotted where they are a child's.
-
-        The block's own mode is not among them.
-        """
-        return tuple(sorted(self.reads.own - {"training"}))
 
 
 def trace(
@@ -119,8 +70,11 @@ def trace(
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             ) from error
         changed = [name for name, value in block.__dict__.items() if before.get(name, block) is not value]
+        kept = _kept(block)
     if changed:
         raise TraceError(f"its forward assigns self.{changed[0]}")
+    if kept:
+        raise TraceError(f"its forward keeps a value in self.{kept}")
     _drop_unused_sizes(graph, tracer.facts)
     return Trace(graph, tracer.facts, tracer.exact, tracer.ambient, reads)
 
@@ -292,9 +246,13 @@ class BlockTracer(fx.Tracer):
             )
             return recorded.output
         versions = [t._version for t in read]
+        held = [(v, _items(v)) for v in (self.facts[n].value for n in node.all_input_nodes) if _holds(v)]
         start = len(self.log.ops)
         with torch.no_grad(), self.log.fake, self.log:
             value = self._call(node, args, kwargs)
+        for given, items in held:  # later readers of it would not be known to depend on this node
+            if not _same_items(_items(given), items):
+                raise TraceError(f"its forward changes a {type(given).__name__} that it was given")
         written = (t for t, version in zip(read, versions, strict=True) if t._version != version)
         self.facts[node] = Fact(
             value,
@@ -328,6 +286,30 @@ class BlockTracer(fx.Tracer):
         for part in str(node.target).split("."):
             value = getattr(value, part)
         return self.log.shadow(value) if isinstance(value, Tensor) else value
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, (list, dict, set))
+
+
+def _items(held: Any) -> list[Any]:
+    """What a list, dict or set holds, names and values."""
+    return [part for item in held.items() for part in item] if isinstance(held, dict) else list(held)
+
+
+def _same_items(now: list[Any], before: list[Any]) -> bool:
+    return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
+
+
+def _kept(block: nn.Module) -> str:
+    """Where the traced code left a value of its own on the block or a child; ``""`` if nowhere."""
+    for path, module in block.named_modules():
+        for name, value in module.__dict__.items():
+            if any(type(item) is ValueProxy for item in (_items(value) if _holds(value) else [value])):
+                inner = name in ("_buffers", "_parameters")
+                names = [key for key, item in value.items() if type(item) is ValueProxy] if inner else [name]
+                return ".".join(part for part in (path, *names[:1]) if part)
+    return ""
 
 
 class _Capture(TorchFunctionMode):
@@ -392,9 +374,3 @@ def _drop_unused_sizes(graph: fx.Graph, facts: dict[fx.Node, Fact]) -> None:
             continue
         if is_size(node, fact):
             graph.erase_node(node)
-
-
-def is_size(node: fx.Node, fact: Fact) -> bool:
-    """Whether a node only computes sizes, indices or flags: no tensor in its value and nothing written."""
-    pure = node.op in ("call_function", "call_method", "get_attr")
-    return pure and not tensors(fact.value) and not fact.writes and node.target is not torch._assert
