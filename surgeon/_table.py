@@ -99,7 +99,9 @@ def parity(report: Any) -> Sequence[RenderableType]:
         top1 = "" if row.top1 is None else f"{row.top1:.0%}"
         numbers = ("", "") if math.isnan(row.relative) else (f"{row.absolute:.2g}", f"{row.relative:.2g}")
         table.add_row(row.output, row.inputs, str(row.batch), *numbers, top1, _verdict(row))
-    parting = (Text(f"{report.divergence}\n"),) if report.divergence else ()
+    said = [str(report.divergence)] if report.divergence else []
+    said += [report.excuse.removeprefix("; ")] if report.excuse else []
+    parting = tuple(Text(f"{one}\n") for one in said)
     found = (_findings(report.findings),) if report.findings else ()
     return (_titled(title, table), *parting, *found)
 
