@@ -44,6 +44,7 @@ class Trace:
         exact: Python control flow consumed a size or a number, so the graph holds for these shapes only.
         ambient: The forward asked for the grad or autocast mode, so the graph holds for this mode only.
         reads: The plain attributes (numbers, flags, strings) of the block and its children that were read.
+        opened: The modules below the block that were traced through instead of being called as a whole.
     """
 
     graph: fx.Graph
@@ -51,6 +52,7 @@ class Trace:
     exact: bool
     ambient: bool
     reads: Reads
+    opened: frozenset[str] = frozenset()
 
     @property
     def attributes(self) -> tuple[str, ...]:

@@ -45,6 +45,8 @@ class Gating:
         self.complete: bool | None = None  # whether each residual add of the block carries a gate
         self.exact = False
         self.ambient = False
+        self.opened: frozenset[str] = frozenset()
+        self.sides: dict[int, str] = {}  # for each gate, by ordinal, which operand was its shortcut
         self.attributes: tuple[str, ...] = ()
         self.active: dict[str, bool] = {}
         self.runs: dict[Any, Run] = {}
@@ -78,6 +80,7 @@ class Gating:
         found = flow.trace
         self.exact |= found.exact
         self.ambient |= found.ambient
+        self.opened |= found.opened
         self.attributes = tuple(sorted({*self.attributes, *found.attributes}))
         self.runs[self._key(block, args, kwargs)] = spliced.run
         return spliced
@@ -85,6 +88,8 @@ class Gating:
     def _spliced(self, block: nn.Module, flow: Flow, batch: int | None) -> Spliced:
         """The forward with gates in it; equal blocks, which share their trace, share it."""
         chosen = self._chosen(flow)
+        for one in chosen:
+            self.sides.setdefault(one.ordinal, "left" if one.node.args[0] is one.shortcut else "right")
         skip = frozenset(gate.ordinal for gate in self.gates if gate.skips)
         by_rows = self.gates[0].unit == "sample"
         places = tuple((a.node, a.ordinal, a.shortcut) for a in chosen)
@@ -109,7 +114,7 @@ class Gating:
                 for path, tensor in _leaves(fake_args, fake_kwargs):
                     if self.active.get(path, tensor.is_floating_point()):
                         log.root(tensor)
-                flow = Flow(trace(block, fake_args, fake_kwargs, log))
+                flow = Flow(trace(block, fake_args, fake_kwargs, log, opened=self.opened))
             self.prepare(block, flow, args, kwargs)
         except TraceError as error:
             raise UnseenCallError(
@@ -126,7 +131,10 @@ class Gating:
         if self.complete and len(plain) == len(self.gates):
             return [replace(a, ordinal=g.ordinal) for a, g in zip(plain, self.gates, strict=True)]
         by_ordinal = {addition.ordinal: addition for addition in found}
-        chosen = [meant(flow, by_ordinal.get(gate.ordinal), gate.kind) for gate in self.gates]
+        chosen = [
+            meant(flow, by_ordinal.get(gate.ordinal), gate.kind, self.sides.get(gate.ordinal))
+            for gate in self.gates
+        ]
         missing = [gate.name for gate, a in zip(self.gates, chosen, strict=True) if a is None]
         if missing:
             raise UnseenCallError(
@@ -155,6 +163,7 @@ class Gating:
         twin = Gating(self.name, copy.deepcopy(self.gates, memo), self.rewritten)
         twin.complete = self.complete
         twin.exact, twin.ambient, twin.attributes = self.exact, self.ambient, self.attributes
+        twin.opened, twin.sides = self.opened, dict(self.sides)
         twin.active, twin.runs = dict(self.active), dict(self.runs)
         return twin
 

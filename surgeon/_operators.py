@@ -26,6 +26,11 @@ def projects(op: Op) -> bool:
     return is_linear(op) or op.func.overloadpacket in _PROJECTS
 
 
+def sums(op: Op) -> bool:
+    """Whether the operator adds up two active tensors."""
+    return op.func.overloadpacket in (aten.add, aten.add_) and op.active > 1
+
+
 def is_layer(op: Op) -> bool:
     """Whether the operator is a convolution or a matrix product with a Parameter."""
     return op.weighted and op.func.overloadpacket in _LAYERS
@@ -39,6 +44,12 @@ def scales(op: Op) -> bool:
 def pools(ops: Sequence[Op]) -> bool:
     """Whether linear operators mix tokens by pooling alone, without a layer that linear paths merge into."""
     return not any(is_layer(op) for op in ops) and any(op.func.overloadpacket in _POOLS for op in ops)
+
+
+def drops_rows(ops: Sequence[Op], rows: int) -> bool:
+    """Whether operators without a weight multiply rows, or all of them, by coins: stochastic depth."""
+    alone = not any(op.weighted or op.flops for op in ops)
+    return alone and is_coin(ops) and all(op.random in (0, 1, rows) for op in ops)
 
 
 def is_coin(ops: Iterable[Op]) -> bool:

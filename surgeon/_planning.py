@@ -56,7 +56,7 @@ def _make_forwards(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         if gating is not None:
             given, named, log = recording.arguments(call)
             with no_inference_mode(), mode(call.module, False), untouched(call.module), held_open():
-                flow = Flow(trace(call.module, given, named, log))
+                flow = Flow(trace(call.module, given, named, log, opened=gating.opened))
                 gating.prepare(call.module, flow, given, named)
 
 

@@ -58,7 +58,7 @@ def _prepare_block(
             samples[gate.name] = spliced.subsets[gate.ordinal].samples
     if not gating.evaluates_plainly:
         with no_inference_mode(), mode(block.module, False), untouched(block.module), held_open():
-            flow = Flow(trace(block.module, args, kwargs, log))
+            flow = Flow(trace(block.module, args, kwargs, log, opened=block.flow.trace.opened))
             gating.prepare(block.module, flow, args, kwargs)
     _check_class(block)
     return gating

@@ -16,7 +16,7 @@ or library is known by name.
 """
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,7 +26,7 @@ from surgeon._example import tensors
 from surgeon._fake import storage
 from surgeon._findings import REASONS
 from surgeon._flow import Flow
-from surgeon._operators import is_coin, is_layer, is_linear, pools, projects, scales
+from surgeon._operators import drops_rows, is_coin, is_layer, is_linear, pools, projects, scales, sums
 from surgeon._oplog import Op
 
 _ADDS = {operator.add, operator.iadd}  # surgeon._canonical leaves no other spelling
@@ -99,21 +99,27 @@ def told(flow: Flow, addition: Addition, kind: str) -> Addition | str:
     return _described(flow, replace(addition, code=None, kind=kind, shortcut=shortcut, branch=branch))
 
 
-def meant(flow: Flow, addition: Addition | None, kind: str) -> Addition | None:
-    """The addition with the sides that a gate of ``kind`` has; ``None`` if it has no such sides."""
+def meant(flow: Flow, addition: Addition | None, kind: str, shortcut: str | None) -> Addition | None:
+    """The addition with the sides that a gate of ``kind`` has; ``None`` if it has no such sides.
+
+    ``shortcut`` says which operand was the shortcut before. It counts where only stochastic depth, which a
+    trace of the evaluating block does not show, had told the branch.
+    """
+    if addition is not None and addition.code == "linear" and not addition.kind and shortcut:
+        kind = shortcut
     if addition is None or kind not in ("left", "right"):
         return addition if addition is not None and addition.kind else None
     found = told(flow, addition, kind)
     return found if isinstance(found, Addition) else None
 
 
-def _described(flow: Flow, addition: Addition) -> Addition:
+def _described(flow: Flow, addition: Addition, regions: bool = True) -> Addition:
     """The same with what belongs to its branch."""
     work = side(flow, addition.branch, addition.shortcut)
     return replace(
         addition,
         drops=tuple(_drops(flow, work)),
-        region=flow.region(addition.branch, addition.node),
+        region=flow.region(addition.branch, addition.node) if regions else (),
         flops=sum(flow.fact(n).flops for n in work),
     )
 
@@ -150,18 +156,9 @@ def _classify(flow: Flow, node: fx.Node, ordinal: int, regions: bool) -> Additio
     refusal = code if not kind else _misshapen(flow, node, shortcut, branch)
     if refusal is not None:
         return Addition(node, ordinal, refusal, "", shortcut, branch)
-    work = side(flow, branch, shortcut)
-    return Addition(
-        node,
-        ordinal,
-        code or _unfit(flow, work, kind),
-        kind,
-        shortcut,
-        branch,
-        drops=tuple(_drops(flow, work)),
-        region=flow.region(branch, node) if regions else (),
-        flops=sum(flow.fact(n).flops for n in work),
-    )
+    found = _described(flow, Addition(node, ordinal, code, kind, shortcut, branch), regions)
+    # Stochastic depth that is there says that its author took this for a branch.
+    return found if code or found.drops else replace(found, code=_unfit(flow, found))
 
 
 def _misshapen(flow: Flow, node: fx.Node, shortcut: fx.Node, branch: fx.Node) -> str | None:
@@ -217,10 +214,13 @@ def _projection(flow: Flow, left: fx.Node, right: fx.Node) -> _Sides:
     """The side without an activation, or of a single layer, is the shortcut; there must be just one such."""
     if _is_mixture(flow, left, right):
         return "", left, right, "gating"
-    ops = [_ops(flow, side(flow, left, right)), _ops(flow, side(flow, right, left))]
+    sides = [side(flow, left, right), side(flow, right, left)]
+    ops = [_ops(flow, work) for work in sides]
     plain = [all(projects(op) for op in mine) for mine in ops]
-    if all(plain):
-        return "", left, right, "linear"
+    if all(plain):  # then only stochastic depth that is there can tell the branch
+        plain = [not any(_drops(flow, work)) for work in sides]
+        if plain[0] == plain[1]:
+            return "", left, right, "linear"
     if not any(plain):
         # A pre-activation projection has its norm and activation before its one layer.
         layers = [sum(is_layer(op) for op in mine) for mine in ops]
@@ -263,15 +263,29 @@ def side(flow: Flow, one: fx.Node, other: fx.Node) -> list[fx.Node]:
     return [n for n in flow.order if n in mine and n.op != "placeholder"]
 
 
-def _unfit(flow: Flow, work: list[fx.Node], kind: str) -> str | None:
+def _unfit(flow: Flow, addition: Addition) -> str | None:
     """Why a branch beside an identity or projection shortcut is none worth a gate."""
+    work = side(flow, addition.branch, addition.shortcut)
     ops = _ops(flow, work)
     weighted = [op for op in ops if op.weighted]
-    if kind == "projection" and not weighted:
-        return "arithmetic"
+    if addition.kind == "projection":
+        if not weighted:
+            return "arithmetic"
+        if _reads_stream(flow, work, addition.region):
+            return "fusion"
     if weighted and all(op.depthwise for op in weighted):
         return "position"
     return "linear" if all(is_linear(op) for op in ops) and not pools(ops) else None
+
+
+def _reads_stream(flow: Flow, work: list[fx.Node], region: Collection[fx.Node]) -> bool:
+    """Whether a branch only reads, linearly, a stream with sums of its own that goes on elsewhere too.
+
+    So do heads at several depths of a network, whose results are added.
+    """
+    stream = [node for node in work if node not in region]
+    own = any(node.target in _ADDS for node in stream) or any(sums(op) for op in _ops(flow, stream))
+    return bool(region) and own and all(projects(op) for op in _ops(flow, region))
 
 
 def _seen_elsewhere(flow: Flow, node: fx.Node) -> bool:
@@ -303,9 +317,7 @@ def _drops(flow: Flow, work: Iterable[fx.Node]) -> Iterator[fx.Node]:
         if not isinstance(value, Tensor) or not value.ndim or value.numel() <= value.shape[0]:
             continue
         if node.op == "call_module":
-            ops = flow.fact(node).ops
-            alone = not any(op.weighted or op.flops for op in ops)
-            if alone and is_coin(ops) and all(op.random in (0, 1, value.shape[0]) for op in ops):
+            if drops_rows(flow.fact(node).ops, value.shape[0]):
                 yield node
         elif node.target in _PRODUCTS and row_mask(flow, node) is not None:
             yield node

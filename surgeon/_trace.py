@@ -41,6 +41,7 @@ def trace(
     kwargs: dict[str, Any],
     log: OpLog,
     replays: Mapping[nn.Module, list[Call]] | None = None,
+    opened: frozenset[str] = frozenset(),
 ) -> Trace:
     """Traces ``block`` as called with ``args`` and ``kwargs``; the block is left as it was.
 
@@ -50,6 +51,7 @@ def trace(
         kwargs: Keyword arguments, likewise.
         log: The operator log that knows which of them depend on a model input.
         replays: The recorded calls of its children in the same mode, whose results need no second run.
+        opened: Names of modules below it to trace through, which are leaves otherwise.
 
     Raises:
         TraceError: The forward does something that a graph cannot hold, named in the message.
@@ -59,7 +61,7 @@ def trace(
     _check_class(type(block))
     before, reads = dict(block.__dict__), Reads()
     with untouched(block), generators_kept(), no_autocast_cache():
-        tracer = BlockTracer(log, args, kwargs, replays or {}, reads)
+        tracer = BlockTracer(log, args, kwargs, replays or {}, reads, opened)
         try:
             with guarded(tracer), _Capture(tracer):
                 graph = tracer.trace(block)
@@ -75,8 +77,8 @@ def trace(
         raise TraceError(f"its forward assigns self.{changed[0]}")
     if kept:
         raise TraceError(f"its forward keeps a value in self.{kept}")
-    _drop_unused_sizes(graph, tracer.facts)
-    return Trace(graph, tracer.facts, tracer.exact, tracer.ambient, reads)
+    _drop_unused(graph, tracer.facts)
+    return Trace(graph, tracer.facts, tracer.exact, tracer.ambient, reads, opened)
 
 
 def _check_class(cls: type[nn.Module]) -> None:
@@ -88,7 +90,7 @@ def _check_class(cls: type[nn.Module]) -> None:
 
 
 class BlockTracer(fx.Tracer):
-    """An fx tracer of one module: children are leaves, arguments are the recorded ones."""
+    """An fx tracer of one module: children are leaves (but for some), arguments are the recorded ones."""
 
     proxy_buffer_attributes = True
 
@@ -99,8 +101,10 @@ class BlockTracer(fx.Tracer):
         kwargs: dict[str, Any],
         replays: Mapping[nn.Module, list[Call]],
         reads: Reads,
+        opened: frozenset[str],
     ) -> None:
         super().__init__()
+        self._opened = opened
         self._reads = reads
         self._replays = {module: list(calls) for module, calls in replays.items()}
         self.log, self.args, self.kwargs = log, args, kwargs
@@ -223,6 +227,8 @@ class BlockTracer(fx.Tracer):
             path = self.path_of_module(m)
         except NameError:
             raise TraceError(f"its forward calls a {type(m).__name__} that is not its submodule") from None
+        if path in self._opened:
+            return forward(*args, **kwargs)
         return self.create_proxy("call_module", path, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -366,11 +372,17 @@ def _argument_names(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     return names + list(kwargs)
 
 
-def _drop_unused_sizes(graph: fx.Graph, facts: dict[fx.Node, Fact]) -> None:
-    """Erases size reads that nothing uses; fx's own dead-code elimination is unsound on in-place graphs."""
+def _drop_unused(graph: fx.Graph, facts: dict[fx.Node, Fact]) -> None:
+    """Erases what nothing uses; fx's own dead-code elimination is unsound on in-place graphs."""
     for node in reversed(graph.nodes):
         fact = facts.get(node)
         if fact is None or node.users or node.op == "placeholder":
             continue
-        if is_size(node, fact):
+        if is_size(node, fact) or _is_pure(node, fact):
             graph.erase_node(node)
+
+
+def _is_pure(node: fx.Node, fact: Fact) -> bool:
+    """Whether a node only computes tensors: no write, no draw, no module that may keep a state."""
+    computes = node.op in ("call_function", "call_method") and bool(fact.ops)
+    return computes and not fact.writes and not any(op.random for op in fact.ops)
