@@ -19,6 +19,7 @@ from surgeon._fake import Shadows, storage
 aten = torch.ops.aten
 
 _SUMS = {aten.add, aten.add_, aten.addcmul, aten.addcmul_, aten.addcdiv, aten.addcdiv_}
+_REDUCES = {aten.sum, aten.mean}
 # These read the size, dtype and device of their argument, never its numbers.
 _SHAPE_ONLY = {
     *(aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full, aten.new_empty_strided),
@@ -78,6 +79,10 @@ class Step:
     floating: bool
 
 
+def _numbers(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 class OpLog(TorchDispatchMode):
     """Logs every ATen operator and follows which storages depend on which model inputs and weights.
 
@@ -100,6 +105,7 @@ class OpLog(TorchDispatchMode):
         self._ancestry: dict[int, int] = {}
         self._alive: list[Any] = []
         self.steps: list[Step] = []
+        self._stacks: dict[int, tuple[int, int, int]] = {}
         self._made_at: dict[int, int] = {}
 
     def root(self, tensor: Tensor) -> None:
@@ -174,18 +180,32 @@ class OpLog(TorchDispatchMode):
         active = sum(1 for b in bits if b & self._inputs)
         out = func(*args, **kwargs)
         written = tensors(out)
-        adds = False
-        if func.overloadpacket in _SUMS and active and len(read) > 1 and written[0].is_floating_point():
-            adds = active > 1 or any(a & b for a, b in itertools.combinations(bits, 2))
-            (self.additions if adds else self.biases)[self.stack[-1]] += 1
+        terms = self._terms(func.overloadpacket, args, read)
+        adds = terms > 1 and bool(active) and _numbers(written[0])
+        if adds:
+            adds = active > 1 or any(a & b for a, b in itertools.combinations(bits, 2)) or len(read) == 1
+            (self.additions if adds else self.biases)[self.stack[-1]] += terms - 1
         if func.overloadpacket not in _SHAPE_ONLY:
             union = functools.reduce(operator.or_, bits, 0)
             for t in written if union else ():
                 self._mark(t, union)
             if active and written and not func.is_view:
                 self._step(written, read, adds=adds, op=len(self.ops))
+                if func.overloadpacket is aten.stack and active > 1:
+                    dim = (args[1] if len(args) > 1 else 0) % written[0].ndim
+                    self._stacks[len(self.steps) - 1] = dim, len(read), self.stack[-1]
         self.ops.append(self._op(func, args, kwargs, out, read, active))
         return out
+
+    def _terms(self, packet: Any, args: Any, read: list[Tensor]) -> int:
+        """How many tensors the operator adds up: two, or those that were stacked just before; else 0."""
+        if packet in _SUMS:
+            return 2 if len(read) > 1 else 0
+        if packet not in _REDUCES or len(args) < 2 or not args[1]:
+            return 0
+        dim, count, owner = self._stacks.get(self.made_at(read[0]), (-1, 0, -1))
+        over = any(d % read[0].ndim == dim for d in args[1])
+        return count if over and owner == self.stack[-1] else 0
 
     def _op(self, func: Any, args: Any, kwargs: Any, out: Any, read: list[Tensor], active: int) -> Op:
         packet = func.overloadpacket

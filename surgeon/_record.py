@@ -6,6 +6,7 @@ carries for each storage the set of model inputs and weights it depends on; so i
 two tensors that share ancestry and tells it from shape arithmetic. Hooks on every module note the calls.
 """
 
+import inspect
 import itertools
 import logging
 from collections.abc import Iterator
@@ -80,8 +81,11 @@ class Recording:
 
     def children(self, call: Call) -> list[Call]:
         """The calls made directly by ``call``, in order."""
-        below = itertools.takewhile(lambda c: c.parent >= call.place, self.calls[call.place + 1 :])
-        return [child for child in below if child.parent == call.place]
+        return [child for child in self.below(call) if child.parent == call.place]
+
+    def below(self, call: Call) -> Iterator[Call]:
+        """The calls made by ``call``, directly or through others, in order."""
+        return itertools.takewhile(lambda c: c.parent >= call.place, self.calls[call.place + 1 :])
 
     def replays(self, call: Call) -> dict[nn.Module, list[Call]]:
         """The calls made directly by ``call`` whose result a trace may take from here, by module, in order.
@@ -211,14 +215,29 @@ def _watch(model: nn.Module, log: OpLog, calls: list[Call]) -> Iterator[None]:
 
 
 def _failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception | None) -> str:
+    takes = ", ".join(str(p) for p in list(inspect.signature(type(model).forward).parameters.values())[1:])
     shapes = ", ".join(
         [_brief(a) for a in args] + [f"{name}={_brief(value)}" for name, value in kwargs.items()]
     )
     return (
         f"{type(model).__name__} could not be run on the example ({shapes}): "
-        f"{type(error).__name__}: {error}. "
-        "Give an example it accepts: example=tensor, example=(a, b) or example={'name': value}"
+        f"{type(error).__name__}: {error}. {_unready(model)}"
+        f"Its forward takes ({takes}); give an example it accepts: "
+        "example=tensor, example=(a, b) or example={'name': value}"
     )
+
+
+def _unready(model: nn.Module) -> str:
+    """What must be done to the model first; ``""`` if nothing is known."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and nn.parameter.is_lazy(tensor):
+            return f"{name} is lazy and has no shape yet: call the model once on real data first. "
+        if isinstance(tensor, Tensor) and tensor.is_quantized:
+            return f"{name} is quantized: put the gates in before the model is quantized. "
+    for name, module in model.named_modules():
+        if any(isinstance(value, torch.ScriptObject) for value in module.__dict__.values()):
+            return f"{name} holds packed weights: put the gates in before the model is quantized. "
+    return ""
 
 
 def _brief(value: Any) -> str:

@@ -95,6 +95,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         "example=tensor, example=\\(a, b\\) or example=",
     ),
     ("unknown keyword", {"example": {"image": X}}, RecordError, r"image=float32\[3, 4\]"),
+    ("a text", {"example": "a cat"}, UsageError, "example is a str; give a tensor"),
     ("no example at all", {"example": ()}, RecordError, "could not be run on the example"),
     ("the default example", {"example": None}, RecordError, r"float32\[2, 3, 224, 224\]"),
     (
@@ -284,6 +285,29 @@ def test_a_model_that_fails_says_how_and_keeps_its_state() -> None:
         surgeon.apply(plain, example=X)
     assert before.differences(plain) == []
     assert not any(m._forward_hooks for m in plain.modules())
+
+
+def test_a_missing_argument_is_named_with_the_whole_signature() -> None:
+    class Masked(Branch):
+        def forward(self, x: Tensor, mask: Tensor, scale: float = 1.0) -> Tensor:
+            return x + self.f(x) * mask * scale
+
+    with pytest.raises(RecordError, match="missing 1 required positional argument: 'mask'") as caught:
+        surgeon.find(Masked(), X)
+    assert "Its forward takes (x: torch.Tensor, mask: torch.Tensor, scale: float = 1.0)" in str(caught.value)
+    assert len(surgeon.find(Masked(), (X, torch.ones(3, 4)))) == 1
+    assert len(surgeon.find(Masked(), {"x": X, "mask": torch.ones(3, 4)})) == 1
+
+
+def test_a_model_without_memory_is_gated_and_filled_later() -> None:
+    with torch.device("meta"):
+        plain = model()
+    gated = surgeon.apply(plain, "uniform", drop_rate=0.0, example=X.to("meta"))
+    assert len(surgeon.status(gated).gates) == 3
+    other = randomise(model())
+    gated.to_empty(device="cpu").load_state_dict(other.state_dict())
+    gated.train()
+    assert torch.equal(gated(X), other(X))
 
 
 def test_every_error_is_a_surgeon_error_and_a_builtin_one() -> None:

@@ -1,0 +1,206 @@
+"""Residual adds, and sums that are none, in forms that nobody writes twice."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from blocks import Branch, coins, randomise, same
+from torch import Tensor, nn
+
+import surgeon
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Gather(Branch):
+    """The branch runs on some columns, which are written back into zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = torch.tensor([[2, 0, 1, 3]]).expand(len(x), 4)
+        return x + torch.zeros_like(x).scatter(1, index, self.f(x.gather(1, index)))
+
+
+class Concatenated(Branch):
+    """The shortcut is put together from its halves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return self.f(x) + torch.cat([a, b], -1)
+
+
+class Loop(nn.Module):
+    """The root adds, once per layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.GELU()) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+class Alpha(Branch):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(x, self.f(x), alpha=0.5)
+
+
+class Closure(Branch):
+    def forward(self, x: Tensor) -> Tensor:
+        def around(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            return lambda value: value + function(value)
+
+        return around(self.f)(x)
+
+
+class Summed(Branch):
+    def forward(self, x: Tensor) -> Tensor:
+        return sum([x, self.f(x)])
+
+
+class Stacked(Branch):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x, self.f(x)]).sum(0)
+
+
+class Einsum(Branch):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.einsum("bi,ij->bj", torch.tanh(x), self.w)
+
+
+class Halves(Branch):
+    """The mean of shortcut and branch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.f(x)) / 2
+
+
+class InDict(Branch):
+    def forward(self, x: Tensor) -> Tensor:
+        out = {"sum": x + self.f(x), "input": x}
+        return out["sum"]
+
+
+@dataclass
+class Output:
+    hidden: Tensor
+    extra: tuple[Tensor, ...]
+
+
+class InDataclass(Branch):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.made(x).hidden
+
+    def made(self, x: Tensor) -> Output:
+        return Output(hidden=x + self.f(x), extra=(x,))
+
+
+class ThroughAView(Branch):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        rows = x.view(-1, 2, 2)
+        rows += self.f(x).view(-1, 2, 2)
+        return rows.flatten(1)
+
+
+class Keyword(Branch):
+    def forward(self, *, hidden: Tensor) -> Tensor:
+        return hidden + self.f(hidden)
+
+
+class CallsByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Keyword()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(hidden=x)
+
+
+class State(Branch):
+    """Nested states go through; the first is the residual stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = (x, (x.detach(), [x]))
+        return state[1][1][0] + self.f(state[0])
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(4, dtype=torch.cfloat))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.complex(x, x)
+        return (z + torch.tanh(z * self.w)).real
+
+
+FOUND: list[tuple[type[nn.Module], int]] = [
+    (Gather, 1),
+    (Concatenated, 1),
+    (ThroughAView, 1),
+    (Loop, 3),
+    (Alpha, 1),
+    (Closure, 1),
+    (Summed, 1),
+    (Stacked, 1),
+    (Einsum, 1),
+    (Halves, 1),
+    (InDict, 1),
+    (InDataclass, 1),
+    (CallsByKeyword, 1),
+    (State, 1),
+]
+
+
+@pytest.mark.parametrize(("kind", "count"), FOUND)
+def test_residual_adds_in_odd_forms_are_found_and_right(kind: type[nn.Module], count: int) -> None:
+    model = randomise(nn.Sequential(nn.Linear(4, 4), kind()))
+    expected = model(X)
+    assert len(surgeon.find(model, X)) == count
+    surgeon.apply(model, "uniform", drop_rate=0.5, unit="batch", scaling="paper", example=X)
+    with coins(True):
+        assert same(model(X), expected)
+    x = model[0](X)
+    with coins(False):
+        kept = model(X)
+    torch.testing.assert_close(kept, x / 2 if kind is Halves else x)
+
+
+class MeanOfAStack(Branch):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x, self.f(x)], 1).mean(1)
+
+
+class ByMatrix(Branch):
+    """The sum hides in a product: no addition runs, so there is nothing to list."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("kbi,k->bi", torch.stack([x, self.f(x)]), torch.ones(2))
+
+
+@pytest.mark.parametrize("kind", [MeanOfAStack, Complex])
+def test_a_sum_that_takes_no_gate_is_listed(kind: type[nn.Module]) -> None:
+    findings = surgeon.find(nn.Sequential(nn.Linear(4, 4), kind()), X)
+    assert len(findings) == 0
+    assert [(r.name, r.code) for r in findings.refused] == [("1.add", "form")]
+
+
+def test_a_product_is_no_addition() -> None:
+    findings = surgeon.find(nn.Sequential(nn.Linear(4, 4), ByMatrix()), X)
+    assert not findings.residuals
+    assert not findings.refused
+
+
+def test_a_sum_over_what_was_not_stacked_is_no_addition() -> None:
+    class Over(Branch):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([x, self.f(x)]).sum(-1)
+
+    assert not surgeon.find(nn.Sequential(nn.Linear(4, 4), Over()), X).refused
