@@ -99,7 +99,13 @@ def nothing(call: Call) -> Laws:
 def carries(call: Call) -> Laws:
     """Homogeneous in its first tensor; the others (indices, slopes, places to sample at) stay as they are."""
     first, *others = call.inputs
-    return [*equal((first, *call.outputs)), *zero(others)]
+    out, *indices = call.outputs
+    return [*equal((first, out, *(value for value in indices if value.scalable))), *zero(others)]
+
+
+def leaks(call: Call) -> Laws:
+    """A leaky ReLU of random slope, whose mean it takes in evaluation."""
+    return nothing(call) if call.arguments["training"] else carries(call)
 
 
 def joins(call: Call) -> Laws:
@@ -308,20 +314,17 @@ _RULES: dict[str, Rule] = {
         " split_with_sizes unbind diagonal unfold alias detach clone lift lift_fresh lift_fresh_copy"
         " _to_copy repeat repeat_interleave roll flip rot90 pixel_shuffle pixel_unshuffle channel_shuffle"
         " native_channel_shuffle index index_select gather take max_unpool2d max_unpool3d"
-        " tril triu im2col col2im view_as_real view_as_complex _conj conj_physical real imag neg",
+        " tril triu im2col col2im view_as_real view_as_complex _conj _conj_physical real imag neg",
         carries,
     ),
     # Metadata changes in place are all that functionalisation leaves in place: the value stays the same one.
     **_aten("squeeze_ unsqueeze_ t_ transpose_ swapdims_ swapaxes_ detach_", carries),
-    **_aten("relu leaky_relu _prelu_kernel rrelu abs mean sum nansum cumsum amax amin nanmean std", carries),
+    **_aten("relu leaky_relu _prelu_kernel abs mean sum nansum cumsum amax amin nanmean std", carries),
     **_aten("max min median sort topk kthvalue", joins),
     **_aten(
         "max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d"
-        " fractional_max_pool2d fractional_max_pool3d",
-        joins,
-    ),
-    **_aten(
-        "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"
+        " fractional_max_pool2d fractional_max_pool3d"
+        " avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"
         " _adaptive_avg_pool2d _adaptive_avg_pool3d reflection_pad1d reflection_pad2d reflection_pad3d"
         " replication_pad1d replication_pad2d replication_pad3d upsample_nearest1d upsample_nearest2d"
         " upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d"
@@ -330,6 +333,7 @@ _RULES: dict[str, Rule] = {
         " _fft_r2c _fft_c2r _fft_c2c",
         carries,
     ),
+    **_aten("rrelu rrelu_with_noise", leaks),
     **_aten("linalg_vector_norm norm", norm_of),
     **_aten("constant_pad_nd", pads),
     **_aten("hardtanh", clamps("min_val", "max_val")),
@@ -386,7 +390,7 @@ _RULES: dict[str, Rule] = {
     ),
     # Blind to a scale, or without content.
     **_aten("eq ne lt le gt ge", compares),
-    **_aten("argmax argmin argsort sign sgn isnan isinf isfinite logical_not signbit count_nonzero", ignores),
+    **_aten("argmax argmin argsort sign sgn isnan logical_not signbit count_nonzero", ignores),
     **_aten("empty empty_like new_empty empty_strided new_empty_strided empty_permuted", makes_free),
     **_aten("zeros zeros_like new_zeros", makes_free),
     **_aten("full full_like new_full scalar_tensor fill", fills),
