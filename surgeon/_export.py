@@ -214,7 +214,8 @@ def _check_sizes(model: nn.Module, called: Signature) -> None:
     try:
         evaluate(model, called, called.draw(1, torch.Generator().manual_seed(_SEED), larger=True))
     except UsageError as error:
-        raise UsageError(f"no dynamic size is possible: {error}") from error
+        advice = "Some models take any size if they are made so, timm's often with dynamic_img_size=True"
+        raise UsageError(f"no dynamic size is possible: {error}. {advice}") from error
 
 
 def _check_weights(model: nn.Module) -> None:
