@@ -18,7 +18,7 @@ from surgeon._facts import is_size
 from surgeon._findings import REASONS, Findings, Refusal, Residual
 from surgeon._flow import Flow
 from surgeon._gate import held_open
-from surgeon._opgraph import operators
+from surgeon._opgraph import count_sums, operators
 from surgeon._oplog import OpLog
 from surgeon._reads import Reads
 from surgeon._record import Call, Recording, record
@@ -197,15 +197,18 @@ class _Scan:
 
     def _untraced(self, call: Call, error: TraceError) -> None:
         """Refuses the additions of a block without a trace, each for what the operators that ran say."""
-        found = additions(operators(self.recording.log, call), regions=False)
+        flow = operators(self.recording.log, call)
+        found, sums = additions(flow, regions=False), count_sums(flow)
         name, kind = self.names[call.module], type(call.module).__name__
         why = f"{REASONS['untraceable']}: {error}"
         for addition in found:
             code = addition.code or "untraceable"
             reason = REASONS[code] if addition.code else why
             self._refuse(_name(name, addition.ordinal), name, kind, code, reason)
-        unseen = call.additions - sum(addition.code != "bias" for addition in found)
-        self._refuse_all(call.module, unseen, "untraceable", why, first=len(found))
+        # Two constants, chosen by an activation: anchors by their scores.
+        self._refuse_all(call.module, sums - len(found), "bias", first=len(found))
+        unseen = call.additions + call.biases - sums
+        self._refuse_all(call.module, unseen, "untraceable", why, first=sums)
 
     def _sort(self, block: Block, addition: Addition) -> None:
         name, kind = _name(block.name, addition.ordinal), type(block.module).__name__

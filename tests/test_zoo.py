@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import surgeon
 from benchmarks._zoo_checks import recall
 from benchmarks._zoo_models import Entry, build, example
+from surgeon._analysis import analyse
+from surgeon._example import inputs
 from surgeon._surgery import gated_blocks
 
 # The smallest model of each of timm's model modules.
@@ -141,11 +143,6 @@ NONE: set[str] = {
 # Sites with no shortcut beside them. ResNeSt drops the input of its downsampling shortcut, not its branch.
 WITHOUT_SHORTCUT = {"ese_vovnet19b_slim_dw": 3, "mobilevit_xxs": 4, "rdnet_tiny": 20, "resnest14d": 3}
 
-# Additions of boxes to anchors, behind shapes that depend on values.
-UNTRACED = {
-    *("fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large", "retinanet_resnet50_fpn"),
-}
-
 FAST = {
     *("test_byobnet", "test_mambaout", "test_nfnet", "test_resnet", "test_vit", "test_vit_relpos"),
     *("fasternet_t0", "mobilenetv2_035", "resnet18", "convnext_tiny", "mobilenet_v3_small", "alexnet"),
@@ -164,11 +161,11 @@ def test_every_family(entry: Entry) -> None:
     if given is not None and "detection" in type(model).__module__:  # shapes that depend on values
         model = build(entry, device="cpu")
         given = example(entry, model, "cpu")
-    found = surgeon.find(model, given)
+    analysis = analyse(model, *inputs(model, given))
+    found = analysis.findings
     assert (len(found) == 0) == (entry.name in NONE)
-    if entry.name not in UNTRACED:
-        assert [r for r in found.refused if r.code == "untraceable"] == []
-    own = recall(model, given, found)
+    assert [r for r in found.refused if r.code == "untraceable"] == []
+    own = recall(model, analysis)
     assert len(own["missed"]) == WITHOUT_SHORTCUT.get(entry.name, 0), own["missed"]
     assert own["recalled"] == own["own_live"] - len(own["missed"])
 
