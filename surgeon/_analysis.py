@@ -13,11 +13,12 @@ from torch import fx, nn
 
 from surgeon._alike import likeness
 from surgeon._choice import Choice
-from surgeon._example import mode, no_inference_mode, untouched
+from surgeon._example import mode, no_inference_mode, tensors, untouched
 from surgeon._facts import is_size
 from surgeon._findings import REASONS, Findings, Refusal, Residual
 from surgeon._flow import Flow
 from surgeon._gate import held_open
+from surgeon._operators import drops_rows
 from surgeon._opgraph import count_sums, operators
 from surgeon._oplog import OpLog
 from surgeon._reads import Reads
@@ -158,6 +159,7 @@ class _Scan:
         unseen = call.additions - sum(addition.code != "bias" for addition in traced.additions)
         self._refuse_all(module, unseen, "form", first=len(traced.additions))
         if block.found:
+            _number(block)
             self.blocks.append(block)
 
     def _traced(self, call: Call, arguments: _Arguments) -> _Traced:
@@ -174,10 +176,37 @@ class _Scan:
 
     def _traced_anew(self, call: Call, arguments: _Arguments) -> _Traced:
         replays = self.recording.replays(call) if self.recording.training else {}
-        traced = _Traced(flow := Flow(trace(call.module, *arguments, replays)), additions(flow))
+        opened = self._holding_drops(call)
+        try:
+            flow = Flow(trace(call.module, *arguments, replays, opened))
+        except TraceError:
+            if not opened:
+                raise
+            flow = Flow(trace(call.module, *arguments, replays))
+        traced = _Traced(flow, additions(flow))
         if any(drop.op != "call_module" for addition in traced.additions for drop in addition.drops):
             self._check_drops(call, arguments, traced)
         return traced
+
+    def _holding_drops(self, call: Call) -> frozenset[str]:
+        """The modules below a block that hold stochastic depth but no addition: steps of its own branch.
+
+        They are traced through, so that the gate on the branch stands in for what they hold.
+        """
+        calls, log = self.recording.calls, self.recording.log
+        paths = {module: path for path, module in call.module.named_modules()}
+        opened: set[str] = set()
+        for below in self.recording.below(call):
+            rows = next((t.shape[0] for t in tensors(below.output) if t.ndim), 0)
+            if not drops_rows(log.ops[below.first_op : below.last_op], rows):
+                continue
+            between = []
+            while (below := calls[below.parent]) is not call:
+                between.append(below)
+            ops = [log.ops[one.first_op : one.last_op] for one in between]
+            if not any(one.additions or drops_rows(o, rows) for one, o in zip(between, ops, strict=True)):
+                opened.update(paths[one.module] for one in between)
+        return frozenset(opened)
 
     def _check_drops(self, call: Call, arguments: _Arguments, traced: _Traced) -> None:
         """Refuses branches with stochastic depth written out whose correction would stay when the mask goes.
@@ -186,7 +215,7 @@ class _Scan:
         """
         plain: dict[int, Addition] = {}
         with suppress(TraceError), mode(call.module, False):
-            evaluating = Flow(trace(call.module, *arguments))
+            evaluating = Flow(trace(call.module, *arguments, opened=traced.flow.trace.opened))
             traced.evaluating = evaluating.trace.reads
             plain = {a.ordinal: a for a in additions(evaluating)}
         for place, addition in enumerate(traced.additions):
@@ -255,6 +284,15 @@ class _Scan:
         """Lists an addition that is in no graph."""
         self.choice.refuses(name, code, reason, block, kind)
         self.refused.append(Refusal(name, block, kind, code, reason))
+
+
+def _number(block: Block) -> None:
+    """Notes for each residual add of a block how many follow on one another up to it."""
+    depths: dict[fx.Node, int] = {}
+    for place, addition in enumerate(block.found):
+        carried = block.flow.ancestors(addition.shortcut, itself=True)
+        depth = depths[addition.node] = 1 + max((d for n, d in depths.items() if n in carried), default=0)
+        block.residuals[place] = replace(block.residuals[place], depth=depth)
 
 
 def _agree(flow: Flow, training: Addition, evaluating: Flow, plain: Addition) -> bool:

@@ -35,6 +35,7 @@ class Residual:
         branch: What the branch runs, its modules in order: ``"conv1 bn1 act1 conv2 bn2"``.
         flops: FLOPs of one forward of the branch on the example.
         replaces: Names of the stochastic-depth modules already on this branch; the gate stands in for them.
+        depth: How many residual adds of its block follow on one another up to this one, itself included.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Residual:
     branch: str
     flops: int
     replaces: tuple[str, ...] = ()
+    depth: int = 1
 
 
 @dataclass(frozen=True, slots=True)

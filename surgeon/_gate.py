@@ -105,6 +105,7 @@ class Gate:
         scale: The evaluation scale ``c``.
         flops_share: FLOPs of the branch over those of the whole model, in [0, 1].
         origin: What `surgeon.apply` was asked for, shared by the gates of one call.
+        depth: Its place in the longest chain of residual adds of its block, from 1.
         skips: Whether it can leave a dropped branch uncomputed.
         by_cost: It does so only where the arithmetic saved outweighs handling rows, and not in a compiled
             graph.
@@ -131,6 +132,7 @@ class Gate:
     scale: float
     flops_share: float
     origin: "Origin"
+    depth: int = 1
     skips: bool = False
     by_cost: bool = False
     flops: int = 0

@@ -1,8 +1,9 @@
 """Schedules: the rule that gives each block its drop rate.
 
 Blocks are counted l = 1..L in the order in which they first run; the residual adds of one block (two in a
-transformer block) share its rate, as in the paper, timm and torchvision. A module whose own forward performs
-more than four residual adds is a stack of blocks written in one place: there each add counts as a block.
+transformer block) share its rate, as in the paper, timm and torchvision. A module in whose own forward more
+than four residual adds follow on one another is a stack of blocks written in one place: there each of them
+counts as a block, and adds side by side share a rate.
 With final drop rate r:
 
 * ``"linear"``: ``1 - p_l = (l / L) * r``, the paper's linear decay (Huang et al. 2016, equation 4, whose
@@ -35,6 +36,7 @@ def drop_rates(
     blocks: Sequence[str],
     names: Sequence[str] = (),
     overrides: Mapping[str, float] | None = None,
+    depths: Sequence[int] = (),
 ) -> list[float]:
     """Computes one drop rate per residual add.
 
@@ -45,6 +47,8 @@ def drop_rates(
         names: For each residual add, its own name; needed for ``overrides`` only.
         overrides: Glob patterns on add or block names, each with a rate that replaces the scheduled one;
             the last pattern that matches counts.
+        depths: For each residual add, how many of its block follow on one another up to it; by default they
+            all do.
 
     Returns:
         The rates, in the order of ``blocks``, each in [0, 1).
@@ -54,7 +58,7 @@ def drop_rates(
             that matches nothing.
     """
     schedule = schedule.tolist() if hasattr(schedule, "tolist") else schedule  # NumPy, torch
-    units = [block if blocks.count(block) <= _MOST_ADDS else (block, i) for i, block in enumerate(blocks)]
+    units = _units(blocks, depths or [blocks[: i + 1].count(block) for i, block in enumerate(blocks)])
     order = {unit: index for index, unit in enumerate(dict.fromkeys(units), start=1)}
     if isinstance(schedule, Sequence) and not isinstance(schedule, str):
         rates = _explicit(schedule, units, order)
@@ -71,6 +75,14 @@ def drop_rates(
         checked_rate(rate, f"drop rate of {block or 'the model'}")
         for rate, block in zip(rates, blocks, strict=True)
     ]
+
+
+def _units(blocks: Sequence[str], depths: Sequence[int]) -> list[str | tuple[str, int]]:
+    """What each residual add belongs to that counts as a block: its block, or a level of a stack of them."""
+    deepest: dict[str, int] = {}
+    for block, depth in zip(blocks, depths, strict=True):
+        deepest[block] = max(depth, deepest.get(block, 0))
+    return [b if deepest[b] <= _MOST_ADDS else (b, d) for b, d in zip(blocks, depths, strict=True)]
 
 
 def checked_rate(rate: float, what: str = "drop_rate") -> float:

@@ -133,9 +133,8 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
     if not analysis.blocks:
         raise NoResidualsError(_nothing_found(model, analysis))
     residuals = [r for block in analysis.blocks for r in block.residuals]
-    rates = drop_rates(
-        schedule, drop_rate, [r.block for r in residuals], [r.name for r in residuals], overrides
-    )
+    blocks, names = [r.block for r in residuals], [r.name for r in residuals]
+    rates = drop_rates(schedule, drop_rate, blocks, names, overrides, [r.depth for r in residuals])
     flops = max(analysis.recording.flops, 1)
     given = tuple((overrides or {}).items())
     origin = Origin(
@@ -155,6 +154,7 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
             scale=1.0 if scaling == "inverted" else 1 - rate,
             flops_share=r.flops / flops,
             origin=origin,
+            depth=r.depth,
             skips=bool(skip),
             by_cost=skip == "auto" and unit == "sample",
             unused=unused,
@@ -213,16 +213,17 @@ def set_drop_rate(model: nn.Module, rate: float | Sequence[float] | Callable[[in
         raise NotGatedError("the model has no gates; surgeon.apply(model) puts them in")
     origin = gates[0].origin
     blocks, names = [gate.name.rpartition(".")[0] for gate in gates], [gate.name for gate in gates]
+    depths = [gate.depth for gate in gates]
     if isinstance(rate, float | numbers.Real):
         if origin.schedule not in NAMES:
             raise UsageError(
                 f"the gates follow {origin.schedule}; give a sequence of drop rates or a callable"
             )
-        rates = drop_rates(origin.schedule, float(rate), blocks, names, dict(origin.overrides))
+        rates = drop_rates(origin.schedule, float(rate), blocks, names, dict(origin.overrides), depths)
     elif isinstance(rate, str):
         raise UsageError(f"rate is {rate!r}; give a number, a sequence of drop rates or a callable")
     else:
-        rates = drop_rates(rate, 0.0, blocks)
+        rates = drop_rates(rate, 0.0, blocks, depths=depths)
     for gate, value in zip(gates, rates, strict=True):
         gate.set_drop_rate(value)
     return model

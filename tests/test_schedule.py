@@ -317,3 +317,41 @@ def test_timms_function_is_the_one_compared_with() -> None:
     rates = [m.drop_prob for m in own.modules() if isinstance(m, DropPath)]
     expected = [rate for rate in calculate_drop_path_rates(0.3, 12) if rate > 0]
     assert rates == list(itertools.chain.from_iterable((rate, rate) for rate in expected))
+
+
+class Paths(nn.Module):
+    """Three streams side by side, each with two residual adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(6)])
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        streams = [x, y, z]
+        for step in range(2):
+            streams = [s + self.f[3 * step + i](s) for i, s in enumerate(streams)]
+        return tuple(streams)
+
+
+class Stack(nn.Module):
+    """Six blocks written out in one forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(6)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for f in self.f:
+            x = x + f(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "rates"),
+    [(Paths(), 3, [0.6] * 6), (Stack(), 1, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])],
+)
+def test_adds_side_by_side_share_a_rate(model: nn.Module, inputs: int, rates: list[float]) -> None:
+    surgeon.apply(model, drop_rate=0.6, example=(torch.zeros(2, 4),) * inputs)
+    assert [gate.drop_rate for gate in surgeon.status(model).gates] == pytest.approx(rates)
+    surgeon.set_drop_rate(model, 0.3)
+    assert [gate.drop_rate for gate in surgeon.status(model).gates] == pytest.approx([r / 2 for r in rates])
