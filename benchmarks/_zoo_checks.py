@@ -135,7 +135,8 @@ def numbers(model: nn.Module, given: Any) -> dict[str, Any]:
     row: dict[str, Any] = {"apply_s": round(time.process_time() - start, 2), "gated": len(gates_of(model))}
     row["eval_equal"] = _equal(before, outputs(model, args, kwargs))
     row["eval_finite"] = all(bool(t.isfinite().all()) for t in before if t.is_floating_point())
-    dead, lost = _dead(model, args, kwargs), _lost(model, args, kwargs)
+    with _frozen(model):
+        dead, lost = _dead(model, args, kwargs), _lost(model, args, kwargs)
     row |= {"live": row["gated"] - len(dead), "dead": dead}
     row |= {"carried": row["gated"] - len(lost), "lost": lost}
     torch.manual_seed(1)
@@ -266,6 +267,19 @@ def _unreached(
     reached = iter([g is not None and bool(g.count_nonzero()) for g in found])
     reaching = {block: [next(reached) for _ in taken.get(id(block), ())] for block, _ in blocks}
     return [g for block, gating in blocks if not any(reaching[block]) for g in gating.gates if g in asking]
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter asks for a gradient: those of large models take long."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @contextmanager
