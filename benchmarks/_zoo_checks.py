@@ -21,6 +21,7 @@ from surgeon._findings import Findings
 from surgeon._gate import Gate
 from surgeon._surgery import gated_blocks, gates_of
 
+TRAINED = 300_000_000  # models with more parameters are not trained: their gradients take long
 _OWN_GATES = (DropPath, StochasticDepth)
 
 
@@ -139,16 +140,27 @@ def numbers(model: nn.Module, given: Any) -> dict[str, Any]:
         dead, lost = _dead(model, args, kwargs), _lost(model, args, kwargs)
     row |= {"live": row["gated"] - len(dead), "dead": dead}
     row |= {"carried": row["gated"] - len(lost), "lost": lost}
+    training = _trains(model, args, kwargs) if _size(model) <= TRAINED else {}
+    if gates_of(model):
+        surgeon.remove(model)
+    row["restored"] = _classes(model) == classes and list(model.state_dict()) == keys
+    return row | training
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _trains(model: nn.Module, args: Any, kwargs: Any) -> dict[str, bool]:
+    """Training steps of the gated model, while branches drop and while none does, and without gates."""
     torch.manual_seed(1)
     dropping = _trained(model, args, kwargs)
     surgeon.set_drop_rate(model, 0.0)
     gated = _trained(model, args, kwargs)
     surgeon.remove(model)
-    row["restored"] = _classes(model) == classes and list(model.state_dict()) == keys
     plain = _trained(model, args, kwargs)
-    row["trains_plain"] = plain is not None
-    row["train_ok"] = plain is None or (gated is not None and dropping is not None and plain <= gated)
-    return row
+    ok = plain is None or (gated is not None and dropping is not None and plain <= gated)
+    return {"trains_plain": plain is not None, "train_ok": ok}
 
 
 def folds(model: nn.Module, given: Any) -> dict[str, Any]:

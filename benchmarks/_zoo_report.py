@@ -13,6 +13,7 @@ import timm
 import torch
 import torchvision
 
+from benchmarks._zoo_checks import TRAINED
 from surgeon._findings import REASONS
 
 _COLUMNS = (
@@ -135,7 +136,8 @@ def _numbers(rows: list[Row]) -> list[str]:
     if not deep:
         return []
     gates = _sum(deep, "gated")
-    trainable = [row for row in deep if row["trains_plain"]]
+    tried = [row for row in deep if "trains_plain" in row]
+    trainable = [row for row in tried if row["trains_plain"]]
     return [
         (
             f"{len(deep)} models on real tensors, with random weights and statistics, on the smallest of "
@@ -146,7 +148,8 @@ def _numbers(rows: list[Row]) -> list[str]:
         (
             "- training step: finite loss while branches drop, and a gradient for every parameter that has "
             f"one without gates: {_sum(trainable, 'train_ok')} of {len(trainable)} (the other "
-            f"{len(deep) - len(trainable)} need targets or more than a batch of two)"
+            f"{len(tried) - len(trainable)} that were tried need targets or more than a batch of two; "
+            f"{len(deep) - len(tried)} have more than {TRAINED / 1e6:.0f} million parameters)"
         ),
         (
             "- gates on which the output depends (derivative by the gate's factor): "

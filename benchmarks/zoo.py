@@ -71,12 +71,17 @@ def fold(entry: Entry) -> dict[str, Any]:
     return {"fold_dtype": str(dtype).removeprefix("torch."), **_zoo_checks.folds(model, given)}
 
 
-# Each stage and the bytes that it takes per parameter: weights, and gradients or a second copy.
-STAGES: dict[str, tuple[Callable[[Entry], dict[str, Any]], int]] = {
-    "structure": (structure, 0),
-    "numbers": (numbers, 9),
-    "fold": (fold, 18),
+STAGES: dict[str, Callable[[Entry], dict[str, Any]]] = {
+    "structure": structure,
+    "numbers": numbers,
+    "fold": fold,
 }
+
+
+def gigabytes(stage: str, parameters: int) -> float:
+    """The memory that one stage takes: weights, and gradients or a second copy."""
+    numbers = 9 if parameters <= _zoo_checks.TRAINED else 5
+    return _BASE_GB + parameters * {"structure": 0, "numbers": numbers, "fold": 18}[stage] / 1e9
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class Job:
         row = self.row()
         start = time.process_time()
         try:
-            row |= STAGES[self.stage][0](self.entry)
+            row |= STAGES[self.stage](self.entry)
         except Exception as error:  # noqa: BLE001 - whatever a model does is a row of the table
             row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         row[f"{self.stage}_s"] = round(time.process_time() - start, 1)
@@ -112,8 +117,7 @@ def plan(models: list[Entry], stage: str, rows: list[dict[str, Any]]) -> list[Jo
     for entry in (e for e in models if (e.library, e.name) not in done):
         known = structures.get((entry.library, entry.name), {})
         if stage == "structure" or known.get("gates"):
-            gigabytes = known.get("parameters", 0) * STAGES[stage][1] / 1e9
-            jobs.append(Job(entry, stage, _BASE_GB + gigabytes))
+            jobs.append(Job(entry, stage, gigabytes(stage, known.get("parameters", 0))))
     return sorted(jobs, key=lambda job: job.gigabytes)
 
 

@@ -73,8 +73,9 @@ def test_a_fold_is_exact_and_not_a_silent_nothing() -> None:
 
 def test_the_page_is_made_from_the_rows(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
+    found = {"gates": 2, "own_live": 3, "recalled": 2, "missed": {"drop": "no shortcut"}, "find_s": 0.5}
     measured = [
-        {"stage": "structure", "gates": 2, "own_live": 3, "recalled": 2, "missed": {"drop": "no shortcut"}, "find_s": 0.5},
+        {"stage": "structure", **found},
         {"stage": "numbers", "error": "ValueError: first try"},
         {"stage": "numbers", **_zoo_checks.numbers(Net(0.0), EXAMPLE)},
     ]
