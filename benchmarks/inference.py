@@ -45,10 +45,10 @@ _WARM_UP = 3
 _HEAD = """# Latency of exported files
 
 Written by `python -m benchmarks.inference` with onnxruntime {version}, never by hand. One thread, random
-weights. *folded* is the export of the gated model (`scaling="paper"`), *naive* the one in which each gate left
-its multiplication, *again* the ungated file once more in a session of its own: as far as that is from 1, the
-rest is noise. A ratio is the median of a run over the ungated run of the same round, with the quartiles in
-brackets.
+weights. *folded* is the export of the gated model (`scaling="paper"`), *naive* the one in which each gate
+left its multiplication, *again* the ungated file once more in a session of its own: as far as that is from
+1, the rest is noise. A ratio is the median of a run over the ungated run of the same round, with the
+quartiles in brackets.
 
 | model | batch | nodes ungated / folded / naive | ungated | folded | naive | again |
 |---|---|---|---|---|---|---|"""
