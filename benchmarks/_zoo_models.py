@@ -82,7 +82,11 @@ def _build(entry: Entry, size: int | None) -> nn.Module:
 
 
 def _filled(model: nn.Module) -> nn.Module:
-    """Gives parameters without memory random numbers, of variance 1 over fan-in; tied ones stay tied."""
+    """Gives parameters without memory random numbers, of variance 1 over fan-in; tied ones stay tied.
+
+    Raises:
+        NotImplementedError: Buffers have no memory either, and what they should hold is not known.
+    """
     stock = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
     filled: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
@@ -91,6 +95,8 @@ def _filled(model: nn.Module) -> nn.Module:
                 if parameter not in filled:
                     filled[parameter] = nn.Parameter(_random(parameter, stock), parameter.requires_grad)
                 module.register_parameter(name, filled[parameter])
+    if any(buffer.is_meta for buffer in model.buffers()):
+        raise NotImplementedError("the builder made buffers beside its weights")
     return model
 
 

@@ -86,7 +86,8 @@ def _page(rows: list[Row], table: str) -> str:
         ("ONNX", _onnx(rows)),
         ("Speed", _speed(rows)),
         ("Not checked", _listed(rows, "skipped")),
-        ("Failures", [*_listed(rows, "error"), *_unexplained(rows)]),
+        ("Additions that could not be looked at", _unexplained(rows)),
+        ("Failures", _listed(rows, "error")),
     ):
         lines += ["", f"## {title}", "", *(body or ["None."])]
     return "\n".join([*lines, ""])
