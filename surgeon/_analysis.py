@@ -19,7 +19,7 @@ from surgeon._findings import REASONS, Findings, Refusal, Residual
 from surgeon._flow import Flow
 from surgeon._gate import held_open
 from surgeon._operators import drops_rows
-from surgeon._opgraph import count_sums, operators
+from surgeon._opgraph import adds_constant, count_sums, operators
 from surgeon._oplog import OpLog
 from surgeon._reads import Reads
 from surgeon._record import Call, Recording, record
@@ -231,8 +231,8 @@ class _Scan:
         name, kind = self.names[call.module], type(call.module).__name__
         why = f"{REASONS['untraceable']}: {error}"
         for addition in found:
-            code = addition.code or "untraceable"
-            reason = REASONS[code] if addition.code else why
+            code = addition.code or ("bias" if adds_constant(flow, addition) else "untraceable")
+            reason = why if code == "untraceable" else REASONS[code]
             self._refuse(_name(name, addition.ordinal), name, kind, code, reason)
         # Two constants, chosen by an activation: anchors by their scores.
         self._refuse_all(call.module, sums - len(found), "bias", first=len(found))

@@ -18,6 +18,7 @@ from surgeon._flow import Flow
 from surgeon._oplog import Layout, Op, OpLog
 from surgeon._reads import Reads
 from surgeon._record import Call
+from surgeon._residual import Addition
 
 aten = torch.ops.aten
 
@@ -44,6 +45,14 @@ def count_sums(flow: Flow) -> int:
     """How many additions of two tensors of floating-point numbers the block's own forward made."""
     sums = (node for node in flow.order if node.target is operator.add and len(node.args) == 2)
     return sum(flow.fact(node).value.is_floating_point() for node in sums)
+
+
+def adds_constant(flow: Flow, addition: Addition) -> bool:
+    """Whether the side that would be the shortcut is made of constants alone, none of them learnt."""
+    before = flow.ancestors(addition.shortcut, itself=True)  # the active ones only choose
+    made_by = {addition.node, *(node for node in before if not flow.fact(node).active)}
+    learnt = any(op.weighted for node in made_by for op in flow.fact(node).ops)
+    return not learnt and not flow.fact(addition.shortcut).active
 
 
 class _Builder:
