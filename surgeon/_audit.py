@@ -64,9 +64,16 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class AuditReport:
-    """The stochastic depth of a model, in the order of its modules; iterating gives the sites."""
+    """The stochastic depth of a model, in the order of its modules; iterating gives the sites.
+
+    Attributes:
+        sites: One for each module that drops rows when the model trains.
+        random: Names of the modules whose own forward draws random numbers in evaluation, ``""`` for the
+            model itself: what the model gives differs from call to call, so nothing can be compared with it.
+    """
 
     sites: tuple[Site, ...]
+    random: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
@@ -81,15 +88,24 @@ class AuditReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every site sits on the branch of a residual add."""
-        return not self.wrong
+        """Whether every site sits on the branch of a residual add, and evaluation draws nothing."""
+        return not self.wrong and not self.random
 
     @property
     def summary(self) -> str:
-        """One line: how many sites there are, how many of them are wrong in which way."""
+        """How many sites there are, how many of them are wrong in which way, and what evaluation draws."""
+        return "\n".join([self._summary, *self._drawing])
+
+    @property
+    def _drawing(self) -> list[str]:
+        names = ", ".join(name or "the model itself" for name in self.random)
+        return [f"draws random numbers also in evaluation: {names}"] if names else []
+
+    @property
+    def _summary(self) -> str:
         count = len(self.sites)
-        if self.ok:
-            return f"{count} of {count} sites on a residual add"
+        if not self.wrong:
+            return f"{count} of {count} sites on a residual add" if count else "no stochastic depth"
         kinds = {"never-called": "never called", "no-shortcut": "without a shortcut"}
         told = [
             f"{number} of {count} {words}"
@@ -100,7 +116,11 @@ class AuditReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {"ok": self.ok, "sites": [asdict(site) | {"remark": site.remark} for site in self.sites]}
+        return {
+            "ok": self.ok,
+            "random": list(self.random),
+            "sites": [asdict(site) | {"remark": site.remark} for site in self.sites],
+        }
 
     def __str__(self) -> str:
         rows = [(site.name, site.module, f"{site.rate:.3f}", site.remark) for site in self.sites]
@@ -108,7 +128,9 @@ class AuditReport:
 
 
 def audit(model: nn.Module, example: Example = None) -> AuditReport:
-    """Lists the stochastic depth that is already in ``model``; the model is left as it was.
+    """Lists the stochastic depth that is already in ``model``, and random draws in its evaluation.
+
+    The model is left as it was.
 
     Args:
         model: Any module, in any mode.
@@ -124,8 +146,9 @@ def audit(model: nn.Module, example: Example = None) -> AuditReport:
     check_plain(model)
     args, kwargs = inputs(model, example)
     rates = {name: rate for name, module in model.named_modules() if (rate := _drop_rate(module))}
+    random = _drawn_in_evaluation(model, args, kwargs)
     if not rates:
-        return AuditReport(())
+        return AuditReport((), random)
     analysis = analyse(model, args, kwargs)
     adds: dict[str, list[str]] = {}
     for residual in analysis.findings:
@@ -143,7 +166,19 @@ def audit(model: nn.Module, example: Example = None) -> AuditReport:
         else:
             silences = _silences(model, module, args, kwargs)
             sites.append(Site(name, kind, rate, "no-shortcut", silences=silences))
-    return AuditReport(tuple(sites))
+    return AuditReport(tuple(sites), random)
+
+
+def _drawn_in_evaluation(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the modules whose own forward draws random numbers in evaluation."""
+    found = record(model, args, kwargs, training=False)
+    names = {module: name for name, module in model.named_modules()}
+    drawing = []
+    for number, op in enumerate(found.log.ops):
+        if op.random:  # the innermost call that it belongs to was entered last
+            inside = [call for call in found.calls if call.first_op <= number < call.last_op]
+            drawing.append(names[inside[-1].module])
+    return tuple(dict.fromkeys(drawing))
 
 
 def _drop_rate(module: nn.Module) -> float | None:

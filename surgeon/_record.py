@@ -113,7 +113,9 @@ class Recording:
         return args, kwargs, log
 
 
-def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
+def record(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = True
+) -> Recording:
     """Runs ``model(*args, **kwargs)`` on fake tensors and returns what happened; the model is left as it was.
 
     First as in training. A model that cannot run so (a batch of one under BatchNorm, a detector without its
@@ -124,18 +126,19 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
         model: Any module, on any device.
         args: Positional arguments; tensors are replaced by fake ones.
         kwargs: Keyword arguments, likewise.
+        training: Whether to try as in training at all.
 
     Raises:
         RecordError: The model's own forward failed on these arguments in every way.
     """
     attempts = [(True, False, False), (True, True, False), (False, False, False), (False, False, True)]
     first: Exception | None = None
-    for training, doubled, real in attempts:
+    for in_training, doubled, real in attempts if training else attempts[2:]:
         given = pytree.tree_map_only(Tensor, _doubled, (args, kwargs)) if doubled else (args, kwargs)
         if real and any(t.is_meta for t in (*model.parameters(), *tensors((args, kwargs)))):
             continue
         try:
-            return _record(model, *given, training=training, real=real)
+            return _record(model, *given, training=in_training, real=real)
         except Exception as error:  # noqa: BLE001 - a model's forward may raise anything
             first = first or error
     raise RecordError(_failure(model, args, kwargs, first)) from first

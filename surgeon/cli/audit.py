@@ -58,7 +58,7 @@ def command(out: Output, *, model: str, making: Making, drop_rate: float | None)
         subject = load_subject(model, making)
         report = audit(subject.model, subject.example)
     found = {"model": subject.spec, **report.as_dict()}
-    if not report.sites:
+    if not report.sites and not report.random:
         hint = ""
         if drop_rate is None and subject.spec.startswith("timm:"):
             hint = "; --drop-rate 0.3 builds it with some, where its maker takes a rate"
