@@ -5,7 +5,7 @@ import json
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,12 @@ def read(rows: Path) -> list[Row]:
     return list({(row["library"], row["model"], row["stage"]): row for row in parsed}.values())
 
 
+def forget(rows: Path, models: Collection[tuple[str, str]], stages: Collection[str]) -> None:
+    """Drops the rows of some stages of some models."""
+    kept = [r for r in read(rows) if r["stage"] not in stages or (r["library"], r["model"]) not in models]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
 def merged(rows: list[Row]) -> list[Row]:
     """One row a model from those of its stages; what the stages share is collected."""
     models: dict[tuple[str, str], Row] = {}
@@ -46,7 +52,8 @@ def merged(rows: list[Row]) -> list[Row]:
             key: "; ".join(filter(None, (whole.get(key), row.get(key) and f"{stage}: {row[key]}")))
             for key in ("error", "skipped")
         }
-        whole |= row | said | {"peak_mb": peak}
+        size = {"size": whole["size"]} if "size" in whole else {}  # that of the numbers, not of the export
+        whole |= row | said | size | {"peak_mb": peak}
     return sorted(models.values(), key=lambda row: (row["library"], row["model"]))
 
 
@@ -79,6 +86,7 @@ def _page(rows: list[Row], table: str) -> str:
     ]
     for title, body in (
         ("Residual adds", _libraries(rows)),
+        ("Models without a residual add", _none(rows)),
         ("Additions left alone", _refused(rows)),
         ("Own gates that surgeon does not stand in for", _missed(rows)),
         ("Numbers", _numbers(rows)),
@@ -109,6 +117,11 @@ def _libraries(rows: list[Row]) -> list[str]:
             (library, len(mine), gated, len(mine) - gated - failed, failed, gates, f"{hit} of {live}")
         )
     return _table(head, body)
+
+
+def _none(rows: list[Row]) -> list[str]:
+    names = [f"{row['library']}:{row['model']}" for row in rows if row.get("gates") == 0]
+    return [", ".join(names)] if names else []
 
 
 def _refused(rows: list[Row]) -> list[str]:
@@ -161,8 +174,18 @@ def _numbers(rows: list[Row]) -> list[str]:
             f"by the input): {_sum(deep, 'carried')} of {gates}"
         ),
         f"- every class and attribute as before after `remove`: {_sum(deep, 'restored')} of {len(deep)}",
+        *_differing(deep),
         *(f"- {row['library']}:{row['model']}: {', '.join(row['dead'])}" for row in deep if row["dead"]),
         *(f"- {row['library']}:{row['model']}: {', '.join(row['lost'])}" for row in deep if row["lost"]),
+    ]
+
+
+def _differing(rows: list[Row]) -> list[str]:
+    """Models with other gates on the small images than at their declared size."""
+    return [
+        f"- {row['library']}:{row['model']}: {row['gated']} gates here, {row['gates']} at its declared size"
+        for row in rows
+        if row["gated"] != row["gates"]
     ]
 
 
@@ -235,9 +258,13 @@ def _listed(rows: list[Row], key: str) -> list[str]:
 
 
 def _unexplained(rows: list[Row]) -> list[str]:
-    return [
-        f"- {row['library']}:{row['model']}: {text}" for row in rows for text in row.get("unexplained") or ()
-    ]
+    found = Counter(
+        (row["library"], row["model"], text.partition(": ")[2])
+        for row in rows
+        for text in row.get("unexplained") or ()
+    )
+    listed = ((count, f"{library}:{model}", text) for (library, model, text), count in found.items())
+    return _table(("additions", "model", "why"), listed) if found else []
 
 
 def _sum(rows: list[Row], key: str) -> int:

@@ -12,7 +12,6 @@ other. Rows are appended as they come; ``python -m benchmarks.zoo`` puts them in
 
 import copy
 import functools
-import json
 import sys
 import tempfile
 from collections import Counter, defaultdict
@@ -31,11 +30,11 @@ import surgeon
 from benchmarks import zoo
 from benchmarks._zoo_checks import randomise
 from benchmarks._zoo_models import Entry, build, entries, small
-from benchmarks._zoo_report import read
+from benchmarks._zoo_report import forget, read
+from benchmarks.zoo import ROWS
 from surgeon._export_report import ExportReport
 from surgeon.errors import ExportError, NoResidualsError, SurgeonError
 
-ROWS = Path("runs/onnx_zoo.jsonl")
 _ELSEWHERE = (
     "torchvision.models.detection",
     "torchvision.models.optical_flow",
@@ -108,9 +107,10 @@ def _both(model: nn.Module, gated: nn.Module, given: Any, *, dynamic: bool) -> d
     return row
 
 
-def families(match: tuple[str, ...], sizes: Path) -> list[Entry]:
-    """The smallest model of every family, small ones first; ``sizes`` keeps the numbers of parameters."""
-    known: dict[str, int] = json.loads(sizes.read_text()) if sizes.exists() else {}
+def families(match: tuple[str, ...], rows: Path) -> list[Entry]:
+    """The smallest model of every family, small ones first; those with a row are counted."""
+    counted = (row for row in read(rows) if "parameters" in row)
+    known = {f"{row['library']}:{row['model']}": int(row["parameters"]) for row in counted}
     members: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries(None, ["*"]):
         family = _family(entry)
@@ -121,7 +121,6 @@ def families(match: tuple[str, ...], sizes: Path) -> list[Entry]:
             members[family].append(entry)
     for some in members.values():
         known |= {str(entry): _parameters(entry) for entry in some if str(entry) not in known}
-        sizes.write_text(json.dumps(known))
     chosen = [min(some, key=lambda entry: known[str(entry)]) for some in members.values()]
     return sorted(chosen, key=lambda entry: known[str(entry)])
 
@@ -139,25 +138,25 @@ def _parameters(entry: Entry) -> int:
 @click.option(
     "--match", multiple=True, default=["*"], help="Glob pattern on families, as timm.models.resnet."
 )
-@click.option("--resume", is_flag=True, help="Keep the rows that are there; measure what lacks or failed.")
+@click.option("--resume", is_flag=True, help="Measure what has no row yet or failed, and nothing again.")
 @click.option("--jobs", default=1, show_default=True, help="Models at a time.")
 @click.option("--limit", default=1200.0, show_default=True, help="Seconds a model may take.")
 @click.option("--rows", type=click.Path(path_type=Path), default=ROWS, show_default=True)
 def main(match: tuple[str, ...], resume: bool, jobs: int, limit: float, rows: Path) -> None:
     """Export one model of every family."""
     rows.parent.mkdir(parents=True, exist_ok=True)
+    chosen = families(match, rows)
     if not resume:
-        rows.unlink(missing_ok=True)
+        forget(rows, {(entry.library, entry.name) for entry in chosen}, {"onnx"})
     done = {(row["library"], row["model"]) for row in read(rows) if row.get("onnx") == "passed"}
-    chosen = families(match, rows.with_name("parameters.json"))
     todo = [entry for entry in chosen if (entry.library, entry.name) not in done]
     # The exporter reads the source of its operators anew at each call; forked processes inherit one reading.
     read_once = functools.cache(_registration.ONNXRegistry.from_torchlib)
     read_once()
     _registration.ONNXRegistry.from_torchlib = staticmethod(read_once)
-    zoo.STAGES["onnx"] = (onnx, 0)
+    zoo.STAGES["onnx"] = onnx
     zoo._run([zoo.Job(entry, "onnx", _GB) for entry in todo], rows, jobs, limit, jobs * _GB)
-    sys.exit(any(row.get("onnx") != "passed" for row in read(rows)))
+    sys.exit(any(row["stage"] == "onnx" and row.get("onnx") != "passed" for row in read(rows)))
 
 
 if __name__ == "__main__":

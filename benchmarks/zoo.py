@@ -34,7 +34,7 @@ from benchmarks._zoo_models import Entry, build, entries, example, small
 from surgeon._analysis import analyse
 from surgeon._example import inputs
 
-DEFAULT = Path("docs/coverage.csv")
+ROWS, DEFAULT = Path("docs/coverage.jsonl"), Path("docs/coverage.csv")
 _BASE_GB = 1.5  # of a process with the libraries loaded and small activations
 
 
@@ -182,11 +182,11 @@ def _run(todo: list[Job], rows: Path, jobs: int, limit_s: float, memory_gb: floa
     show_default=True,
     help="What to check; may be repeated. The later stages take models that the first one found gates in.",
 )
-@click.option("--resume", is_flag=True, help="Keep the rows that are there; measure what lacks or failed.")
+@click.option("--resume", is_flag=True, help="Measure what has no row yet or failed, and nothing again.")
 @click.option("--jobs", default=2, show_default=True, help="Models at a time.")
 @click.option("--limit", default=900.0, show_default=True, help="Seconds a model may take.")
 @click.option("--memory", default=20.0, show_default=True, help="GB that the models at a time may take.")
-@click.option("--rows", type=click.Path(path_type=Path), default=Path("runs/zoo.jsonl"), show_default=True)
+@click.option("--rows", type=click.Path(path_type=Path), default=ROWS, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), default=DEFAULT, show_default=True)
 def main(
     library: str | None,
@@ -201,9 +201,9 @@ def main(
 ) -> None:
     """Measure every model and write the coverage table."""
     rows.parent.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        rows.unlink(missing_ok=True)
     wanted = entries(library, match)
+    if not resume:
+        _zoo_report.forget(rows, {(e.library, e.name) for e in wanted}, stages)
     for stage in (name for name in STAGES if name in stages):
         todo = plan(wanted, stage, _zoo_report.read(rows))
         large = [job for job in todo if job.gigabytes > memory]
