@@ -79,18 +79,26 @@ def _sum_of_stack(emit: Emit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     stack = args[0].node if args and isinstance(args[0], fx.Proxy) else None
     if stack is None or stack.target is not torch.stack or len(args) > 2 or kwargs.keys() - {"dim", "axis"}:
         return None
-    terms: Any = stack.args[0]
+    given: Any = stack.args[0] if stack.args else stack.kwargs["tensors"]
     over = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
     along = stack.args[1] if len(stack.args) > 1 else stack.kwargs.get("dim", 0)
     rank = args[0].value.ndim
     if isinstance(over, (tuple, list)) and len(over) == 1:
         over = over[0]
-    if not (
-        isinstance(over, int) and isinstance(along, int) and over % rank == along % rank and len(terms) > 1
-    ):
+    if not (isinstance(over, int) and isinstance(along, int) and over % rank == along % rank):
         return None
-    proxies = [args[0].tracer.proxy_of(term) for term in terms]
-    total = proxies[0]
-    for term in proxies[1:]:
+    terms = _terms(emit, args[0].tracer, given)
+    if len(terms) < 2:
+        return None
+    total = terms[0]
+    for term in terms[1:]:
         total = emit(operator.add, (total, term))
     return total
+
+
+def _terms(emit: Emit, tracer: Any, given: Any) -> list[Any]:
+    """The tensors of a list, which is written out or is itself a value of the graph (an argument, say)."""
+    if not isinstance(given, fx.Node):
+        return [tracer.proxy_of(term) for term in given]
+    nest = tracer.proxy_of(given)
+    return [emit(operator.getitem, (nest, i)) for i in range(len(nest.value))]

@@ -204,3 +204,26 @@ def test_a_sum_over_what_was_not_stacked_is_no_addition() -> None:
             return torch.stack([x, self.f(x)]).sum(-1)
 
     assert not surgeon.find(nn.Sequential(nn.Linear(4, 4), Over()), X).refused
+
+
+class Listed(nn.Module):
+    """The sum of a list that its caller made; ``x`` itself is a term."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+    def forward(self, terms: list[Tensor]) -> Tensor:
+        return torch.stack(tensors=[torch.stack(terms).sum(dim=0), self.f(terms[0])]).sum(0)
+
+
+def test_a_list_of_terms_handed_in() -> None:
+    terms = [torch.randn(2, 4), torch.randn(2, 4)]
+    model = Listed().eval()
+    findings = surgeon.find(model, (terms,))
+    assert [r.branch for r in findings] == ["f"]
+    assert [r.code for r in findings.refused] == ["linear"]
+    expected = model(terms)
+    surgeon.apply(model, scaling="paper", drop_rate=0.5, example=(terms,))
+    torch.testing.assert_close(model(terms), expected - 0.5 * model.f(terms[0]))
+    model.train()(terms).sum().backward()
