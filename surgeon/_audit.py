@@ -2,8 +2,9 @@
 
 A site is a module without parameters that scales whole rows of its argument, or all of it, by a random
 number; it is known by what it does to a tensor of ones, never by its class. Two things go wrong with them in
-models that people use: a site that no forward ever calls (the model trains without the regularisation that
-its configuration asks for), and a site on a path without a shortcut (a drop sets the signal itself to zero).
+models that people use: a site that no forward ever calls, or whose result nothing reads (the model trains
+without the regularisation that its configuration asks for), and a site on a path without a shortcut (a drop
+sets the signal itself to zero). Random draws in evaluation are a third.
 
 Whether anything is left after a drop is read from the model's own graph: the model is recorded with that one
 site giving zeros, and either some output still depends on an input, or none does.
@@ -24,7 +25,7 @@ from surgeon._plain import check_plain
 from surgeon._record import record
 from surgeon._report import table
 
-Verdict = Literal["residual", "never-called", "no-shortcut"]
+Verdict = Literal["residual", "never-called", "unused", "no-shortcut"]
 
 _ROWS = 256
 _TRIES = 64
@@ -39,7 +40,8 @@ class Site:
         module: Its class.
         rate: Its drop rate in (0, 1], read from what it does: exact where survivors are scaled up, else a
             share of the rows of a trial.
-        verdict: ``"residual"`` (on the branch of a residual add), ``"never-called"``, or ``"no-shortcut"``.
+        verdict: ``"residual"`` (on the branch of a residual add), ``"never-called"``, ``"unused"`` (no output
+            depends on what it gives), or ``"no-shortcut"``.
         adds: Names of the residual adds on whose branches it sits.
         silences: A drop leaves no output that depends on the model's input; ``False`` for a residual.
     """
@@ -58,6 +60,8 @@ class Site:
             return f"on the branch of {', '.join(self.adds)}"
         if self.verdict == "never-called":
             return "never called: it drops nothing"
+        if self.verdict == "unused":
+            return "nothing reads what it gives: it drops nothing"
         lost = "the whole signal becomes zero" if self.silences else "only other paths go on"
         return f"no shortcut beside it: where it drops, {lost}"
 
@@ -83,7 +87,7 @@ class AuditReport:
 
     @property
     def wrong(self) -> tuple[Site, ...]:
-        """The sites that are never called or have no shortcut."""
+        """The sites that are never called, have no effect or have no shortcut."""
         return tuple(site for site in self.sites if site.verdict != "residual")
 
     @property
@@ -106,7 +110,11 @@ class AuditReport:
         count = len(self.sites)
         if not self.wrong:
             return f"{count} of {count} sites on a residual add" if count else "no stochastic depth"
-        kinds = {"never-called": "never called", "no-shortcut": "without a shortcut"}
+        kinds = {
+            "never-called": "never called",
+            "unused": "without effect",
+            "no-shortcut": "without a shortcut",
+        }
         told = [
             f"{number} of {count} {words}"
             for verdict, words in kinds.items()
@@ -154,7 +162,10 @@ def audit(model: nn.Module, example: Example = None) -> AuditReport:
     for residual in analysis.findings:
         for name in residual.replaces:
             adds.setdefault(name, []).append(residual.name)
-    called = {call.module for call in analysis.recording.calls}
+    calls, log = analysis.recording.calls, analysis.recording.log
+    called = {call.module for call in calls}
+    behind = log.behind(tensors(calls[0].output))
+    heard = {call.module for call in calls if not behind.isdisjoint(range(call.first_op, call.last_op))}
     sites = []
     for name, rate in rates.items():
         module = model.get_submodule(name)
@@ -163,6 +174,8 @@ def audit(model: nn.Module, example: Example = None) -> AuditReport:
             sites.append(Site(name, kind, rate, "residual", tuple(adds[name])))
         elif module not in called:
             sites.append(Site(name, kind, rate, "never-called"))
+        elif module not in heard:
+            sites.append(Site(name, kind, rate, "unused"))
         else:
             silences = _silences(model, module, args, kwargs)
             sites.append(Site(name, kind, rate, "no-shortcut", silences=silences))

@@ -4,6 +4,7 @@ import functools
 import itertools
 import operator
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +150,14 @@ class OpLog(TorchDispatchMode):
                 way |= set(found.sources)
                 owners |= {found.owner} if found.adds else set()
         return owners
+
+    def behind(self, results: Iterable[Tensor]) -> set[int]:
+        """Places in the log of the operators that something in ``results`` was computed by."""
+        needed = {self.made_at(t) for t in results}
+        for step in range(len(self.steps) - 1, -1, -1):
+            if step in needed:
+                needed.update(self.steps[step].sources)
+        return {self.steps[step].op for step in needed if step >= 0}
 
     def _step(self, made: list[Tensor], read: list[Tensor], *, adds: bool, op: int) -> None:
         sources = tuple([self.made_at(t) for t in read])

@@ -204,3 +204,24 @@ def test_help_shows_examples_and_exit_codes() -> None:
     text = surge("--help").stdout
     assert "surgeon audit timm:efficientnet_b0 --drop-rate 0.3" in text
     assert "Exit codes:" in text
+
+
+class Unheard(nn.Module):
+    """Its stochastic depth acts on a value that nothing reads, as in timm's ResNeSt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.drop = nn.Linear(4, 4), StochasticDepth(0.2, "row")
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x).relu()
+        self.drop(x)
+        return out + x
+
+
+def test_a_site_without_effect() -> None:
+    report = audit(Unheard(), X)
+    assert [site.verdict for site in report] == ["unused"]
+    assert report.summary == "1 of 1 without effect"
+    assert "nothing reads what it gives" in str(report)
+    assert not report.ok
