@@ -44,6 +44,18 @@ class Twice(nn.Module):
         return x + self.g(x)
 
 
+class Pair(nn.Module):
+    """Two residual adds whose branches end in a layer, which takes a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = (nn.Sequential(nn.Tanh(), nn.Linear(4, 4)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.f(x)
+        return x + self.g(x)
+
+
 class Linear(nn.Module):
     """``x + W x + tanh(0)``: linear in ``x``, but with an activation that surgeon sees."""
 

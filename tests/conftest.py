@@ -1,5 +1,6 @@
 """What every test gets: a fixed seed, one thread, and the caller's environment left alone."""
 
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,17 @@ def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.random.set_rng_state(state)
+
+
+@pytest.fixture(scope="module")
+def one_registry() -> Iterator[None]:
+    """The exporter parses the source of its 500 operators at each call, half of its time; once will do."""
+    from torch.onnx._internal.exporter import _registration
+
+    kept = functools.cache(_registration.ONNXRegistry.from_torchlib)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_registration.ONNXRegistry, "from_torchlib", staticmethod(kept))
+        yield
 
 
 def pytest_configure() -> None:

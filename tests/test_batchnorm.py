@@ -13,6 +13,8 @@ from surgeon._hygiene import node_counts
 from surgeon._signature import signature
 from surgeon._verify import verify
 
+pytestmark = pytest.mark.usefixtures("one_registry")
+
 PIXELS = torch.zeros(2, 4, 6, 6)
 ROWS = torch.zeros(2, 4)
 
@@ -28,18 +30,6 @@ def exported(model, example, tmp_path):
     ir.save(graph, tmp_path / "m.onnx")
     report = verify(model, tmp_path / "m.onnx", example=example)
     return node_counts(graph), fused, report.worst.relative
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_registry():
-    import functools
-
-    from torch.onnx._internal.exporter import _registration
-
-    kept = functools.cache(_registration.ONNXRegistry.from_torchlib)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_registration.ONNXRegistry, "from_torchlib", staticmethod(kept))
-        yield
 
 
 @pytest.mark.parametrize(

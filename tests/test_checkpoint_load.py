@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from blocks import Plain, randomise, same
+from blocks import Pair, Plain, randomise, same
 from torch import Tensor, nn
 
 import surgeon
@@ -16,18 +16,6 @@ from surgeon._surgery import gates_of, is_gated
 from surgeon.errors import CheckpointError, WrappedModelError
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).double()
-
-
-class Pair(nn.Module):
-    """Two residual adds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.f, self.g = (nn.Sequential(nn.Tanh(), nn.Linear(4, 4)) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.f(x)
-        return x + self.g(x)
 
 
 def chain(seed: int = 0) -> nn.Module:

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -66,17 +65,6 @@ def made():
                 module.weight.uniform_(0.5, 2)
                 module.bias.normal_()
     return model
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_registry():
-    """The exporter parses the source of its 500 operators at each call, half of its time; once will do."""
-    from torch.onnx._internal.exporter import _registration
-
-    kept = functools.cache(_registration.ONNXRegistry.from_torchlib)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_registration.ONNXRegistry, "from_torchlib", staticmethod(kept))
-        yield
 
 
 def run(path, x):
@@ -528,6 +516,8 @@ def test_full_disk(net, tmp_path, quick, monkeypatch):
 _KILLED = """
 import os, signal, sys, torch
 from surgeon import _export, _export_file
+
+pytestmark = pytest.mark.usefixtures("one_registry")
 def killed(made, place):
     print(made.stat().st_size, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)

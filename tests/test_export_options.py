@@ -1,7 +1,5 @@
 """What an export can be asked for: sizes, half precision, optimisation, a count of the nodes."""
 
-import functools
-
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
@@ -17,6 +15,8 @@ from surgeon._hygiene import node_counts
 from surgeon._signature import signature
 from surgeon._verify import verify
 from surgeon.errors import ExportError, ParityError, UsageError
+
+pytestmark = pytest.mark.usefixtures("one_registry")
 
 IMAGES = torch.zeros(2, 3, 16, 16)
 
@@ -44,17 +44,6 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.fc(self.blocks(self.stem(x) + self.table).mean((2, 3)))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_registry():
-    """The exporter parses the source of its 500 operators at each call, half of its time; once will do."""
-    from torch.onnx._internal.exporter import _registration
-
-    kept = functools.cache(_registration.ONNXRegistry.from_torchlib)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_registration.ONNXRegistry, "from_torchlib", staticmethod(kept))
-        yield
 
 
 @pytest.fixture(scope="module")

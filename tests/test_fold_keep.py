@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from blocks import Plain, coins, randomise, same
+from blocks import Pair, Plain, coins, randomise, same
 from test_fold_zoo import made_anew, randomised
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
@@ -24,18 +24,6 @@ from surgeon.errors import CheckpointError, FoldError, NotGatedError
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
 State = dict[str, Tensor]
-
-
-class Pair(nn.Module):
-    """Two residual adds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.f, self.g = (nn.Sequential(nn.Tanh(), nn.Linear(4, 4)) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.f(x)
-        return x + self.g(x)
 
 
 class Chain(nn.Sequential):
