@@ -26,6 +26,8 @@ from surgeon._hygiene import node_counts
 from surgeon._signature import signature
 from surgeon.errors import ExportError, ParityError, UsageError, WrappedModelError
 
+pytestmark = pytest.mark.usefixtures("one_registry")
+
 
 class Block(nn.Module):
     def __init__(self, width):
@@ -517,7 +519,6 @@ _KILLED = """
 import os, signal, sys, torch
 from surgeon import _export, _export_file
 
-pytestmark = pytest.mark.usefixtures("one_registry")
 def killed(made, place):
     print(made.stat().st_size, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
