@@ -111,7 +111,8 @@ class Job:
 
 def plan(models: list[Entry], stage: str, rows: list[dict[str, Any]]) -> list[Job]:
     """The models that have no row of a stage yet, small ones first."""
-    done = {(r["library"], r["model"]) for r in rows if r["stage"] == stage and not r.get("error")}
+    measured = (r for r in rows if r["stage"] == stage and not (r.get("error") or r.get("skipped")))
+    done = {(r["library"], r["model"]) for r in measured}
     structures = {(r["library"], r["model"]): r for r in rows if r["stage"] == "structure"}
     jobs = []
     for entry in (e for e in models if (e.library, e.name) not in done):
