@@ -58,14 +58,19 @@ def onnx(entry: Entry) -> dict[str, Any]:
     try:
         return row | {"onnx": "passed", **_both(model, gated, given, dynamic=True)}
     except ExportError as error:
-        cause = str(error)
+        cause = _cause(error)
     except SurgeonError as error:
-        return row | {"onnx": "failed", "onnx_cause": str(error)}
+        return row | {"onnx": "failed", "onnx_cause": _cause(error)}
     try:
         row |= {"onnx": "static batch", "onnx_cause": cause}
         return row | _both(model, gated, given, dynamic=False)
     except SurgeonError as error:
-        return row | {"onnx": "failed", "onnx_cause": f"{cause} With a fixed batch: {error}"}
+        return row | {"onnx": "failed", "onnx_cause": f"{cause} With a fixed batch: {_cause(error)}"}
+
+
+def _cause(error: SurgeonError) -> str:
+    """What the error says, without the name of the temporary file that was not written."""
+    return str(error).partition(" No file was written to ")[0]
 
 
 def _calm(model: nn.Module) -> None:
