@@ -9,7 +9,6 @@ Each model runs in a process of its own, forked after the libraries are loaded, 
 peak costs one row. ``docs/coverage.csv`` and ``docs/coverage.md`` are written from the rows.
 """
 
-import csv
 import json
 import multiprocessing
 import os
@@ -218,5 +217,4 @@ def main(
 
 
 if __name__ == "__main__":
-    csv.field_size_limit(1 << 24)
     main()
