@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import surgeon
 from benchmarks._step_models import COUNTED, Net, variant
-from surgeon._gate import Gate
+from surgeon._gating.gate import Gate
 
 
 @dataclass

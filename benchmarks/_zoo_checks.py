@@ -15,11 +15,11 @@ from torch.utils import _pytree as pytree
 from torchvision.ops import StochasticDepth
 
 import surgeon
-from surgeon._analysis import Analysis
-from surgeon._example import inputs, tensors
-from surgeon._findings import Findings
-from surgeon._gate import Gate
+from surgeon._finding.analysis import Analysis
+from surgeon._finding.findings import Findings
+from surgeon._gating.gate import Gate
 from surgeon._surgery import gated_blocks, gates_of
+from surgeon._tracing.example import inputs, tensors
 
 TRAINED = 300_000_000  # models with more parameters are not trained: their gradients take long
 _OWN_GATES = (DropPath, StochasticDepth)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from surgeon._example import inputs
+from surgeon._tracing.example import inputs
 
 DROP_RATE = 0.3
 # By a part of the module's or the model's name; torchvision's models do not say what they take.

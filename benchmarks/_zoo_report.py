@@ -14,7 +14,7 @@ import torch
 import torchvision
 
 from benchmarks._zoo_checks import TRAINED
-from surgeon._findings import REASONS
+from surgeon._finding.findings import REASONS
 
 _COLUMNS = (
     *("library", "model", "parameters", "gates", "identity", "projection", "refused", "own", "own_live"),

@@ -35,9 +35,9 @@ from torch import nn
 
 import surgeon
 from benchmarks._zoo_checks import randomise
-from surgeon._exporter import to_onnx
-from surgeon._hygiene import node_counts
-from surgeon._signature import signature
+from surgeon._onnx.exporter import to_onnx
+from surgeon._onnx.hygiene import node_counts
+from surgeon._onnx.signature import signature
 
 MODELS = "resnet50,vit_small_patch16_224,convnext_tiny,efficientnet_b0"
 ROWS, PAGE = Path("runs/inference.jsonl"), Path("docs/inference.md")

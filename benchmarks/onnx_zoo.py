@@ -32,7 +32,7 @@ from benchmarks._zoo_checks import randomise
 from benchmarks._zoo_models import Entry, build, entries, small
 from benchmarks._zoo_report import forget, read
 from benchmarks.zoo import ROWS
-from surgeon._export_report import ExportReport
+from surgeon._onnx.export_report import ExportReport
 from surgeon.errors import ExportError, NoResidualsError, SurgeonError
 
 _ELSEWHERE = (

@@ -1,4 +1,4 @@
-"""What handling rows costs against masking them: the measurement behind `surgeon/_cost.py`.
+"""What handling rows costs against masking them: the measurement behind `surgeon/_gating/cost.py`.
 
     python -m benchmarks.rows
 

@@ -30,8 +30,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import _zoo_checks, _zoo_report
 from benchmarks._zoo_models import Entry, build, entries, example, small
-from surgeon._analysis import analyse
-from surgeon._example import inputs
+from surgeon._finding.analysis import analyse
+from surgeon._tracing.example import inputs
 
 ROWS, DEFAULT = Path("docs/coverage.jsonl"), Path("docs/coverage.csv")
 _BASE_GB = 1.5  # of a process with the libraries loaded and small activations

@@ -13,12 +13,12 @@ from surgeon.errors import SurgeonError
 
 if TYPE_CHECKING:
     from surgeon._checkpoint import save_checkpoint
-    from surgeon._export import export
     from surgeon._load import load
+    from surgeon._onnx.export import export
+    from surgeon._onnx.verify import verify
     from surgeon._ramp import Ramp
     from surgeon._source import load_model
     from surgeon._surgery import apply, find, fold, remove, set_drop_rate, status
-    from surgeon._verify import verify
 
 __all__ = [
     "Ramp",
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 _HOMES = dict.fromkeys(("apply", "find", "fold", "remove", "set_drop_rate", "status"), "_surgery")
-_HOMES |= {"Ramp": "_ramp", "export": "_export", "load": "_load", "verify": "_verify"}
+_HOMES |= {"Ramp": "_ramp", "export": "_onnx.export", "load": "_load", "verify": "_onnx.verify"}
 _HOMES |= {"load_model": "_source", "save_checkpoint": "_checkpoint"}
 
 

@@ -18,12 +18,20 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from surgeon._analysis import analyse
-from surgeon._example import Example, generators_kept, inputs, mode, no_inference_mode, tensors, untouched
-from surgeon._oplog import OpLog
+from surgeon._finding.analysis import analyse
 from surgeon._plain import check_plain
-from surgeon._record import record
-from surgeon._report import table
+from surgeon._text import table
+from surgeon._tracing.example import (
+    Example,
+    generators_kept,
+    inputs,
+    mode,
+    no_inference_mode,
+    tensors,
+    untouched,
+)
+from surgeon._tracing.oplog import OpLog
+from surgeon._tracing.record import record
 
 Verdict = Literal["residual", "never-called", "unused", "no-shortcut"]
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from surgeon._files import beside, settle
-from surgeon._gate import NOTE, gate_name
+from surgeon._finding.findings import gate_name
+from surgeon._gating.gate import NOTE
 from surgeon._version import __version__
 from surgeon.errors import CheckpointError
 
@@ -129,7 +130,7 @@ def split_scales(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[st
 
     A class of the model may have an extra state of its own; that stays where it is.
     """
-    from surgeon._gating import KeepingBlock
+    from surgeon._gating.forwards import KeepingBlock
 
     rest, scales = dict(state), dict[str, float]()
     modules = dict(model.named_modules())

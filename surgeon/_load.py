@@ -4,7 +4,7 @@ Three kinds of weights go by the same names: complete ones (of a stock model, of
 scaling, or folded), *gated* ones, which need the evaluation scales of ``scaling="paper"``, and *divided*
 ones, which need them because ``keep_eval=True`` divided them. Seen from evaluation there is one rule. Where
 the checkpoint's model multiplied a branch by ``c`` (1 without a gate) and this model multiplies it by ``d``,
-the weights of the branch have to take ``c / d``, by the plan of a fold (`surgeon._fold`).
+the weights of the branch have to take ``c / d``, by the plan of a fold (`surgeon._folding.fold`).
 """
 
 import glob
@@ -19,12 +19,12 @@ from typing import Literal
 from torch import Tensor, nn
 
 from surgeon._checkpoint import check_state, fitting_keys, read_state, split_scales
-from surgeon._example import Example
-from surgeon._fold import FoldPlan, check_products, commit
-from surgeon._gate import Gate
+from surgeon._folding.fold import FoldPlan, check_products, commit
+from surgeon._folding.planning import plan_gates
+from surgeon._gating.gate import Gate
 from surgeon._plain import check_plain
-from surgeon._planning import plan_gates
 from surgeon._surgery import apply, gates_of, recorded_inputs, remove
+from surgeon._tracing.example import Example
 from surgeon.errors import CheckpointError, FoldError, NoResidualsError, UsageError
 
 Weights = Literal["complete", "gated", "divided"]

@@ -1,11 +1,9 @@
 """What surgeon says of a model: the state of its gates, as data and as text."""
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from surgeon._findings import Findings
+from surgeon._text import table
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,29 +77,6 @@ class Status:
         depth = f"expected depth {self.expected_depth:.2f} of {len(self.gates)}"
         foot = f"{depth}, training FLOPs {self.expected_flops:.1%}"
         return "\n".join([title, *table(head, rows), foot])
-
-
-def findings_text(findings: Findings) -> str:
-    """Residual adds as a table, then the refused additions counted by reason."""
-    total = max(findings.flops, 1)
-    rows = [(r.name, r.block_type, r.kind, r.shortcut, r.branch, f"{r.flops / total:.1%}") for r in findings]
-    lines = [f"{len(findings)} residual adds"]
-    if rows:
-        lines += table(("add", "block", "kind", "shortcut", "branch", "FLOPs"), rows)
-    reasons = Counter((r.code, r.reason) for r in findings.refused)
-    if reasons:
-        lines.append(f"{len(findings.refused)} additions left alone")
-        lines += table(("count", "code", "reason"), [(str(n), *why) for why, n in reasons.most_common()])
-    return "\n".join(lines)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Left-aligned columns, two spaces apart."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    return [
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in (head, *rows)
-    ]
 
 
 def schedule_text(schedule: Any) -> str:

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from surgeon._analysis import Analysis, analyse
-from surgeon._example import Example, inputs
-from surgeon._findings import Findings
-from surgeon._fold import FoldPlan, commit
-from surgeon._gate import Gate, Origin, Scaling, Unit, Unused
-from surgeon._gating import Gating, gate_block, gating_of, ungate_block
-from surgeon._keep import check_state_is_free, divide
+from surgeon._finding.analysis import Analysis, analyse
+from surgeon._finding.findings import Findings
+from surgeon._folding.fold import FoldPlan, commit
+from surgeon._folding.keep import check_state_is_free, divide
+from surgeon._folding.planning import plan_gates
+from surgeon._gating.forwards import Gating, gate_block, gating_of, ungate_block
+from surgeon._gating.gate import Gate, Origin, Scaling, Unit, Unused
+from surgeon._gating.preparation import prepare
+from surgeon._gating.ranks import Ranks, Sync
+from surgeon._gating.schedule import NAMES, Schedule, drop_rates
 from surgeon._plain import check_plain
-from surgeon._planning import plan_gates
-from surgeon._preparation import prepare
-from surgeon._ranks import Ranks, Sync
 from surgeon._report import GateStatus, Status, schedule_text
-from surgeon._schedule import NAMES, Schedule, drop_rates
+from surgeon._tracing.example import Example, inputs
 from surgeon.errors import AlreadyGatedError, NoResidualsError, NotGatedError, UsageError
 
 

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from surgeon._findings import Findings, Refusal
+from surgeon._finding.findings import Findings, Refusal
 
 _SHOWN_GROUPS = 12
 

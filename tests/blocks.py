@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgeon._gate import Gate
+from surgeon._gating.gate import Gate
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 

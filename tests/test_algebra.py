@@ -15,9 +15,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from surgeon import _algebra
-from surgeon._algebra import Law, laws
-from surgeon._flat import Flat, Value, flatten
+from surgeon._folding import algebra as _algebra
+from surgeon._folding.algebra import Law, laws
+from surgeon._folding.flat import Flat, Value, flatten
 
 SCALE = 0.7
 Function = Callable[..., Tensor]

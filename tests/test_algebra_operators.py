@@ -10,8 +10,8 @@ import torchvision
 from test_algebra import LOOSE, SCALE, TIGHT, Applied, Function, System, _error, assignments, rand
 from torch import Tensor
 
-from surgeon import _algebra
-from surgeon._flat import Flat, flatten
+from surgeon._folding import algebra as _algebra
+from surgeon._folding.flat import Flat, flatten
 
 aten = torch.ops.aten
 NEAR = torch.tensor([[1.1, 1 / 1.1, 1.2, 1 / 1.2]] * 3, dtype=torch.float64)
@@ -185,7 +185,7 @@ ELSEWHERE = {
     "aten._native_batch_norm_legit_no_training",
     # Of tensors that functionalisation has not wrapped: constants and integers.
     *("aten.lift", "aten.lift_fresh_copy", "aten.t_", "aten.transpose_", "aten.unsqueeze_", "aten.detach_"),
-    # The definition of `convolution`, with flags of cuDNN; `surgeon._freed` makes the last one.
+    # The definition of `convolution`, with flags of cuDNN; `surgeon._folding.freed` makes the last one.
     *("aten._convolution", "surgeon.batch_norm"),
 }
 

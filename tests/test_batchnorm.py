@@ -7,11 +7,11 @@ import torch
 from blocks import randomise
 from torch import nn
 
-from surgeon import _exporter
-from surgeon._batchnorm import fuse_batchnorm
-from surgeon._hygiene import node_counts
-from surgeon._signature import signature
-from surgeon._verify import verify
+from surgeon._onnx import exporter as _exporter
+from surgeon._onnx.batchnorm import fuse_batchnorm
+from surgeon._onnx.hygiene import node_counts
+from surgeon._onnx.signature import signature
+from surgeon._onnx.verify import verify
 
 pytestmark = pytest.mark.usefixtures("one_registry")
 

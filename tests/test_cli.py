@@ -182,11 +182,11 @@ def test_scaling_said_wrongly_fails_parity(delivered):
 
 
 def test_export_that_computes_something_else(delivered, here, monkeypatch):
-    from surgeon import _parity, _verify
+    from surgeon._onnx import parity, verify
 
-    row = _parity.ParityRow("output", 3, (3, 4), 0.5, 0.25, 0.0, "", ok=False)
-    monkeypatch.setattr(_verify, "compare", lambda *_, **__: [row])
-    monkeypatch.setattr("surgeon._export.to_onnx", lambda *_, **__: _graph_of(delivered.file))
+    row = parity.ParityRow("output", 3, (3, 4), 0.5, 0.25, 0.0, "", ok=False)
+    monkeypatch.setattr(verify, "compare", lambda *_, **__: [row])
+    monkeypatch.setattr("surgeon._onnx.export.to_onnx", lambda *_, **__: _graph_of(delivered.file))
     arguments = ("export", NET, "--checkpoint", delivered.checkpoint, "-o", "bad.onnx")
     done = surge(*arguments)
     assert done.exit_code == 3

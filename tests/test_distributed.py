@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from blocks import Plain, BasicBlock, randomise
 import surgeon
-from surgeon._gate import Gate
+from surgeon._gating.gate import Gate
 
 rank, ranks, port = (int(a) for a in sys.argv[1:4])
 torch.set_num_threads(1)

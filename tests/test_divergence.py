@@ -9,9 +9,9 @@ import torch
 from blocks import randomise
 from torch import nn
 
-from surgeon import _exporter
-from surgeon._signature import signature
-from surgeon._verify import verify
+from surgeon._onnx import exporter as _exporter
+from surgeon._onnx.signature import signature
+from surgeon._onnx.verify import verify
 
 IMAGES = torch.zeros(2, 3, 8, 8)
 

@@ -20,10 +20,12 @@ import torch
 from torch import nn
 
 import surgeon
-from surgeon import _export, _export_file, _exporter
-from surgeon._export import export
-from surgeon._hygiene import node_counts
-from surgeon._signature import signature
+from surgeon._onnx import export as _export
+from surgeon._onnx import export_file as _export_file
+from surgeon._onnx import exporter as _exporter
+from surgeon._onnx.export import export
+from surgeon._onnx.hygiene import node_counts
+from surgeon._onnx.signature import signature
 from surgeon.errors import ExportError, ParityError, UsageError, WrappedModelError
 
 pytestmark = pytest.mark.usefixtures("one_registry")
@@ -517,7 +519,8 @@ def test_full_disk(net, tmp_path, quick, monkeypatch):
 
 _KILLED = """
 import os, signal, sys, torch
-from surgeon import _export, _export_file
+from surgeon._onnx import export as _export
+from surgeon._onnx import export_file as _export_file
 
 def killed(made, place):
     print(made.stat().st_size, flush=True)

@@ -9,11 +9,13 @@ from blocks import randomise
 from torch import nn
 
 import surgeon
-from surgeon import _export, _export_file, _exporter
-from surgeon._export import export
-from surgeon._hygiene import node_counts
-from surgeon._signature import signature
-from surgeon._verify import verify
+from surgeon._onnx import export as _export
+from surgeon._onnx import export_file as _export_file
+from surgeon._onnx import exporter as _exporter
+from surgeon._onnx.export import export
+from surgeon._onnx.hygiene import node_counts
+from surgeon._onnx.signature import signature
+from surgeon._onnx.verify import verify
 from surgeon.errors import ExportError, ParityError, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_registry")

@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 
 import surgeon
-from surgeon._export import export
+from surgeon._onnx.export import export
 
 _TORCHVISION = {
     "resnet18": 64,
@@ -42,7 +42,7 @@ _TIMM = {
     "levit_128s": 224,
     "cait_xxs24_224": 224,
     "xcit_nano_12_p16_224": 224,
-    # These failed with a dynamic batch as the exporter stands; see `surgeon._exporter`.
+    # These failed with a dynamic batch as the exporter stands; see `surgeon._onnx.exporter`.
     "hiera_tiny_224": 224,
     "nest_tiny": 224,
     "twins_svt_small": 224,

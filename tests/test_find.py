@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 import surgeon
-from surgeon._findings import REASONS
+from surgeon._finding.findings import REASONS
 from surgeon.errors import NoResidualsError, UsageError
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))

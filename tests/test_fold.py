@@ -16,8 +16,8 @@ from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from surgeon import _gate  # noqa: F401 - registers the mark
-from surgeon._fold import FoldPlan, Kept, commit, plan
+import surgeon._gating.gate  # noqa: F401 - registers the mark
+from surgeon._folding.fold import FoldPlan, Kept, commit, plan
 
 SCALE = 0.7
 

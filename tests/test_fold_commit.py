@@ -7,7 +7,7 @@ import torch
 from test_fold import SCALE, Gated, SqueezeExcite, exponents, image, randomised, tokens
 from torch import Tensor, nn
 
-from surgeon._fold import FoldPlan, Kept, Step, commit, plan
+from surgeon._folding.fold import FoldPlan, Kept, Step, commit, plan
 from surgeon.errors import FoldError
 
 # The plan changes nothing.

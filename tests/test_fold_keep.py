@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import surgeon
-from surgeon import _keep
-from surgeon._fold import FoldPlan
+from surgeon._folding import keep as _keep
+from surgeon._folding.fold import FoldPlan
 from surgeon._surgery import gates_of
 from surgeon.errors import CheckpointError, FoldError, NotGatedError
 

@@ -10,7 +10,7 @@ from test_fold import SCALE, Gated, exponents, folds, randomised, tokens
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from surgeon._fold import commit, plan
+from surgeon._folding.fold import commit, plan
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -19,8 +19,8 @@ from test_fold import (
 )
 from torch import Tensor, nn
 
-from surgeon import _search
-from surgeon._fold import FoldPlan, Kept, commit, plan
+from surgeon._folding import search as _search
+from surgeon._folding.fold import FoldPlan, Kept, commit, plan
 from surgeon.errors import FoldError
 
 # Parts of parameters.

@@ -12,7 +12,7 @@ from test_fold_sharing import Parts, rows
 from torch import Tensor, nn
 
 import surgeon
-from surgeon._fold import Step, commit, plan
+from surgeon._folding.fold import Step, commit, plan
 from surgeon._surgery import gates_of
 from surgeon.errors import FoldError
 

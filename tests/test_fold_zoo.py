@@ -13,8 +13,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from surgeon import _gate  # noqa: F401 - registers the mark
-from surgeon._fold import FoldPlan, commit, plan
+import surgeon._gating.gate  # noqa: F401 - registers the mark
+from surgeon._folding.fold import FoldPlan, commit, plan
 
 SLOTS = r"(^|\.)drop_path\d?$"
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth, stochastic_depth
 
 import surgeon
-from surgeon._gate import Gate, Origin
+from surgeon._gating.gate import Gate, Origin
 from surgeon._surgery import gates_of
 
 X = torch.zeros(2, 4)

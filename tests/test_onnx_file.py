@@ -9,8 +9,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from surgeon import _onnx_file
-from surgeon._onnx_file import OnnxFileError, open_onnx
+from surgeon._onnx import file as _onnx_file
+from surgeon._onnx.file import OnnxFileError, open_onnx
 
 TENSOR = helper.make_tensor_value_info
 

@@ -1,5 +1,6 @@
 """The package as it is installed: light to import, one version, recipes inside, nothing beside it."""
 
+import ast
 import json
 import os
 import re
@@ -36,6 +37,23 @@ def fresh_python(code: str, *paths: Path) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_no_folder_imports_one_further_on() -> None:
+    """The order of docs/design.md; "" is what lies flat in the package."""
+    order = ["_tracing", "_finding", "_gating", "_folding", "", "_onnx", "cli"]
+    for_all = {"surgeon.errors", "surgeon._version", "surgeon._files", "surgeon._plain", "surgeon._text"}
+    seen = set()
+    for path in (ROOT / "surgeon").rglob("*.py"):
+        folder = path.relative_to(ROOT / "surgeon").parent.name
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+            if not module.startswith("surgeon.") or module in for_all or path.name.startswith("__"):
+                continue
+            there = module.split(".")[1] if module.count(".") > 1 else ""
+            seen.add((folder, there))
+            assert order.index(there) <= order.index(folder), f"{path.relative_to(ROOT)} imports {module}"
+    assert ("_onnx", "") in seen and ("_gating", "_tracing") in seen
 
 
 def test_import_is_light() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import surgeon
-from surgeon._ranks import _REMEMBERED, Ranks, _check
+from surgeon._gating.ranks import _REMEMBERED, Ranks, _check
 from surgeon._surgery import gates_of
 from surgeon.errors import UsageError
 

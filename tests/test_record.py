@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import surgeon
-from surgeon._example import default_input, inputs, mode, untouched
-from surgeon._record import record
+from surgeon._tracing.example import default_input, inputs, mode, untouched
+from surgeon._tracing.record import record
 from surgeon.errors import RecordError
 
 aten = torch.ops.aten

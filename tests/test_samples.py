@@ -9,8 +9,8 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 import surgeon
-from surgeon._gate import Gate
-from surgeon._samples import Samples, dimensions
+from surgeon._gating.gate import Gate
+from surgeon._gating.samples import Samples, dimensions
 from surgeon._surgery import gates_of
 
 ALARM = 1e-7

@@ -19,8 +19,8 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 import surgeon
-from surgeon._gate import expected_depth
-from surgeon._schedule import NAMES, checked_rate, drop_rates
+from surgeon._gating.gate import expected_depth
+from surgeon._gating.schedule import NAMES, checked_rate, drop_rates
 from surgeon.errors import UsageError
 
 X = torch.zeros(2, 4)

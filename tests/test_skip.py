@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import surgeon
-from surgeon._cost import pays
-from surgeon._gate import Gate, Origin
+from surgeon._gating.cost import pays
+from surgeon._gating.gate import Gate, Origin
 from surgeon._surgery import gates_of
 
 X = torch.zeros(2, 4)

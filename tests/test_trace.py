@@ -9,10 +9,10 @@ import torch
 from blocks import Branch, Plain, Snapshot, X
 from torch import Tensor, fx, nn
 
-from surgeon._flow import Flow
-from surgeon._record import record
-from surgeon._residual import additions
-from surgeon._trace import Trace, trace
+from surgeon._finding.flow import Flow
+from surgeon._finding.residual import additions
+from surgeon._tracing.record import record
+from surgeon._tracing.trace import Trace, trace
 from surgeon.errors import TraceError
 
 

@@ -9,7 +9,7 @@ from blocks import BasicBlock, Plain, grads, randomise, same
 from torch import Tensor, nn
 
 import surgeon
-from surgeon._gate import Gate
+from surgeon._gating.gate import Gate
 
 X = torch.zeros(2, 4)
 FORMS = [{"unit": "batch"}, {"skip": True}, {"skip": False}]

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import surgeon
-from surgeon._hygiene import graph_findings, node_counts
-from surgeon._onnx_file import OnnxFileError
-from surgeon._verify import verify
+from surgeon._onnx.file import OnnxFileError
+from surgeon._onnx.hygiene import graph_findings, node_counts
+from surgeon._onnx.verify import verify
 from surgeon.errors import ParityError, UsageError, WrappedModelError
 
 

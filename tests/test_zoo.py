@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import surgeon
 from benchmarks._zoo_checks import recall
 from benchmarks._zoo_models import Entry, build, example
-from surgeon._analysis import analyse
-from surgeon._example import inputs
+from surgeon._finding.analysis import analyse
 from surgeon._surgery import gated_blocks
+from surgeon._tracing.example import inputs
 
 # The smallest model of each of timm's model modules.
 TIMM: dict[str, str] = {

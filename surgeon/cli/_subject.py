@@ -171,7 +171,7 @@ def _noted_size(metadata: dict[str, str]) -> tuple[int, ...] | None:
 
 
 def _example(model: "nn.Module", size: tuple[int, ...] | None) -> "Tensor | None":
-    from surgeon._example import default_input
+    from surgeon._tracing.example import default_input
 
     if size is None:
         return None

@@ -70,8 +70,8 @@ def command(  # noqa: PLR0913 - one for each option
     folded into them first; name the schedule and the drop rate of the training.
     """
     from surgeon import _table
-    from surgeon._export import export
     from surgeon._files import destination
+    from surgeon._onnx.export import export
 
     destination(output, overwrite=overwrite)
     names = _labels(labels)

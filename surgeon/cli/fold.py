@@ -151,8 +151,8 @@ def _outputs(model: "nn.Module", subject: Subject) -> "list[Tensor]":
     """What the evaluating model returns for two random samples, always the same ones."""
     import torch
 
-    from surgeon._example import tensors
-    from surgeon._signature import signature
+    from surgeon._onnx.signature import signature
+    from surgeon._tracing.example import tensors
 
     called = signature(model, subject.example)
     drawn = called.draw(2, torch.Generator().manual_seed(0))

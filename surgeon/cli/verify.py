@@ -49,8 +49,8 @@ def command(
     schedule are as for export.
     """
     from surgeon import _table
-    from surgeon._onnx_file import open_onnx
-    from surgeon._verify import verify
+    from surgeon._onnx.file import open_onnx
+    from surgeon._onnx.verify import verify
 
     with out.working(f"comparing {file} with {model}"):
         with open_onnx(file):  # A bad file is said before a large model is made.

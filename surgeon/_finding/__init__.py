@@ -1,0 +1,1 @@
+"""What the graphs show: the residual adds, and why every other addition is none."""

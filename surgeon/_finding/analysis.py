@@ -1,0 +1,338 @@
+"""From a model to its residual adds: record once, trace the blocks that add, classify, choose.
+
+Nothing here changes the model; `surgeon._surgery` acts on what comes out.
+"""
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx, nn
+
+from surgeon._finding.choice import Choice
+from surgeon._finding.findings import REASONS, Findings, Refusal, Residual, gate_name
+from surgeon._finding.flow import Flow
+from surgeon._finding.opgraph import adds_constant, count_sums, operators
+from surgeon._finding.residual import (
+    Addition,
+    additions,
+    arguments_of,
+    mask_nodes,
+    side,
+)
+from surgeon._tracing.alike import likeness
+from surgeon._tracing.example import mode, no_inference_mode, tensors, untouched
+from surgeon._tracing.facts import is_size
+from surgeon._tracing.fake import held_open
+from surgeon._tracing.operators import drops_rows
+from surgeon._tracing.oplog import OpLog
+from surgeon._tracing.reads import Reads
+from surgeon._tracing.record import Call, Recording, record
+from surgeon._tracing.trace import trace
+from surgeon.errors import TraceError
+
+_Arguments = tuple[tuple[Any, ...], dict[str, Any], OpLog]
+
+
+@dataclass(slots=True)
+class Block:
+    """One block with residual adds: the module, how it was called, its traced forward.
+
+    Attributes:
+        name: Qualified name.
+        module: The block.
+        call: Its first call in the recording.
+        flow: Its traced forward.
+        found: The additions to gate, in order.
+        residuals: The same as `Residual`.
+    """
+
+    name: str
+    module: nn.Module
+    call: Call
+    flow: Flow
+    found: list[Addition] = field(default_factory=list)
+    residuals: list[Residual] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """The residual adds of a model, block by block, and the additions left alone."""
+
+    recording: Recording
+    blocks: tuple[Block, ...]
+    refused: tuple[Refusal, ...]
+
+    @property
+    def findings(self) -> Findings:
+        residuals = tuple(r for block in self.blocks for r in block.residuals)
+        return Findings(residuals, self.refused, self.recording.flops)
+
+
+def analyse(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> Analysis:
+    """Finds the residual adds of ``model``; the model is left as it was.
+
+    Args:
+        model: Any module.
+        args: Positional arguments of the example.
+        kwargs: Keyword arguments of the example.
+        include: Glob patterns on names of residual adds, blocks or block classes; if given, only these. The
+            full name of a refused addition, or a reason code, brings that in; ``:left`` or ``:right`` behind
+            a pattern tells which side of the sum is the shortcut.
+        exclude: Patterns of what to leave out, likewise.
+
+    Raises:
+        RecordError: The model does not run on the example.
+        UsageError: A pattern matches nothing.
+    """
+    recording = record(model, args, kwargs)
+    names = {module: name for name, module in model.named_modules()}
+    scan = _Scan(recording, names, Choice(include, exclude))
+    # Always in training mode, where stochastic depth that is already there is live.
+    with no_inference_mode(), mode(model, True), untouched(model), held_open():
+        for call in recording.calls:
+            scan.visit(call)
+    scan.choice.check()
+    return Analysis(recording, tuple(scan.blocks), tuple(scan.refused))
+
+
+@dataclass(slots=True)
+class _Traced:
+    """One block's graph and the additions in it, which blocks alike may share."""
+
+    flow: Flow
+    additions: list[Addition]
+    evaluating: Reads | None = None
+
+    def fits(self, block: nn.Module) -> bool:
+        """Whether ``block``, if alike, agrees on every number and flag that was read."""
+        return self.flow.trace.reads.agree(block) and (not self.evaluating or self.evaluating.agree(block))
+
+
+class _Scan:
+    """Visits the calls of a recording from the outside in and collects blocks and refusals."""
+
+    def __init__(self, recording: Recording, names: dict[nn.Module, str], choice: Choice) -> None:
+        self.recording, self.names, self.choice = recording, names, choice
+        self.blocks: list[Block] = []
+        self.refused: list[Refusal] = []
+        self.seen: set[nn.Module] = set()
+        self.nested: set[nn.Module] = set()
+        adding = {call.module for call in recording.calls if call.additions}
+        self.kinds = Counter(type(module) for module in adding)
+        self.traced: dict[Hashable, list[_Traced]] = {}
+
+    def visit(self, call: Call) -> None:
+        module = call.module
+        if module in self.seen or not (call.additions or call.biases):
+            return
+        self.seen.add(module)
+        if not call.additions:
+            if self.choice.asks_for("bias"):
+                self._trace(call)
+            elif any(module.children()):  # the bias of a single layer is no matter for a report
+                self._refuse_all(module, call.biases, "bias")
+        elif module in self.nested and not self.choice.asks_for("nested"):
+            self._refuse_all(module, call.additions, "nested")
+        else:
+            self._trace(call)
+
+    def _trace(self, call: Call) -> None:
+        module, name = call.module, self.names[call.module]
+        arguments = self.recording.arguments(call)
+        try:
+            traced = self._traced(call, arguments)
+        except TraceError as error:
+            self._untraced(call, error)
+            return
+        block = Block(name, module, call, traced.flow)
+        for addition in traced.additions:
+            self._sort(block, addition)
+        unseen = call.additions - sum(addition.code != "bias" for addition in traced.additions)
+        self._refuse_all(module, unseen, "form", first=len(traced.additions))
+        if block.found:
+            _number(block)
+            self.blocks.append(block)
+
+    def _traced(self, call: Call, arguments: _Arguments) -> _Traced:
+        """A block's graph and its additions; equal blocks share them."""
+        if self.kinds[type(call.module)] == 1:
+            return self._traced_anew(call, arguments)
+        children = self.recording.children(call)
+        alike = self.traced.setdefault(likeness(call.module, *arguments, children), [])
+        shared = next((one for one in alike if one.fits(call.module)), None)
+        if shared is None:
+            shared = self._traced_anew(call, arguments)
+            alike.append(shared)
+        return shared
+
+    def _traced_anew(self, call: Call, arguments: _Arguments) -> _Traced:
+        replays = self.recording.replays(call) if self.recording.training else {}
+        opened = self._holding_drops(call)
+        try:
+            flow = Flow(trace(call.module, *arguments, replays, opened))
+        except TraceError:
+            if not opened:
+                raise
+            flow = Flow(trace(call.module, *arguments, replays))
+        traced = _Traced(flow, additions(flow))
+        if any(drop.op != "call_module" for addition in traced.additions for drop in addition.drops):
+            self._check_drops(call, arguments, traced)
+        return traced
+
+    def _holding_drops(self, call: Call) -> frozenset[str]:
+        """The modules below a block that hold stochastic depth but no addition: steps of its own branch.
+
+        They are traced through, so that the gate on the branch stands in for what they hold.
+        """
+        calls, log = self.recording.calls, self.recording.log
+        paths = {module: path for path, module in call.module.named_modules()}
+        opened: set[str] = set()
+        for below in self.recording.below(call):
+            rows = next((t.shape[0] for t in tensors(below.output) if t.ndim), 0)
+            if not drops_rows(log.ops[below.first_op : below.last_op], rows):
+                continue
+            between = []
+            while (below := calls[below.parent]) is not call:
+                between.append(below)
+            ops = [log.ops[one.first_op : one.last_op] for one in between]
+            if not any(one.additions or drops_rows(o, rows) for one, o in zip(between, ops, strict=True)):
+                opened.update(paths[one.module] for one in between)
+        return frozenset(opened)
+
+    def _check_drops(self, call: Call, arguments: _Arguments, traced: _Traced) -> None:
+        """Refuses branches with stochastic depth written out whose correction would stay when the mask goes.
+
+        With the mask taken off, such a branch must do in training what it does in evaluation.
+        """
+        plain: dict[int, Addition] = {}
+        with suppress(TraceError), mode(call.module, False):
+            evaluating = Flow(trace(call.module, *arguments, opened=traced.flow.trace.opened))
+            traced.evaluating = evaluating.trace.reads
+            plain = {a.ordinal: a for a in additions(evaluating)}
+        for place, addition in enumerate(traced.additions):
+            if addition.code is None and addition.drops:
+                other = plain.get(addition.ordinal)
+                if other is None or not _agree(traced.flow, addition, evaluating, other):
+                    traced.additions[place] = replace(addition, code="stochastic")
+
+    def _untraced(self, call: Call, error: TraceError) -> None:
+        """Refuses the additions of a block without a trace, each for what the operators that ran say."""
+        flow = operators(self.recording.log, call)
+        found, sums = additions(flow, regions=False), count_sums(flow)
+        name, kind = self.names[call.module], type(call.module).__name__
+        why = f"{REASONS['untraceable']}: {error}"
+        for addition in found:
+            code = addition.code or ("bias" if adds_constant(flow, addition) else "untraceable")
+            reason = why if code == "untraceable" else REASONS[code]
+            self._refuse(gate_name(name, addition.ordinal), name, kind, code, reason)
+        # Two constants, chosen by an activation: anchors by their scores.
+        self._refuse_all(call.module, sums - len(found), "bias", first=len(found))
+        unseen = call.additions + call.biases - sums
+        self._refuse_all(call.module, unseen, "untraceable", why, first=sums)
+
+    def _sort(self, block: Block, addition: Addition) -> None:
+        name, kind = gate_name(block.name, addition.ordinal), type(block.module).__name__
+        code = "nested" if block.module in self.nested else addition.code
+        if code == "no-shortcut" and self._hands_on(block, addition):
+            code = None
+        chosen = self.choice.takes(block.flow, addition, code, name, block.name, kind)
+        if chosen is not None:
+            block.found.append(chosen)
+            block.residuals.append(_describe(block, chosen, name))
+            self._mark_nested(block, chosen)
+        elif code is not None:
+            self.refused.append(Refusal(name, block.name, kind, code, REASONS[code]))
+        else:
+            self.refused.append(Refusal(name, block.name, kind, "excluded", "left out by include or exclude"))
+
+    def _hands_on(self, block: Block, addition: Addition) -> bool:
+        """Whether the caller computed the branch's argument from the shortcut's, no residual add between.
+
+        A long skip over residual adds, as decoders of segmentation have it, is no step of a residual stream.
+        """
+        if not addition.kind or self.recording.log.real:
+            return False
+        gated = {found.module for found in self.blocks}
+        shortcuts, sources = (
+            {block.call.made_at[place] for place in given} for given in arguments_of(block.flow, addition)
+        )
+        ways = [self.recording.log.between(a, b) for a in shortcuts for b in sources]
+        over = [{self.recording.calls[i].module for i in way if i >= 0} for way in ways if way is not None]
+        return bool(over) and all(gated.isdisjoint(modules) for modules in over)
+
+    def _mark_nested(self, block: Block, addition: Addition) -> None:
+        """Everything that runs inside this branch is no residual add of its own."""
+        for node in side(block.flow, addition.branch, addition.shortcut):
+            if node.op == "call_module":
+                self.nested.update(block.module.get_submodule(str(node.target)).modules())
+
+    def _refuse_all(self, module: nn.Module, count: int, code: str, reason: str = "", first: int = 0) -> None:
+        name, kind = self.names[module], type(module).__name__
+        for ordinal in range(first, first + count):
+            self._refuse(gate_name(name, ordinal), name, kind, code, reason or REASONS[code])
+
+    def _refuse(self, name: str, block: str, kind: str, code: str, reason: str) -> None:
+        """Lists an addition that is in no graph."""
+        self.choice.refuses(name, code, reason, block, kind)
+        self.refused.append(Refusal(name, block, kind, code, reason))
+
+
+def _number(block: Block) -> None:
+    """Notes for each residual add of a block how many follow on one another up to it."""
+    depths: dict[fx.Node, int] = {}
+    for place, addition in enumerate(block.found):
+        carried = block.flow.ancestors(addition.shortcut, itself=True)
+        depth = depths[addition.node] = 1 + max((d for n, d in depths.items() if n in carried), default=0)
+        block.residuals[place] = replace(block.residuals[place], depth=depth)
+
+
+def _agree(flow: Flow, training: Addition, evaluating: Flow, plain: Addition) -> bool:
+    """Whether a branch without its stochastic depth runs the same calls as in evaluation."""
+    if plain.code is not None:
+        return False
+    masks = {n for drop in training.drops for n in mask_nodes(flow, drop)}
+    left = [n for n in side(flow, training.branch, training.shortcut) if n not in masks]
+    right = side(evaluating, plain.branch, plain.shortcut)
+    calls = [
+        [(n.op, n.target, _constants(n)) for n in nodes if not is_size(n, f.fact(n))]
+        for f, nodes in ((flow, left), (evaluating, right))
+    ]
+    return calls[0] == calls[1]
+
+
+def _constants(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(a for a in node.args if isinstance(a, (int, float)))
+
+
+def _describe(block: Block, addition: Addition, name: str) -> Residual:
+    flow = block.flow
+    work = [n for n in side(flow, addition.branch, addition.shortcut) if n not in addition.drops]
+    drops = [node for node in addition.drops if node.op == "call_module"]
+    prefix = f"{block.name}." if block.name else ""
+    return Residual(
+        name=name,
+        block=block.name,
+        block_type=type(block.module).__name__,
+        kind=addition.kind,
+        shortcut="identity"
+        if addition.kind == "identity"
+        else _modules(side(flow, addition.shortcut, addition.branch)),
+        branch=_modules(work),
+        flops=addition.flops,
+        replaces=tuple(prefix + str(node.target) for node in drops),
+    )
+
+
+def _modules(nodes: list[fx.Node]) -> str:
+    """The modules that run among ``nodes``, in order; functions only if there is no module."""
+    modules = [str(node.target) for node in nodes if node.op == "call_module"]
+    return " ".join(modules) or " ".join(node.name for node in nodes)

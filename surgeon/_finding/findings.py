@@ -1,0 +1,108 @@
+"""What `surgeon.find` tells: the residual adds, and the reason why each other addition is none."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from surgeon._text import table
+
+REASONS = {
+    "aliased": "writes in place to a tensor that is read again under another name",
+    "arithmetic": "adds two results of arithmetic on the same values; no layer to skip",
+    "bias": "adds a weight, mask or table that depends on no input",
+    "broadcast": "the two sides differ in shape, so one of them is spread over the other",
+    "form": "is made inside one operator or in a form that cannot take a gate",
+    "fusion": "merges two branches with activations of their own; neither side is a shortcut",
+    "gating": "mixes two activations with weights computed from the input",
+    "linear": "sums linear paths (a reparametrisation branch); no activation to skip",
+    "nested": "lies inside the branch of another residual add",
+    "no-shortcut": "the two sides share no ancestor in the block, so neither is a shortcut",
+    "position": "adds a position encoding, one depthwise convolution of the input",
+    "stochastic": "has stochastic depth of its own written out, which cannot be taken off whole",
+    "untraceable": "the block could not be traced",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """One addition ``shortcut + branch(x)`` that may carry a gate.
+
+    Attributes:
+        name: Qualified name of the add, the block's name and the add's place in it: ``"layer1.0.add"``,
+            ``"blocks.3.add_1"``.
+        block: Qualified name of the module whose own ``forward`` performs the add; ``""`` is the model.
+        block_type: Class name of that module.
+        kind: ``"identity"`` or ``"projection"`` (what the shortcut does to the block's input), or ``"left"``
+            or ``"right"`` where ``include`` told which side is the shortcut.
+        shortcut: What the shortcut runs: ``"identity"`` or its modules, ``"downsample"``.
+        branch: What the branch runs, its modules in order: ``"conv1 bn1 act1 conv2 bn2"``.
+        flops: FLOPs of one forward of the branch on the example.
+        replaces: Names of the stochastic-depth modules already on this branch; the gate stands in for them.
+        depth: How many residual adds of its block follow on one another up to this one, itself included.
+    """
+
+    name: str
+    block: str
+    block_type: str
+    kind: str
+    shortcut: str
+    branch: str
+    flops: int
+    replaces: tuple[str, ...] = ()
+    depth: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One addition that is left alone.
+
+    Attributes:
+        name, block, block_type: As in `Residual`.
+        code: A key of `REASONS`.
+        reason: The same as a sentence.
+    """
+
+    name: str
+    block: str
+    block_type: str
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What `surgeon.find` found; iterating gives the residual adds.
+
+    Attributes:
+        residuals: The residual adds, in the order in which they first run.
+        refused: Every other addition of two tensors, with its reason; a layer's own bias is not listed.
+        flops: FLOPs of one forward of the whole model on the example.
+    """
+
+    residuals: tuple[Residual, ...]
+    refused: tuple[Refusal, ...]
+    flops: int
+
+    def __iter__(self) -> Iterator[Residual]:
+        return iter(self.residuals)
+
+    def __len__(self) -> int:
+        return len(self.residuals)
+
+    def __str__(self) -> str:
+        total = max(self.flops, 1)
+        rows = [(r.name, r.block_type, r.kind, r.shortcut, r.branch, f"{r.flops / total:.1%}") for r in self]
+        lines = [f"{len(self)} residual adds"]
+        if rows:
+            lines += table(("add", "block", "kind", "shortcut", "branch", "FLOPs"), rows)
+        reasons = Counter((r.code, r.reason) for r in self.refused)
+        if reasons:
+            lines.append(f"{len(self.refused)} additions left alone")
+            lines += table(("count", "code", "reason"), [(str(n), *why) for why, n in reasons.most_common()])
+        return "\n".join(lines)
+
+
+def gate_name(block: str, ordinal: int) -> str:
+    """Qualified name of a residual add: its block's, and its place among the additions there."""
+    add = f"add_{ordinal}" if ordinal else "add"
+    return f"{block}.{add}" if block else add

@@ -1,0 +1,397 @@
+r"""The algebra of the fold: what a positive scale on one value does to the others.
+
+Give every value ``v`` of the flat model an integer exponent ``e(v)``, its degree: after the fold the
+value is ``s ** e(v)`` times what it was, for one fixed scale ``s > 0``. An operator is exact under such a
+rescaling if and only if the exponents around it satisfy its law. All laws here are linear equations:
+
+====================================  =======================================  =======================
+operator                              why it is exact                          law
+====================================  =======================================  =======================
+view, permute, slice, pool, mean,     homogeneous: ``f(s x) = s f(x)``         ``e(y) = e(x)``
+ReLU, LeakyReLU, PReLU, abs, pad 0
+add, cat, stack, where, maximum       ``s a + s b = s (a + b)``                ``e(y) = e(a) = e(b)``
+mul, matmul, convolution, einsum      bilinear: ``(s a)(t b) = s t (a b)``     ``e(y) = e(a) + e(b)``
+bias of a convolution, ``addmm``      added to the product                     ``e(b) = e(y)``
+div                                   ``(s a) / (t b) = (s / t)(a / b)``       ``e(y) = e(a) - e(b)``
+pow k, sqrt, rsqrt, reciprocal        ``(s x) ** k = s ** k x ** k``           ``e(y) = k e(x)``
+batch, layer, group, RMS norm         linear in the affine part; an epsilon    ``e(y) = e(w) = e(b)``,
+                                      in the statistics holds the input fast   ``e(x) = 0``
+attention                             linear in the values, a softmax of       ``e(y) = e(v)``,
+                                      the rest                                 ``e(q) = e(k) = 0``
+comparison with 0, argmax, sign       blind to a positive scale                ``e(y) = 0``
+a tensor of zeros                     ``s 0 = 0``                              none
+everything else: SiLU, GELU, ReLU6,   no law known, or none that is exact      all exponents 0
+sigmoid, softmax, clamp, exp
+====================================  =======================================  =======================
+
+Constants, buffers and the model's inputs and outputs have exponent 0. A Parameter is a free unknown, one
+for all its uses: a tied weight is consistent by construction or there is no solution. The gate whose scale
+is pushed asks for ``e = 1`` on its branch and ``e = 0`` behind it.
+
+What would otherwise be a list of special cases follows from these laws alone. In a weight-standardised
+convolution the raw weight enters a normalisation, so only gain and bias can take the scale. At the end of
+squeeze-and-excitation ``x * sigmoid(f(pool(x)))`` the sigmoid wants 0 on its argument, so a scaled ``x``
+asks for ``s ** -1`` on the first weight of ``f``. In a ghost module the cheap convolution reads the scaled
+primary features and its norm wants exponent 0, so its weight takes ``s ** -1``. In ``w = g v / |v|`` only
+``g`` can take it, and in spectral normalisation ``w / sigma(w)`` nothing can.
+
+Each rule below is a pure function from one call to its laws. ``surgeon._folding.search`` solves them.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from surgeon._folding.flat import Call, Value
+
+NO_SCALE = "does not commute with a scale"
+
+
+class Law(NamedTuple):
+    """``sum of coefficient * e(value) = 0``; ``why`` is for a law that forbids a scale on one value."""
+
+    terms: tuple[tuple[Value, int], ...]
+    why: str = NO_SCALE
+
+
+Laws = Iterable[Law]
+Rule = Callable[[Call], Laws]
+
+
+def laws(call: Call) -> Laws:
+    """The laws of one call; an unknown operator lets no scale through."""
+    return _RULES.get(call.name, nothing)(call)
+
+
+# The forms a law can take.
+
+
+def equal(values: Iterable[Any]) -> Laws:
+    """All tensors among ``values`` have the same exponent."""
+    tensors = [value for value in values if isinstance(value, Value)]
+    return [Law(((tensors[0], 1), (other, -1))) for other in tensors[1:]]
+
+
+def zero(values: Iterable[Any], why: str = NO_SCALE) -> Laws:
+    """No tensor among ``values`` may be scaled."""
+    return [Law(((value, 1),), why) for value in values if isinstance(value, Value)]
+
+
+def product(out: Value, *factors: Any) -> Laws:
+    """The exponents of the factors add up; a factor that is a number or absent counts nothing."""
+    return [Law(((out, 1), *((factor, -1) for factor in factors if isinstance(factor, Value))))]
+
+
+def power(out: Value, base: Any, exponent: Fraction) -> Laws:
+    """``out = base ** exponent``."""
+    return [Law(((out, exponent.denominator), (base, -exponent.numerator)))]
+
+
+# Rules: from a call to its laws.
+
+
+def nothing(call: Call) -> Laws:
+    """No law is known: nothing around the call may be scaled."""
+    return zero((*call.outputs, *call.inputs), NO_SCALE if call.inputs else "makes a constant")
+
+
+def carries(call: Call) -> Laws:
+    """Homogeneous in its first tensor; the others (indices, slopes, places to sample at) stay as they are."""
+    first, *others = call.inputs
+    out, *indices = call.outputs
+    return [*equal((first, out, *(value for value in indices if value.scalable))), *zero(others)]
+
+
+def leaks(call: Call) -> Laws:
+    """A leaky ReLU of random slope, whose mean it takes in evaluation."""
+    return nothing(call) if call.arguments["training"] else carries(call)
+
+
+def joins(call: Call) -> Laws:
+    """Homogeneous in all its tensors together; an index that comes out besides does not see the scale."""
+    return equal((*call.inputs, *(value for value in call.outputs if value.scalable)))
+
+
+def multiplies(call: Call) -> Laws:
+    """Linear in each of its tensors."""
+    return product(call.outputs[0], *call.inputs)
+
+
+def adds(call: Call) -> Laws:
+    """A sum or difference; a number other than 0 on one side is a constant that cannot be scaled."""
+    if any(_is_number(call.arguments.get(side)) and call.arguments[side] for side in ("self", "other")):
+        return zero((*call.outputs, *call.inputs), "adds a constant")
+    return joins(call)
+
+
+def selects(call: Call) -> Laws:
+    """``where``: entries of two sides, either of which may be zeros."""
+    sides = call.arguments["self"], call.arguments["other"]
+    if not all(isinstance(side, Value) or _is_scale_free(side) for side in sides):
+        return nothing(call)
+    return equal((call.outputs[0], *sides))
+
+
+def writes(call: Call) -> Laws:
+    """Entries of one tensor replaced by, or summed with, those of another or a number."""
+    held = call.arguments
+    new = next(held[name] for name in ("src", "source", "values", "value") if name in held)
+    if held.get("reduce") is not None or not (isinstance(new, Value) or _is_scale_free(new)):
+        return nothing(call)
+    return equal((call.outputs[0], held["self"], new))
+
+
+def divides(call: Call) -> Laws:
+    """A quotient without rounding."""
+    if call.arguments.get("rounding_mode") is not None:
+        return nothing(call)
+    over, under = call.arguments["self"], call.arguments["other"]
+    terms = [(call.outputs[0], 1)] + [(v, c) for v, c in ((over, -1), (under, 1)) if isinstance(v, Value)]
+    return [Law(tuple(terms))]
+
+
+def affine(data: str, weight: str, bias: str) -> Rule:
+    """A product of two arguments plus a third: convolution, ``addmm`` and their kin."""
+
+    def rule(call: Call) -> Laws:
+        out, held = call.outputs[0], call.arguments
+        return [*product(out, held[data], held[weight]), *equal((out, held[bias]))]
+
+    return rule
+
+
+def normalises(call: Call) -> Laws:
+    """A normalisation: the statistics hold an epsilon, so its input stays; its affine part scales."""
+    held, out = call.arguments, call.outputs[0]
+    others = [held.get(name) for name in ("input", "running_mean", "running_var")]
+    pinned = [*zero(others, "normalises what it reads"), *zero(call.outputs[1:])]
+    if not isinstance(held["weight"], Value):
+        return [*pinned, *zero((out, held.get("bias")), "has no weight of its own to take a scale")]
+    return [*pinned, *equal((out, held["weight"], held.get("bias")))]
+
+
+def normalises_by_buffers(call: Call) -> Laws:
+    """An evaluating batch norm whose running mean may be scaled with its input; see `_folding.freed`."""
+    held, out = call.arguments, call.outputs[0]
+    pinned = zero((held["running_var"], *call.outputs[1:]))
+    moved = equal((held["input"], held["running_mean"]))
+    return [*pinned, *moved, *product(out, held["input"], held["weight"]), *equal((out, held["bias"]))]
+
+
+def weight_norm(call: Call) -> Laws:
+    """``w = g v / |v|`` without an epsilon: ``g`` carries the scale."""
+    out, norms = call.outputs
+    return [*equal((out, call.arguments["g"])), *equal((norms, call.arguments["v"]))]
+
+
+def attends(call: Call) -> Laws:
+    """Fused attention: linear in the values, a softmax in queries, keys and bias."""
+    value, out = call.arguments["value"], call.outputs[0]
+    rest = [v for v in (*call.inputs, *call.outputs[1:]) if v != value]
+    return [*equal((out, value)), *zero(rest)]
+
+
+def deforms(call: Call) -> Laws:
+    """A deformable convolution: a product of input, weight and mask, at offsets that stay."""
+    held, out = call.arguments, call.outputs[0]
+    mask = held["mask"] if held["use_mask"] else None
+    pinned = zero((held["offset"], None if held["use_mask"] else held["mask"]))
+    return [*product(out, held["input"], held["weight"], mask), *equal((out, held["bias"])), *pinned]
+
+
+def adds_product(sign: int) -> Rule:
+    """``addcmul`` and ``addcdiv``: a tensor plus a product or quotient of two."""
+
+    def rule(call: Call) -> Laws:
+        held, out = call.arguments, call.outputs[0]
+        terms = ((out, 1), (held["tensor1"], -1), (held["tensor2"], -sign))
+        return [*equal((out, held["self"])), Law(terms)]
+
+    return rule
+
+
+def raises(call: Call) -> Laws:
+    """A power with a constant rational exponent."""
+    base, exponent = call.arguments["self"], call.arguments["exponent"]
+    if not (isinstance(base, Value) and _is_number(exponent) and math.isfinite(exponent)):
+        return nothing(call)
+    exact = Fraction(exponent).limit_denominator(8)
+    return power(call.outputs[0], base, exact) if exact == exponent else nothing(call)
+
+
+def power_of(exponent: Fraction) -> Rule:
+    """A fixed power of the only tensor."""
+    return lambda call: power(call.outputs[0], call.inputs[0], exponent)
+
+
+def variance(call: Call) -> Laws:
+    """The variance, alone or before the mean."""
+    spread, *mean = call.outputs
+    return [*power(spread, call.inputs[0], Fraction(2)), *equal((call.inputs[0], *mean))]
+
+
+def compares(call: Call) -> Laws:
+    """A truth value: blind to a scale on both sides, or on one against 0."""
+    other = call.arguments.get("other")
+    if _is_number(other) and other:
+        return nothing(call)
+    return equal(call.inputs)
+
+
+def ignores(call: Call) -> Laws:
+    """The result does not see a positive scale on what is read (an index, a sign, a shape)."""
+    return zero(call.outputs)
+
+
+def makes_free(_: Call) -> Laws:
+    """Memory without content, or zeros: any scale leaves them what they are."""
+    return []
+
+
+def fills(call: Call) -> Laws:
+    """A new tensor of one number; zeros carry any scale."""
+    number = call.arguments.get("fill_value", call.arguments.get("value", call.arguments.get("s")))
+    return [] if _is_scale_free(number) else zero(call.outputs, "is a constant")
+
+
+def pads(call: Call) -> Laws:
+    """Padding by 0 or infinity carries a scale, by another number not."""
+    return carries(call) if _is_scale_free(call.arguments.get("value", 0)) else nothing(call)
+
+
+def clamps(*bounds: str) -> Rule:
+    """A clamp whose bounds are all absent, 0 or infinite; ReLU is one, ReLU6 is not."""
+
+    def rule(call: Call) -> Laws:
+        limits = [call.arguments.get(bound) for bound in bounds]
+        if any(_is_number(limit) and not _is_scale_free(limit) for limit in limits):
+            return nothing(call)
+        return joins(call)
+
+    return rule
+
+
+def copies(call: Call) -> Laws:
+    """``copy(self, src)``: the content of ``src`` in the form of ``self``."""
+    return equal((call.outputs[0], call.arguments["src"]))
+
+
+def looks_up(call: Call) -> Laws:
+    """An embedding: rows of its weight."""
+    return equal((call.outputs[0], call.arguments["weight"]))
+
+
+def interpolates(call: Call) -> Laws:
+    """``lerp``: between two tensors, by a number or a tensor that stays."""
+    held = call.arguments
+    return [*equal((call.outputs[0], held["self"], held["end"])), *zero((held["weight"],))]
+
+
+def norm_of(call: Call) -> Laws:
+    """A vector norm of positive order."""
+    order = call.arguments.get("ord", call.arguments.get("p"))
+    return carries(call) if order is None or order > 0 else nothing(call)
+
+
+def _is_number(argument: Any) -> bool:
+    return isinstance(argument, int | float)
+
+
+def _is_scale_free(number: Any) -> bool:
+    """Numbers that a positive scale leaves as they are."""
+    return number is None or (_is_number(number) and (number == 0 or math.isinf(number)))
+
+
+def _aten(names: str, rule: Rule) -> dict[str, Rule]:
+    return {f"aten.{name}": rule for name in names.split()}
+
+
+_RULES: dict[str, Rule] = {
+    # Same numbers in another form or order, or a homogeneous function of one tensor.
+    **_aten(
+        "view _unsafe_view _reshape_alias permute transpose t expand squeeze unsqueeze slice select split"
+        " split_with_sizes unbind diagonal unfold alias detach clone lift lift_fresh lift_fresh_copy"
+        " _to_copy repeat repeat_interleave roll flip rot90 pixel_shuffle pixel_unshuffle channel_shuffle"
+        " native_channel_shuffle index index_select gather take max_unpool2d max_unpool3d"
+        " tril triu im2col col2im view_as_real view_as_complex _conj _conj_physical real imag neg",
+        carries,
+    ),
+    # Metadata changes in place are all that functionalisation leaves in place: the value stays the same one.
+    **_aten("squeeze_ unsqueeze_ t_ transpose_ swapdims_ swapaxes_ detach_", carries),
+    **_aten("relu leaky_relu _prelu_kernel abs mean sum nansum cumsum amax amin nanmean std", carries),
+    **_aten("max min median sort topk kthvalue", joins),
+    **_aten(
+        "max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d"
+        " fractional_max_pool2d fractional_max_pool3d"
+        " avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"
+        " _adaptive_avg_pool2d _adaptive_avg_pool3d reflection_pad1d reflection_pad2d reflection_pad3d"
+        " replication_pad1d replication_pad2d replication_pad3d upsample_nearest1d upsample_nearest2d"
+        " upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d"
+        " upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d"
+        " _upsample_bilinear2d_aa _upsample_bicubic2d_aa"
+        " _fft_r2c _fft_c2r _fft_c2c",
+        carries,
+    ),
+    **_aten("rrelu rrelu_with_noise", leaks),
+    **_aten("linalg_vector_norm norm", norm_of),
+    **_aten("constant_pad_nd", pads),
+    **_aten("hardtanh", clamps("min_val", "max_val")),
+    **_aten("clamp clamp_min clamp_max", clamps("min", "max")),
+    **_aten("threshold", clamps("threshold", "value")),
+    **_aten("masked_fill index_fill", writes),
+    # Sums.
+    **_aten("add sub rsub", adds),
+    **_aten(
+        "slice_scatter select_scatter diagonal_scatter index_put _unsafe_index_put"
+        " scatter scatter_add index_add index_copy masked_scatter",
+        writes,
+    ),
+    **_aten("cat stack maximum minimum fmax fmin complex hypot", joins),
+    **_aten("where", selects),
+    **_aten("lerp", interpolates),
+    **_aten("copy", copies),
+    **_aten("embedding", looks_up),
+    # Products.
+    **_aten("mul mm bmm matmul mv dot vdot outer ger kron cross linalg_cross", multiplies),
+    **_aten("div divide true_divide", divides),
+    **_aten("convolution _convolution", affine("input", "weight", "bias")),
+    **_aten("addmm", affine("mat1", "mat2", "self")),
+    **_aten("addmv", affine("mat", "vec", "self")),
+    **_aten("addr", affine("vec1", "vec2", "self")),
+    **_aten("baddbmm addbmm", affine("batch1", "batch2", "self")),
+    **_aten("addcmul", adds_product(1)),
+    **_aten("addcdiv", adds_product(-1)),
+    **_aten("grid_sampler_2d grid_sampler_3d cudnn_grid_sampler", carries),
+    "torchvision.deform_conv2d": deforms,
+    "torchvision.roi_align": carries,
+    "torchvision.ps_roi_align": carries,
+    # Powers.
+    **_aten("pow", raises),
+    **_aten("sqrt", power_of(Fraction(1, 2))),
+    **_aten("rsqrt", power_of(Fraction(-1, 2))),
+    **_aten("reciprocal", power_of(Fraction(-1))),
+    **_aten("square", power_of(Fraction(2))),
+    **_aten("var var_mean", variance),
+    # Normalisations and attention.
+    **_aten(
+        "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm"
+        " miopen_batch_norm _batch_norm_no_update _batch_norm_with_update native_layer_norm native_group_norm"
+        " _fused_rms_norm",
+        normalises,
+    ),
+    "surgeon.batch_norm": normalises_by_buffers,
+    **_aten("_weight_norm_interface", weight_norm),
+    **_aten(
+        "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu"
+        " _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
+        " _scaled_dot_product_fused_attention_overrideable",
+        attends,
+    ),
+    # Blind to a scale, or without content.
+    **_aten("eq ne lt le gt ge", compares),
+    **_aten("argmax argmin argsort sign sgn isnan logical_not signbit count_nonzero", ignores),
+    **_aten("empty empty_like new_empty empty_strided new_empty_strided empty_permuted", makes_free),
+    **_aten("zeros zeros_like new_zeros", makes_free),
+    **_aten("full full_like new_full scalar_tensor fill", fills),
+}

@@ -1,0 +1,269 @@
+"""The fold: evaluation scales written into the branches' own parameters, exactly.
+
+Under ``scaling="paper"`` every gate evaluates ``shortcut + c * branch(x)`` with a constant ``c > 0``.
+``plan`` finds, without touching the model, which parameters to multiply by which power of ``c`` so that
+each branch yields ``c * branch(x)`` by itself; ``commit`` multiplies them. The laws behind the plan are
+those of ``surgeon._folding.algebra``.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon._folding.balance import Balance
+from surgeon._folding.flat import Flat, flatten
+from surgeon._folding.freed import INVERTIBLE, freed
+from surgeon._folding.rows import by_rows
+from surgeon._folding.search import Exponents, Refusal, solve, spoken
+from surgeon.errors import FoldError
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Multiply one parameter by ``scale[gate] ** exponent``."""
+
+    parameter: str
+    """The parameter's name, the first of them if it is tied; or that of a batch norm's running mean."""
+    gate: int
+    exponent: int
+    rows: tuple[int, int] | None = None
+    """First row and the row after the last, counted along ``dim``; None for the whole parameter."""
+    dim: int = 0
+    through: str = ""
+    """What is multiplied is this function of the parameter, such as ``"sigmoid"``."""
+
+    def __str__(self) -> str:
+        rows = "" if self.rows is None else f"[{':, ' * self.dim}{self.rows[0]}:{self.rows[1]}]"
+        power = "" if self.exponent == 1 else f" ** {self.exponent}"
+        what = f"{self.parameter}{rows}"
+        return f"gate {self.gate}: {f'{self.through}({what})' if self.through else what} *= scale{power}"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A gate whose scale no parameter can take; it keeps its multiplication."""
+
+    gate: int
+    reason: str
+    operator: str = field(default="", compare=False)
+    """The operator to blame, such as ``"silu"``; empty if it is none."""
+    module: str = field(default="", compare=False)
+    """Name of the module that the operator ran in."""
+
+    def __str__(self) -> str:
+        return f"gate {self.gate}: kept, {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class FoldPlan:
+    """What a fold would do to a model's parameters, gate by gate."""
+
+    steps: tuple[Step, ...]
+    kept: tuple[Kept, ...]
+    together: tuple[tuple[int, ...], ...] = ()
+    """Gates that share parameters and fold only because their scales are the same number."""
+
+    @property
+    def folded(self) -> tuple[int, ...]:
+        """The gates that the steps take out, in order."""
+        shared = [gate for group in self.together for gate in group]
+        return tuple(sorted({*shared, *(step.gate for step in self.steps)}))
+
+    def __str__(self) -> str:
+        head = (
+            f"{len(self.folded)} gates fold into {len(self.steps)} parameters, {len(self.kept)} keep a factor"
+        )
+        return "\n".join([head, *map(str, self.steps), *map(str, self.kept)])
+
+
+def plan(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], scales: Mapping[int, float]
+) -> FoldPlan:
+    """Find the parameters that can take each gate's scale; the model is not changed.
+
+    Args:
+        model: A model whose gates pass their branch results through ``torch.ops.surgeon.mark``.
+        args: Positional arguments of one call of the model; no arithmetic is done on them.
+        kwargs: Keyword arguments of the same call.
+        scales: For each gate to fold its scale, finite and above 0. The plan holds for any other scales
+            as well, as long as gates that fold together keep equal ones.
+
+    Raises:
+        FoldError: A scale is not a positive number, or the model cannot run on the arguments.
+    """
+    for gate, scale in scales.items():
+        if not (math.isfinite(scale) and scale > 0):
+            raise FoldError(f"gate {gate} has the scale {scale}; only a finite scale above 0 can be folded")
+    return analyse(flatten(model, args, kwargs), scales)
+
+
+def analyse(flat: Flat, scales: Mapping[int, float]) -> FoldPlan:
+    """The plan for a model already flattened.
+
+    Each gate alone, then gates of equal scale that get into each other's way, then what is still refused
+    on the model taken apart by rows, at last with functions of parameters in place of the parameters.
+    """
+    balance = Balance(flat)
+    found = {gate: _solved(balance, gate) for gate in sorted(scales)}
+    together = []
+    for group in _related(found, scales):
+        result = solve(balance, frozenset(group))
+        if not isinstance(result, Refusal):
+            found.update({gate: {} for gate in group} | {group[0]: result})
+            together.append(group)
+    steps = {gate: _steps(flat, gate, one) for gate, one in found.items() if not isinstance(one, Refusal)}
+    refused = {gate: one for gate, one in found.items() if isinstance(one, Refusal)}
+    if any(gate in balance.marks for gate in refused):
+        apart = by_rows(flat)
+        for view in (apart, freed(flat), freed(apart)):
+            steps |= _further_steps(view, refused.keys() - steps)
+    kept = tuple(_kept(gate, one) for gate, one in refused.items() if gate not in steps)
+    return FoldPlan(tuple(step for gate in sorted(steps) for step in steps[gate]), kept, tuple(together))
+
+
+def _kept(gate: int, refusal: Refusal) -> Kept:
+    call = refusal.call
+    return Kept(gate, refusal.reason, spoken(call) if call else "", call.module if call else "")
+
+
+def _solved(balance: Balance, gate: int) -> Exponents | Refusal:
+    if gate not in balance.marks:
+        return Refusal("the model's forward did not pass it", frozenset())
+    return solve(balance, frozenset([gate]))
+
+
+def _further_steps(flat: Flat, gates: Iterable[int]) -> dict[int, list[Step]]:
+    """Steps for those gates that fold on another view of the model."""
+    balance = Balance(flat)
+    found = {gate: _solved(balance, gate) for gate in sorted(gates)}
+    return {gate: _steps(flat, gate, one) for gate, one in found.items() if not isinstance(one, Refusal)}
+
+
+def _related(found: Mapping[int, Exponents | Refusal], scales: Mapping[int, float]) -> list[tuple[int, ...]]:
+    """Refused gates of equal scale that tried to write the same parameters."""
+    groups: list[tuple[float, set[int], set[object]]] = []
+    for gate, result in found.items():
+        if not isinstance(result, Refusal) or not result.tried:
+            continue
+        gates, tried = {gate}, set[object](result.tried)
+        for other in [g for g in groups if g[0] == scales[gate] and not g[2].isdisjoint(tried)]:
+            groups.remove(other)
+            gates, tried = gates | other[1], tried | other[2]
+        groups.append((scales[gate], gates, tried))
+    return [tuple(sorted(gates)) for _, gates, _ in groups if len(gates) > 1]
+
+
+def _steps(flat: Flat, gate: int, exponents: Exponents) -> list[Step]:
+    sources = [(flat.parameters[value], exponent) for value, exponent in exponents.items()]
+    return [Step(s.names[0], gate, exponent, s.rows, s.dim, s.through) for s, exponent in sources]
+
+
+def commit(model: nn.Module, plan: FoldPlan, scales: Mapping[int, float]) -> None:
+    """Multiply the parameters of ``model`` in place, as the plan says; all of them or none.
+
+    The products are taken in float64 and rounded once to the parameter's own type. The Parameters stay
+    the objects they are.
+
+    Args:
+        model: The model the plan was made for, or a copy of it.
+        plan: From ``plan``.
+        scales: A scale above 0 for each gate in the plan's steps.
+
+    Raises:
+        FoldError: A scale or a parameter is missing, a parameter is not finite, or a product does not fit
+            the parameter's type. Nothing was changed.
+    """
+    _check_scales(plan, scales)
+    work = {name: _parameter(model, name) for name in _by_parameter(plan)}
+    check_products(plan, scales, work)
+    with torch.no_grad():
+        for name, steps in _by_parameter(plan).items():
+            work[name].copy_(_scaled(work[name], steps, scales))
+
+
+def check_products(plan: FoldPlan, scales: Mapping[int, float], tensors: Mapping[str, Tensor]) -> None:
+    """Check that every product of a plan is finite and keeps its digits; nothing is changed.
+
+    Args:
+        plan: From ``plan``.
+        scales: A scale above 0 for each gate in the plan's steps.
+        tensors: The values of the parameters in the plan, and any others.
+
+    Raises:
+        FoldError: As for ``commit``.
+    """
+    for name, steps in _by_parameter(plan).items():
+        old = tensors[name].detach()
+        _check_product(name, old, _scaled(old, steps, scales))
+
+
+def _check_scales(plan: FoldPlan, scales: Mapping[int, float]) -> None:
+    for gate in plan.folded:
+        scale = scales.get(gate)
+        if scale is None:
+            raise FoldError(f"the plan folds gate {gate}, but no scale was given for it")
+        if not (math.isfinite(scale) and scale > 0):
+            raise FoldError(f"gate {gate} has the scale {scale}; only a finite scale above 0 can be folded")
+    for group in plan.together:
+        if len({scales[gate] for gate in group}) > 1:
+            raise FoldError(
+                f"the gates {group} share weights and fold only with equal scales; make a new plan"
+            )
+
+
+def _by_parameter(plan: FoldPlan) -> dict[str, list[Step]]:
+    grouped: dict[str, list[Step]] = {}
+    for step in plan.steps:
+        grouped.setdefault(step.parameter, []).append(step)
+    return grouped
+
+
+def _parameter(model: nn.Module, name: str) -> Tensor:
+    held, _, own = name.rpartition(".")
+    try:
+        parameter: Tensor = getattr(model.get_submodule(held), own)
+    except AttributeError as error:
+        raise FoldError(f"the model has no parameter {name!r}; the plan was made for another one") from error
+    if parameter.is_meta or parameter.is_inference():
+        raise FoldError(
+            f"the parameter {name!r} cannot be written: it is on the meta device or an inference tensor"
+        )
+    return parameter
+
+
+def _scaled(parameter: Tensor, steps: list[Step], scales: Mapping[int, float]) -> Tensor:
+    """The parameter times its factors, in float64 (complex128 for a complex one)."""
+    exact = parameter.detach().to(torch.complex128 if parameter.is_complex() else torch.float64, copy=True)
+    for step in steps:
+        part = (
+            exact if step.rows is None else exact.narrow(step.dim, step.rows[0], step.rows[1] - step.rows[0])
+        )
+        factor = scales[step.gate] ** step.exponent
+        if step.through:
+            function, inverse = INVERTIBLE[step.through]
+            part.copy_(inverse(function(part) * factor))
+        else:
+            part.mul_(factor)
+    return exact
+
+
+def _check_product(name: str, old: Tensor, exact: Tensor) -> None:
+    """Refuse what is not finite, overflows, or loses its digits to underflow as a whole."""
+    if not old.isfinite().all():
+        raise FoldError(f"the parameter {name!r} holds NaN or infinite values; a fold would spread them")
+    stored = exact.to(old.dtype).to(exact.dtype)
+    largest = exact.abs().max() if exact.numel() else torch.zeros(())
+    if not exact.isfinite().all():
+        raise FoldError(f"no finite value of the parameter {name!r} takes the scale")
+    if not stored.isfinite().all():
+        raise FoldError(
+            f"the parameter {name!r} overflows {old.dtype} when scaled; fold in a wider type first"
+        )
+    if old.numel() and (stored - exact).abs().max() > 2 * torch.finfo(old.dtype).eps * largest:
+        raise FoldError(
+            f"the parameter {name!r} underflows {old.dtype} when scaled; fold in a wider type first"
+        )

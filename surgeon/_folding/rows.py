@@ -1,0 +1,369 @@
+"""A flat model in which values and parameters that are only read in parts stand as their parts.
+
+``bn(x)[:, :c]`` is ``bn(x[:, :c])`` with the first ``c`` entries of weight, bias and statistics. Moving
+such slices up, towards the parameters, leaves every number as it is and gives each part of a value an
+exponent of its own: a gate on the first channels of a dual path, or on one row of a table of gammas, can
+then scale the rows that belong to it. A value that anything reads as a whole stays whole.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+from surgeon._folding.flat import Call, Flat, Source, Value
+
+Span = tuple[int, int]
+Owners = Mapping[str, int]
+"""Arguments of a call whose rows make rows of its output, each with the dimension they lie along."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Want:
+    """One reading of some rows of a value."""
+
+    dim: int
+    span: Span
+    made: Value
+    """The value that holds these rows."""
+    call: Call
+    """The call that made it."""
+
+
+def by_rows(flat: Flat) -> Flat:
+    """The same computation with slices moved up as far as they go; the argument is not changed."""
+    return _Splitter(flat).run()
+
+
+@dataclass(slots=True)
+class _Splitter:
+    """One walk from the outputs to the sources."""
+
+    flat: Flat
+    whole: set[Value] = field(default_factory=set)
+    wants: dict[Value, list[_Want]] = field(default_factory=dict)
+    backwards: list[Call] = field(default_factory=list)
+    count: int = 0
+
+    def run(self) -> Flat:
+        """The rewritten model."""
+        flat = self.flat
+        values = [*flat.parameters, *flat.buffers, *(v for c in flat.calls for v in (*c.inputs, *c.outputs))]
+        self.count = 1 + max((value.number for value in values), default=0)
+        self.whole |= flat.outputs
+        for call in reversed(flat.calls):
+            self._visit(call)
+        parameters: dict[Value, Source] = {}
+        for value, source in flat.parameters.items():
+            parameters |= self._source(value, source)
+        for value in [value for value in self.wants if value not in flat.parameters]:
+            self._emit_readers(value)
+        return replace(flat, calls=tuple(reversed(self.backwards)), parameters=parameters)
+
+    def _visit(self, call: Call) -> None:
+        """Emit a call, as it is or in parts; a call that only reads rows waits for what it reads."""
+        out, *others = call.outputs
+        if not any(map(self._needed, call.outputs)):
+            return
+        parts = None if any(map(self._needed, others)) else self._parts(out)
+        owners = _owners(call, self.wants[out][0].dim) if parts else None
+        if parts and owners:
+            self._split(call, owners, parts)
+            return
+        if (pieces := _pieces(call)) is not None:
+            self._join(call, *pieces)
+            return
+        for value in call.outputs:
+            self._emit_readers(value)
+        if (read := _spans(call)) is not None:
+            source, dim, spans = read
+            for span, made in zip(spans, call.outputs, strict=True):
+                self._want(source, _Want(dim, span, made, call))
+        else:
+            self._emit(call)
+
+    def _needed(self, value: Value) -> bool:
+        return value in self.whole or value in self.wants
+
+    def _want(self, value: Value, want: _Want) -> None:
+        self.wants.setdefault(value, []).append(want)
+
+    def _emit(self, call: Call) -> None:
+        self.backwards.append(call)
+        self.whole.update(call.inputs)
+
+    def _join(self, call: Call, dim: int, pieces: Sequence["_Piece"]) -> None:
+        """Make what is read of joined pieces from those it touches, and the whole only where it is read."""
+        out = call.outputs[0]
+        if any(want.dim != dim for want in self.wants.get(out, [])):
+            self._emit_readers(out)
+        wants = self.wants.pop(out, [])
+        if out in self.whole:
+            wants.append(_Want(dim, (0, out.shape[dim]), out, call))
+        for want in wants:
+            found = [self._touched(piece, dim, want.span, call) for piece in pieces]
+            joined = tuple(value for value in found if value is not None)
+            module = want.call.module
+            self._emit(Call("aten.cat", {"tensors": joined, "dim": dim}, joined, (want.made,), module))
+
+    def _touched(self, piece: "_Piece", dim: int, span: Span, call: Call) -> Value | None:
+        """The rows of one piece that lie in a span of the joined value."""
+        start, end = max(span[0], piece.span[0]), min(span[1], piece.span[1])
+        if start >= end:
+            return None
+        rows = start - piece.shift, end - piece.shift
+        return (
+            piece.value
+            if rows == (0, piece.value.shape[dim])
+            else self._rows_of(piece.value, dim, rows, call)
+        )
+
+    def _parts(self, value: Value) -> list[Span] | None:
+        """The smallest spans its readers tell apart; None if the value must stay whole."""
+        wants = self.wants.get(value, [])
+        if value in self.whole or not wants or len({want.dim for want in wants}) > 1:
+            return None
+        edges = sorted({edge for want in wants for edge in want.span})
+        spans = [
+            (start, end)
+            for start, end in pairwise(edges)
+            if any(want.span[0] <= start and end <= want.span[1] for want in wants)
+        ]
+        return None if spans == [(0, value.shape[wants[0].dim])] else spans
+
+    def _split(self, call: Call, owners: Owners, parts: list[Span]) -> None:
+        """One call per part, on the rows of its arguments that belong to it."""
+        out = call.outputs[0]
+        pieces = [self._like(out, self.wants[out][0].dim, part) for part in parts]
+        self._join_readers(out, parts, pieces)
+        for part, piece in zip(parts, pieces, strict=True):
+            arguments = dict(call.arguments)
+            for name, dim in owners.items():
+                arguments[name] = self._rows_of(arguments[name], dim, part, call)
+            inputs = tuple(_values_in(arguments.values()))
+            self.backwards.append(replace(call, arguments=arguments, inputs=inputs, outputs=(piece,)))
+            self.whole.update(_values_in(arguments[name] for name in arguments.keys() - owners.keys()))
+
+    def _rows_of(self, argument: Value, dim: int, part: Span, call: Call) -> Value:
+        """Rows of an argument as a value of their own."""
+        made = self._like(argument, dim, part)
+        cut = Call("aten.slice", {"self": argument}, (argument,), (made,), call.module)
+        self._want(argument, _Want(dim, part, made, cut))
+        return made
+
+    def _like(self, value: Value, dim: int, span: Span) -> Value:
+        shape = (*value.shape[:dim], span[1] - span[0], *value.shape[dim + 1 :])
+        self.count += 1
+        return Value(self.count, shape, value.scalable)
+
+    def _join_readers(self, value: Value, parts: Sequence[Span], pieces: Sequence[Value]) -> None:
+        """Make what was read from the pieces that cover it."""
+        for want in self.wants.pop(value):
+            covered = tuple(
+                piece
+                for (start, end), piece in zip(parts, pieces, strict=True)
+                if want.span[0] <= start and end <= want.span[1]
+            )
+            arguments = {"tensors": covered}
+            self.backwards.append(Call("aten.cat", arguments, covered, (want.made,), want.call.module))
+
+    def _emit_readers(self, value: Value) -> None:
+        """Read rows from the whole value after all."""
+        for want in self.wants.pop(value, []):
+            self.backwards.append(
+                Call("aten.slice", {"self": value}, (value,), (want.made,), want.call.module)
+            )
+            self.whole.add(value)
+
+    def _source(self, value: Value, source: Source) -> dict[Value, Source]:
+        """A parameter, or its parts."""
+        parts = self._parts(value)
+        if not parts:
+            self._emit_readers(value)
+            return {value: source}
+        dim = self.wants[value][0].dim
+        pieces = [self._like(value, dim, part) for part in parts]
+        self._join_readers(value, parts, pieces)
+        return {piece: replace(source, rows=part, dim=dim) for part, piece in zip(parts, pieces, strict=True)}
+
+
+def _values_in(arguments: Iterable[Any]) -> Iterable[Value]:
+    for argument in arguments:
+        if isinstance(argument, Value):
+            yield argument
+        elif isinstance(argument, list | tuple):
+            yield from _values_in(argument)
+
+
+# Calls that read rows.
+
+
+def _spans(call: Call) -> tuple[Value, int, list[Span]] | None:
+    """What a call reads rows of, along which dimension, and which rows each output holds."""
+    held = call.arguments
+    source = held.get("self")
+    if not isinstance(source, Value) or call.name not in _READERS:
+        return None
+    dim = held["dim"] % len(source.shape)
+    spans = _READERS[call.name](held, source.shape[dim])
+    return (source, dim, spans) if spans else None
+
+
+def _sliced(held: Mapping[str, Any], size: int) -> list[Span] | None:
+    start, end, step = slice(held["start"], held["end"], held["step"]).indices(size)
+    return [(start, end)] if step == 1 and start < end else None
+
+
+def _selected(held: Mapping[str, Any], size: int) -> list[Span]:
+    index = held["index"] % size
+    return [(index, index + 1)]
+
+
+def _separated(_: Mapping[str, Any], size: int) -> list[Span]:
+    return [(index, index + 1) for index in range(size)]
+
+
+def _divided(held: Mapping[str, Any], size: int) -> list[Span]:
+    sizes = held.get("split_sizes") or [held["split_size"]] * size
+    edges = [0]
+    for one in sizes:
+        edges.append(min(edges[-1] + one, size))
+    return [span for span in pairwise(edges) if span[0] < span[1]]
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any], int], list[Span] | None]] = {
+    "aten.slice": _sliced,
+    "aten.select": _selected,
+    "aten.unbind": _separated,
+    "aten.split": _divided,
+    "aten.split_with_sizes": _divided,
+}
+
+
+# Calls that put rows together.
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Rows ``span`` of a joined value are rows ``span - shift`` of ``value``."""
+
+    span: Span
+    value: Value
+    shift: int
+
+
+def _pieces(call: Call) -> tuple[int, list[_Piece]] | None:
+    """What a call puts together along which dimension; None for other calls."""
+    held, out = call.arguments, call.outputs[0]
+    if call.name == "aten.cat" and all(len(one.shape) == len(out.shape) for one in held["tensors"]):
+        dim, found, at = held["dim"] % len(out.shape), [], 0
+        for one in held["tensors"]:
+            found.append(_Piece((at, at + one.shape[dim]), one, at))
+            at += one.shape[dim]
+        return dim, found
+    if call.name == "aten.slice_scatter" and held["step"] == 1:
+        dim, old, size = held["dim"] % len(out.shape), held["self"], out.shape[held["dim"]]
+        start, end, _ = slice(held["start"], held["end"]).indices(size)
+        return dim, [
+            _Piece((0, start), old, 0),
+            _Piece((start, end), held["src"], start),
+            _Piece((end, size), old, 0),
+        ]
+    return None
+
+
+# Calls whose rows are made of rows.
+
+
+def _owners(call: Call, dim: int) -> Owners | None:
+    """Which arguments' rows make the rows of the output along ``dim``; None where that is not so simple."""
+    rule = _OWNERS.get(call.name)
+    found = rule(call, dim) if rule else None
+    return found and {name: at for name, at in found.items() if isinstance(call.arguments.get(name), Value)}
+
+
+def _each_entry(call: Call, dim: int) -> Owners | None:
+    """Entry by entry, with broadcasting."""
+    out, found = call.outputs[0], {}
+    for name in ("self", "other", "branch"):
+        value = call.arguments.get(name)
+        if isinstance(value, Value):
+            at = dim - len(out.shape) + len(value.shape)
+            if at >= 0 and value.shape[at] != 1:
+                found[name] = at
+    return found
+
+
+def _each_channel(_: Call, dim: int) -> Owners | None:
+    """Pooling: every channel by itself."""
+    return {"self": dim} if dim == 1 else None
+
+
+def _of_norm(_: Call, dim: int) -> Owners | None:
+    names = {"input": 1, "weight": 0, "bias": 0, "running_mean": 0, "running_var": 0}
+    return names if dim == 1 else None
+
+
+def _of_convolution(call: Call, dim: int) -> Owners | None:
+    held = call.arguments
+    if dim != 1 or held["groups"] != 1:
+        return None
+    return {"weight": 1 if held["transposed"] else 0, "bias": 0}
+
+
+def _of_matmul(call: Call, dim: int) -> Owners | None:
+    return {"mat2": 1, "self": len(call.arguments["self"].shape) - 1} if dim == 1 else None
+
+
+def _of_mm(_: Call, dim: int) -> Owners | None:
+    return {"mat2": 1} if dim == 1 else {"self": 0}
+
+
+def _turned(call: Call, dim: int) -> Owners | None:
+    return {"self": 1 - dim} if len(call.outputs[0].shape) == 2 else None
+
+
+def _permuted(call: Call, dim: int) -> Owners | None:
+    return {"self": call.arguments["dims"][dim] % len(call.outputs[0].shape)}
+
+
+def _reshaped(call: Call, dim: int) -> Owners | None:
+    """A view that leaves a dimension alone: as long as before, and as much in front of it."""
+    old, new = call.arguments["self"].shape, call.outputs[0].shape
+    before = math.prod(new[:dim])
+    same = [at for at in range(len(old)) if math.prod(old[:at]) == before and old[at] == new[dim]]
+    return {"self": same[0]} if same else None
+
+
+def _of_layer_norm(call: Call, dim: int) -> Owners | None:
+    """Rows that are normalised one by one."""
+    held = call.arguments
+    return {"input": dim} if dim < len(held["input"].shape) - len(held["normalized_shape"]) else None
+
+
+_OWNERS: dict[str, Callable[[Call, int], Owners | None]] = {
+    **dict.fromkeys(
+        (
+            *("aten.relu", "aten.leaky_relu", "aten.hardtanh", "aten.silu", "aten.gelu"),
+            *("aten.sigmoid", "aten.tanh", "aten.exp"),
+            *("aten.mul", "aten.add", "aten.sub", "aten.div", "aten.clone", "aten.alias", "aten._to_copy"),
+            "surgeon.mark",
+        ),
+        _each_entry,
+    ),
+    **dict.fromkeys(
+        ("aten.avg_pool2d", "aten.max_pool2d_with_indices", "aten._adaptive_avg_pool2d"), _each_channel
+    ),
+    "aten.native_batch_norm": _of_norm,
+    "aten.cudnn_batch_norm": _of_norm,
+    "aten._native_batch_norm_legit_no_training": _of_norm,
+    "aten.native_layer_norm": _of_layer_norm,
+    "aten.convolution": _of_convolution,
+    "aten.addmm": _of_matmul,
+    "aten.mm": _of_mm,
+    "aten.t": _turned,
+    "aten.permute": _permuted,
+    "aten.view": _reshaped,
+    "aten._unsafe_view": _reshaped,
+}

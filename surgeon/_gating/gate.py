@@ -1,0 +1,262 @@
+"""The gate on one residual add: its coin, its correction, its evaluation scale.
+
+With survival probability ``p`` and evaluation scale ``c`` (1 for ``"inverted"``, the scheduled ``p``
+for ``"paper"``) a gate computes ``y = shortcut + g * branch(x)``:
+
+* evaluation: ``g = c``; nothing is multiplied when ``c = 1``;
+* training, unit ``"batch"``: one coin for the mini-batch. Heads: ``g = c / p``. Tails: the branch does
+  not run and the result is the shortcut (Huang et al. 2016, section 3);
+* training, unit ``"sample"``, skipping: the branch runs on the rows drawn to survive (`_gating.skip`);
+* training, unit ``"sample"``, masking: a Bernoulli mask over the rows, divided by ``p``, times ``c`` (timm's
+  ``DropPath`` when ``c = 1``, number for number under the same seed).
+
+The drop rate may change while training runs; ``c`` never does, so evaluation does not drift.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from surgeon._gating.cost import pays
+from surgeon._gating.ranks import Ranks
+from surgeon._tracing.fake import held
+
+Unit = Literal["sample", "batch"]
+Scaling = Literal["inverted", "paper"]
+Unused = Literal["auto", "zero", "none"]
+Branch = Callable[..., Tensor]
+
+NOTE = "surgeon_scales"
+"""Where the metadata beside a ``state_dict`` notes the evaluation scales of a block's gates."""
+
+
+@torch.library.custom_op("surgeon::mark", mutates_args=())
+def mark(branch: Tensor, gate: int) -> Tensor:  # noqa: ARG001 - read from the graph
+    """The place of one gate's branch result in a flat graph; a copy of its argument.
+
+    Only ``fold`` puts it there, to know where in the graph of the whole model each evaluation scale acts.
+    """
+    return branch.clone()
+
+
+@mark.register_fake
+def _(branch: Tensor, gate: int) -> Tensor:  # noqa: ARG001 - the operator's signature
+    return torch.empty_like(branch)
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """What one call of `surgeon.apply` was given.
+
+    Attributes:
+        schedule: The schedule in words; its name, if it has one.
+        overrides: Pattern and drop rate, as given.
+        args, kwargs: The example, its tensors on the meta device: shapes and types, no numbers.
+    """
+
+    schedule: str
+    overrides: tuple[tuple[str, float], ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(eq=False)
+class Gate:
+    """A gate on one residual add. It holds no parameter and no buffer: a ``state_dict`` never shows it.
+
+    Attributes:
+        name: Qualified name of the residual add, as in `Residual`.
+        kind: ``"identity"`` or ``"projection"``.
+        ordinal: The add's place among the additions of its block.
+        order: The gate's place in the model's execution order.
+        unit: What one coin decides: each sample of the batch, or the mini-batch.
+        scaling: Where the correction goes.
+        drop_rate: The present drop rate, ``1 - p``, in [0, 1).
+        scale: The evaluation scale ``c``.
+        flops_share: FLOPs of the branch over those of the whole model, in [0, 1].
+        origin: What `surgeon.apply` was asked for, shared by the gates of one call.
+        depth: Its place in the longest chain of residual adds of its block, from 1.
+        skips: Whether it can leave a dropped branch uncomputed.
+        by_cost: It does so only where the arithmetic saved outweighs handling rows, and not in a compiled
+            graph.
+        flops: FLOPs of the branch's forward on one row.
+        moved: Bytes of one row of what the branch reads and of the shortcut.
+        statistics: The branch computes statistics over its rows, so it never runs on a single one of many.
+        dim: The dimension along which samples lie; a gate that skips has 0.
+        unused: What the parameters of a branch that did not run at all get: zero gradients, none, or zero
+            where `torch.distributed` is in use.
+        note: Why it is computed all the same, or why its scale stays after a fold; ``""`` otherwise.
+        ranks: What ``sync="ranks"`` shares among the gates; None where each rank draws for itself.
+        keep_eval: The weights were divided by its scale when it was put in, so that evaluation stayed.
+        folded: Its scale is in the weights now; it does nothing any more.
+        obstacle: The operator that keeps the scale out of the weights after a fold, such as ``"silu"``.
+    """
+
+    name: str
+    kind: str
+    ordinal: int
+    order: int
+    unit: Unit
+    scaling: Scaling
+    drop_rate: float
+    scale: float
+    flops_share: float
+    origin: "Origin"
+    depth: int = 1
+    skips: bool = False
+    by_cost: bool = False
+    flops: int = 0
+    moved: int = 0
+    statistics: bool = False
+    dim: int = 0
+    unused: Unused = "auto"
+    note: str = ""
+    ranks: Ranks | None = field(default=None, repr=False)
+    keep_eval: bool = False
+    folded: bool = False
+    obstacle: str = ""
+    keep: Tensor = field(init=False, repr=False)
+    marked_as: int | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Compiled graphs read p from this tensor, as a changed Python float would recompile them.
+        with torch.inference_mode(False):
+            self.keep = torch.tensor(1 - self.drop_rate, dtype=torch.float32, device="cpu")
+        if self.ranks is not None:
+            self.ranks.gates.append(self)
+
+    @property
+    def survival(self) -> float:
+        """The survival probability ``p``."""
+        return 1 - self.drop_rate
+
+    def skipping(self, device: str = "cpu", rows: float = math.inf) -> bool:
+        """Whether it skips at its present drop rate, on that type of device and for that many rows."""
+        return self.skips and (not self.by_cost or pays(self.drop_rate, rows, self.flops, self.moved, device))
+
+    @property
+    def zeroes(self) -> bool:
+        """Whether the parameters of a branch that did not run get gradients of zeros."""
+        if self.unused == "auto":
+            return torch.distributed.is_available() and torch.distributed.is_initialized()
+        return self.unused == "zero"
+
+    def set_drop_rate(self, rate: float) -> None:
+        """Changes the drop rate from the next forward on; the evaluation scale stays."""
+        self.drop_rate = rate
+        self.keep.fill_(1 - rate)
+
+    def settle(self, note: str = "", obstacle: str = "") -> None:
+        """Ends the gate's part in training. Its scale goes to 1, or stays, with a note."""
+        self.set_drop_rate(0.0)
+        self.folded = not note
+        self.note, self.obstacle = note, obstacle
+        if self.folded:
+            self.scale = 1.0
+
+    def correction(self) -> float:
+        """What a surviving branch is multiplied by in training, ``c / p``; 1 under the paper's rule."""
+        return 1.0 if self.scale == self.survival else self.scale / self.survival
+
+    def mask(self, branch: Tensor) -> Tensor:
+        """One factor per row (or one for the batch): 0 where the coin falls on dropped, else ``c / p``.
+
+        Draws as timm's ``DropPath`` does, from PyTorch's generator of the branch's device.
+        """
+        rows = branch.shape[self.dim] if self.unit == "sample" else 1
+        shape = tuple([rows if d == self.dim else 1 for d in range(branch.ndim)])
+        if self.ranks is not None and not held.open:
+            mask = (self.ranks.numbers(self.order, rows) < self.survival).view(shape).to(branch)
+        elif torch.compiler.is_compiling():
+            keep = self.keep.to(branch.device)
+            kept = torch.rand(shape, device=branch.device) < keep
+            return (kept * (self.scale / keep)).to(branch.dtype)
+        else:
+            mask = branch.new_empty(shape).bernoulli_(self.survival)
+        if self.scale == 1.0:
+            return mask.div_(self.survival)
+        return mask.mul_(self.correction())
+
+    def survives(self) -> bool:
+        """Tosses the coin for the whole mini-batch, on the CPU generator: no device is waited for."""
+        if held.open:
+            return True
+        return self._tosses(1)[0] < self.survival
+
+    def survivors(self, count: int) -> int:
+        """How many of ``count`` rows survive: ``p * count``, rounded up or down so that this is the mean.
+
+        One row of many is no sample to take statistics of: there it is two rows or none, each half the time.
+        """
+        if held.open:
+            return count
+        toss = self._tosses(2)
+        kept = min(count, int(self.survival * count + toss[0]))
+        if self.statistics and kept == 1 < count:
+            kept = 2 if toss[1] < 0.5 else 0
+        return kept
+
+    def rows(self, count: int, kept: int, device: torch.device) -> Tensor:
+        """Which ``kept`` of ``count`` rows survive, in ascending order; every such set is equally likely."""
+        if self.ranks is None:
+            order = torch.randperm(count, device=device)
+        else:
+            order = self.ranks.numbers(self.order, count).argsort().to(device)
+        return order[:kept].sort().values
+
+    def _tosses(self, count: int) -> list[float]:
+        """So many numbers in [0, 1), from the CPU's generator or the one that the ranks share."""
+        if self.ranks is None:
+            numbers = torch.rand(count, dtype=torch.float64, device="cpu")
+        else:
+            numbers = self.ranks.numbers(self.order, count)
+        return [float(number) for number in numbers.tolist()]
+
+
+def masked_add(gate: Gate, shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:
+    """Training, the branch computed: ``shortcut + mask * branch``."""
+    # A compiled graph must not depend on the rate's value: it would be compiled anew with each change.
+    if torch.compiler.is_compiling() or gate.drop_rate > 0:
+        branch = branch * gate.mask(branch)
+    elif gate.scale != 1.0:
+        branch = branch * gate.scale
+    return combine(shortcut, branch, onto)
+
+
+def evaluating_add(gate: Gate, shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:
+    """Evaluation: ``shortcut + c * branch``; while a fold looks on, a mark instead of the factor."""
+    if gate.marked_as is not None:
+        branch = mark(branch, gate.marked_as)
+    elif gate.scale != 1.0:
+        branch = branch * gate.scale
+    return combine(shortcut, branch, onto)
+
+
+def combine(shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:
+    """Adds the two sides as the original did: into one, ``"shortcut"`` or ``"branch"``, or apart (``""``)."""
+    if onto == "shortcut":
+        return shortcut.add_(branch)
+    return branch.add_(shortcut) if onto == "branch" else shortcut + branch
+
+
+@contextmanager
+def marking(gates: Iterable[Gate]) -> Iterator[dict[int, Gate]]:
+    """Inside the block each gate's evaluation puts a mark with its number in place of its factor."""
+    numbered = dict(enumerate(gates))
+    try:
+        for number, gate in numbered.items():
+            gate.marked_as = number
+        yield numbered
+    finally:
+        for gate in numbered.values():
+            gate.marked_as = None
+
+
+def expected_depth(gates: Iterable[Gate]) -> float:
+    """Branches that run per forward on average, the sum of the survival probabilities."""
+    return math.fsum(gate.survival for gate in gates)

@@ -1,0 +1,94 @@
+"""The gated forwards of every block of a model, made before any block is touched."""
+
+from collections.abc import Mapping
+
+from surgeon._finding.analysis import Analysis, Block
+from surgeon._finding.flow import Flow
+from surgeon._gating.forwards import Gating, gated_class
+from surgeon._gating.gate import Gate
+from surgeon._gating.samples import Samples, dimensions
+from surgeon._gating.splice import Spliced
+from surgeon._tracing.example import mode, no_inference_mode, tensors, untouched
+from surgeon._tracing.fake import held_open
+from surgeon._tracing.record import Recording
+from surgeon._tracing.trace import trace
+from surgeon.errors import UsageError
+
+
+def prepare(analysis: Analysis, gates: Mapping[str, Gate]) -> list[tuple[Block, Gating]]:
+    """Each block with its gating; no block is changed.
+
+    Args:
+        analysis: Of the model, which is as it was then.
+        gates: By the name of their residual add. What comes out about a branch is noted on its gate.
+
+    Raises:
+        UsageError: The class of a block cannot be subclassed.
+    """
+    samples: dict[str, Samples] = {}
+    prepared = [
+        (block, _prepare_block(block, analysis.recording, gates, samples)) for block in analysis.blocks
+    ]
+    batch = _batch(analysis.recording)
+    places = dimensions(list(samples.values()), batch) if batch else []
+    turned = {name: dim for name, dim in zip(samples, places, strict=False) if dim}
+    for name, dim in turned.items():
+        gate, shape = gates[name], list(samples[name].shape)
+        gate.dim, gate.skips = dim, False
+        gate.note = f"computed also when dropped: its samples lie along dimension {dim} of {shape}"
+    return [
+        (block, _prepare_block(block, analysis.recording, gates, {}) if turned.keys() & names else gating)
+        for block, gating in prepared
+        for names in [{r.name for r in block.residuals}]
+    ]
+
+
+def _prepare_block(
+    block: Block, recording: Recording, gates: Mapping[str, Gate], samples: dict[str, Samples]
+) -> Gating:
+    """The gating of one block with its training forward made, and its evaluating one where that differs."""
+    chosen = [gates[r.name] for r in block.residuals]
+    gating = Gating(block.name, chosen, block.call.rewritten)
+    args, kwargs, log = recording.arguments(block.call)
+    with mode(block.module, True):
+        spliced = gating.prepare(block.module, block.flow, args, kwargs, _batch(recording))
+    gating.note_active(args, kwargs, log)
+    for gate in chosen:
+        _settle_form(gate, spliced)
+        if gate.ordinal in spliced.subsets:
+            samples[gate.name] = spliced.subsets[gate.ordinal].samples
+    if not gating.evaluates_plainly:
+        with no_inference_mode(), mode(block.module, False), untouched(block.module), held_open():
+            flow = Flow(trace(block.module, args, kwargs, log, opened=block.flow.trace.opened))
+            gating.prepare(block.module, flow, args, kwargs)
+    _check_class(block)
+    return gating
+
+
+def _batch(recording: Recording) -> int | None:
+    """How many samples the recorded example has: the first size of the model's first tensor argument."""
+    given = [t for t in tensors((recording.calls[0].args, recording.calls[0].kwargs)) if t.ndim]
+    return given[0].shape[0] if given else None
+
+
+def _settle_form(gate: Gate, spliced: Spliced) -> None:
+    """Notes on ``gate`` what came out about its branch."""
+    subset = spliced.subsets.get(gate.ordinal)
+    if subset is not None:
+        gate.statistics, gate.flops, gate.moved = subset.statistics, subset.flops, subset.moved
+    if gate.ordinal in spliced.kept_whole:
+        if gate.skipping():  # where it would not pay anyway there is nothing to note
+            gate.note = f"computed also when dropped: {spliced.kept_whole[gate.ordinal]}"
+        gate.skips = False
+
+
+def _check_class(block: Block) -> None:
+    """Makes the class that the block is about to get, so that nothing can fail half-way."""
+    try:
+        gated_class(type(block.module))
+    except Exception as error:
+        kind = type(block.module).__name__
+        raise UsageError(
+            f"{block.name or 'the model'}: its class {kind} cannot be subclassed ({error}), so it cannot "
+            f"carry a gate; leave it out with exclude={block.name or kind!r}"
+        ) from error

@@ -1,0 +1,175 @@
+"""What runs when a gate drops: the branch on the surviving rows only, or not at all.
+
+With survival probability ``p`` and evaluation scale ``c``, unit ``"sample"`` runs the branch on ``k`` of the
+``B`` rows, drawn without replacement, and adds ``(c / p) * branch(x[rows])`` to those rows. ``k`` is ``p B``
+rounded up or down at random so that its mean is ``p B``; hence each row survives with probability exactly
+``p``, and its expectation is ``c * branch(x)``. ``k = 0`` is the shortcut, ``k = B`` the plain sum.
+
+Rows are gathered and added back by their number, in ascending order, by the functions of `_gating.rowops`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from surgeon._gating.gate import Branch, Gate, combine, masked_add
+from surgeon._gating.rowops import Join, Part, take
+
+
+@dataclass(frozen=True, slots=True)
+class Lifted:
+    """The branch of one residual add as a function of its own.
+
+    Attributes:
+        run: ``run(block, *inputs)``.
+        rows: Which inputs have one entry per sample, by place; the others go in whole.
+        owns: Submodules and parameters of the block that it uses.
+        feeds: Which inputs reach the result through the branch alone, by place.
+    """
+
+    run: Branch
+    rows: tuple[int, ...]
+    owns: tuple[str, ...]
+    feeds: tuple[int, ...]
+
+
+Form = Callable[..., Tensor]
+
+
+def batch_add(
+    lifted: Lifted, gate: Gate, shortcut: Tensor, onto: str, fresh: bool, block: nn.Module, *inputs: Any
+) -> Tensor:
+    """Training, unit ``"batch"``: runs the branch only if the coin says so.
+
+    Args:
+        lifted: The branch.
+        gate: The gate.
+        shortcut: The shortcut's value.
+        onto: Which side the original addition wrote to; see `combine`.
+        fresh: Whether the result must not share memory with the shortcut, as something later writes to it.
+        block: The block.
+        *inputs: What the branch reads.
+    """
+    if gate.drop_rate > 0 and not gate.survives():
+        return _dropped(lifted, gate, shortcut, onto, fresh, block, inputs)
+    return _whole(lifted, gate, shortcut, onto, block, inputs)
+
+
+def rows_add(
+    lifted: Lifted, gate: Gate, shortcut: Tensor, onto: str, fresh: bool, block: nn.Module, *inputs: Any
+) -> Tensor:
+    """Training, unit ``"sample"``: runs the branch on the rows that survive; the arguments are as above."""
+    if _masks(lifted, gate, shortcut, inputs):
+        return masked_add(gate, shortcut, lifted.run(block, *inputs), onto)
+    count = shortcut.shape[0]
+    kept = count if gate.drop_rate == 0 else gate.survivors(count)
+    if kept == count:
+        return _whole(lifted, gate, shortcut, onto, block, inputs)
+    if kept == 0:
+        return _dropped(lifted, gate, shortcut, onto, fresh, block, inputs)
+    rows = gate.rows(count, kept, shortcut.device)
+    into, taken = _gathered(lifted, shortcut, onto, rows, inputs)
+    return _put_back(into, lifted.run(block, *taken), rows, gate.correction(), onto)
+
+
+def _masks(lifted: Lifted, gate: Gate, shortcut: Tensor, inputs: Sequence[Any]) -> bool:
+    """Whether this call computes every row: gathering would not pay, or an input is not one entry per row."""
+    if gate.by_cost and torch.compiler.is_compiling():
+        return True  # one graph; a number of rows that changes would break it
+    if gate.drop_rate == 0:
+        return False
+    known = (1, shortcut.shape[0])
+    skips = gate.skipping(shortcut.device.type, shortcut.shape[0])
+    return not skips or any(inputs[i].shape[0] not in known for i in lifted.rows)
+
+
+def _whole(
+    lifted: Lifted, gate: Gate, shortcut: Tensor, onto: str, block: nn.Module, inputs: Sequence[Any]
+) -> Tensor:
+    result = lifted.run(block, *inputs)
+    factor = gate.correction()
+    return combine(shortcut, result if factor == 1.0 else result * factor, onto)
+
+
+# --- rows ---------------------------------------------------------------------
+
+
+def _gathered(
+    lifted: Lifted, shortcut: Tensor, onto: str, rows: Tensor, inputs: Sequence[Any]
+) -> tuple[Tensor, list[Any]]:
+    """What the result is added to, and the branch's inputs for the surviving rows."""
+    into, own = shortcut, None
+    if onto != "shortcut" and any(inputs[i] is shortcut for i in lifted.rows):
+        into, own = Part.apply(shortcut, rows)
+    taken = list(inputs)
+    for i in lifted.rows:
+        value: Tensor = inputs[i]
+        if value is shortcut and own is not None:
+            taken[i] = own
+        elif value.shape[0] == shortcut.shape[0]:  # else one entry for all, which is spread over any number
+            taken[i] = take(value, rows)
+    return into, taken
+
+
+def _put_back(into: Tensor, result: Tensor, rows: Tensor, factor: float, onto: str) -> Tensor:
+    if onto == "shortcut":
+        return into.index_add_(0, rows, result.to(into.dtype), alpha=factor)
+    dtype = result.dtype if onto == "branch" else torch.promote_types(into.dtype, result.dtype)
+    return Join.apply(into.to(dtype), result.to(dtype), rows, factor)  # type: ignore[no-any-return]
+
+
+# --- nothing ------------------------------------------------------------------
+
+
+def _dropped(
+    lifted: Lifted,
+    gate: Gate,
+    shortcut: Tensor,
+    onto: str,
+    fresh: bool,
+    block: nn.Module,
+    inputs: Sequence[Any],
+) -> Tensor:
+    """The shortcut alone; what only the branch would have used gets no gradient, or zeros."""
+    idle = list(_idle(lifted, block, inputs)) if torch.is_grad_enabled() and gate.zeroes else []
+    if idle:
+        sharing = "same" if onto == "shortcut" else "copy" if fresh else "view"
+        return _Idle.apply(shortcut, sharing, *idle)  # type: ignore[no-any-return]
+    return shortcut.clone() if fresh else shortcut
+
+
+def _idle(lifted: Lifted, block: nn.Module, inputs: Sequence[Any]) -> Iterable[Tensor]:
+    """Every tensor that would have had its gradient from the branch alone, once."""
+    found: dict[int, Tensor] = {}
+    for name in lifted.owns:
+        owner, _, last = name.rpartition(".")
+        value = getattr(block.get_submodule(owner), last)
+        tensors = value.parameters() if isinstance(value, nn.Module) else (value,)
+        found.update((id(t), t) for t in tensors if isinstance(t, Tensor))
+    found.update((id(inputs[i]), inputs[i]) for i in lifted.feeds)
+    return (t for t in found.values() if t.requires_grad)
+
+
+class _Idle(torch.autograd.Function):
+    """Passes its first argument through and gives the others a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, shortcut: Tensor, sharing: str, *idle: Tensor) -> Tensor:
+        ctx.like = [(t.shape, t.dtype, t.device) for t in idle]
+        ctx.idle = idle if any(type(t) not in (Tensor, nn.Parameter) for t in idle) else None
+        if sharing == "same":
+            ctx.mark_dirty(shortcut)
+            return shortcut
+        return shortcut.clone() if sharing == "copy" else shortcut.view_as(shortcut)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.idle is not None:  # sharded tensors and the like know how to make their own zeros
+            return grad, None, *(torch.zeros_like(t) for t in ctx.idle)
+        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like]
+        return grad, None, *zeros

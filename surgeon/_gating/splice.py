@@ -1,0 +1,336 @@
+"""Puts gates into a block's traced forward, as generated Python.
+
+Two forms. *Masked*: the addition becomes ``masked_add(gate, shortcut, branch)`` and everything else stays
+where it was. *Lifted*: the nodes that run for the branch alone move into a function of their own, which
+`_gating.skip` calls when the branch survives, or on the rows that survive. In both, stochastic depth that
+was on the branch is taken off, as the gate stands in for it. The generated code names the block's own
+children and parameters, never copies; `surgeon._gating.forwards` installs it.
+"""
+
+import functools
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from surgeon._finding.flow import Flow
+from surgeon._finding.residual import Addition, row_mask, writes_to
+from surgeon._gating.gate import Gate, evaluating_add, masked_add
+from surgeon._gating.rowwise import Rowwise, nested, rowwise
+from surgeon._gating.samples import Samples
+from surgeon._gating.skip import Form, Lifted, batch_add, rows_add
+from surgeon._tracing.facts import is_size
+from surgeon._tracing.fake import storage
+
+Run = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Spliced:
+    """A block's forward with gates in it.
+
+    Attributes:
+        run: ``run(block, gates, *arguments)``, the arguments as they were traced.
+        exact: It holds for the traced shapes only.
+        kept_whole: For each gate (by ordinal) that cannot skip, why.
+        subsets: For each gate (by ordinal) whose branch was to run on some rows only, what that involves.
+    """
+
+    run: Run
+    exact: bool
+    kept_whole: Mapping[int, str]
+    subsets: Mapping[int, "Subset"]
+
+
+@dataclass(frozen=True, slots=True)
+class Subset:
+    """The branch of one gate on some of the rows.
+
+    Attributes:
+        statistics: It computes statistics over its rows.
+        flops: FLOPs of its forward on one row.
+        moved: Bytes of one row of the tensors that gathering and adding back touch.
+        samples: What the sum tells about where the samples lie.
+    """
+
+    statistics: bool
+    flops: int
+    moved: int
+    samples: Samples
+
+
+def splice(
+    block: nn.Module,
+    flow: Flow,
+    chosen: Sequence[Addition],
+    *,
+    skip: Collection[int],
+    by_rows: bool,
+    rewritten: bool,
+    batch: int | None = None,
+) -> Spliced:
+    """Generates a block's forward with a gate on each chosen addition, for the mode the block is in.
+
+    Args:
+        block: The block; it is only read.
+        flow: Its traced forward.
+        chosen: The additions, in order; the i-th one uses ``gates[i]``.
+        skip: Ordinals of those whose branch is lifted out where that is sound, so that it need not run.
+        by_rows: What a coin decides is one row of the batch.
+        rewritten: Something outside the block writes to its output in place.
+        batch: How many samples the example has, if this is its trace.
+    """
+    writer, kept, subsets = _Writer(flow, rewritten), dict[int, str](), dict[int, Subset]()
+    for index, addition in enumerate(chosen):
+        if not block.training:
+            writer.add(index, addition, evaluating_add)
+            continue
+        wanted, reason = addition.ordinal in skip, unliftable(flow, addition)
+        if by_rows and (wanted or batch is not None):
+            found, subsets[addition.ordinal] = _look(writer, addition, block, batch, reason)
+            reason = found.reason
+        if reason or not wanted:
+            writer.add(index, addition, masked_add)
+        else:
+            writer.lift(index, addition, rows_add if by_rows else batch_add)
+        if reason and wanted:
+            kept[addition.ordinal] = reason
+    return Spliced(writer.write(), flow.trace.exact, kept, subsets)
+
+
+def _look(
+    writer: "_Writer", addition: Addition, block: nn.Module, batch: int | None, reason: str
+) -> tuple[Rowwise, Subset]:
+    """Whether a branch may run on some rows only, and what that involves; ``reason`` speaks against it."""
+    flow = writer.flow
+    if reason:
+        shape = tuple(flow.fact(addition.shortcut).value.shape)
+        return Rowwise(reason), Subset(False, 0, 0, Samples(shape, mixes=False, apart=lambda _: True))
+    lifted, reads = writer.lifted(addition)
+    values = [flow.fact(node).value for node in reads]
+    active = [flow.fact(node).active for node in reads]
+    shortcut = flow.fact(addition.shortcut).value
+    if batch is not None and shortcut.shape[:1] != (batch,):
+        found = Rowwise(f"its result has the shape {list(shortcut.shape)}, the batch {batch} entries")
+    else:
+        found = _rowwise(lifted, block, values, active, shortcut)
+
+    def apart(dim: int) -> bool:
+        size = shortcut.shape[dim]
+        along = [
+            i
+            for i, (value, on) in enumerate(zip(values, active, strict=True))
+            if on and isinstance(value, Tensor) and value.ndim > dim and value.shape[dim] == size
+        ]
+        return bool(along) and not rowwise(lifted.run, block, values, along, dim).reason
+
+    rows = shortcut.shape[0] if shortcut.ndim else 1
+    moved = sum(_bytes(flow, node) for node in (*(reads[i] for i in lifted.rows), addition.shortcut))
+    samples = Samples(tuple(shortcut.shape), found.mixes, apart)
+    return found, Subset(found.statistics, addition.flops // max(rows, 1), moved // max(rows, 1), samples)
+
+
+def _bytes(flow: Flow, node: fx.Node | None) -> int:
+    value = flow.fact(node).value if node is not None else None
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+
+
+def _rowwise(
+    lifted: Lifted, block: nn.Module, values: Sequence[Any], active: Sequence[bool], shortcut: Tensor
+) -> Rowwise:
+    if shortcut.ndim == 0:
+        return Rowwise("the shortcut has no dimension")
+    if any(nested(value) for value, on in zip(values, active, strict=True) if on):
+        return Rowwise("the branch reads a nest of tensors")
+    if not lifted.rows:
+        return Rowwise("the branch reads nothing that has one entry per row")
+    return rowwise(lifted.run, block, values, lifted.rows)
+
+
+def unliftable(flow: Flow, addition: Addition) -> str:
+    """Why the branch cannot move into a function of its own; ``""`` if it can."""
+    if not addition.region:
+        return "the branch result is also used elsewhere in the block"
+    inside, end = set(addition.region), flow.position(addition.node)
+    for node in addition.region:
+        for other in flow.order[flow.position(node) : end]:
+            if other not in inside and flow.fact(other).writes & flow.fact(node).reads:
+                return f"{other.name} writes in place to what the branch reads"
+    return ""
+
+
+class _Writer:
+    """Copies a traced graph node by node, with some additions replaced."""
+
+    def __init__(self, flow: Flow, rewritten: bool) -> None:
+        self.flow, self.rewritten = flow, rewritten
+        self.graph = fx.Graph()
+        self.block = _receiver(self.graph)
+        self.gates = self.graph.placeholder("_gates")
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.replaced: dict[fx.Node, Callable[[], fx.Node]] = {}
+        self.left_out: set[fx.Node] = set()
+        self.passed: dict[fx.Node, fx.Node] = {}
+
+    def add(self, index: int, addition: Addition, form: Callable[..., Tensor]) -> None:
+        """Replaces an addition by ``form(gate, shortcut, branch, onto)``."""
+        self._take_off_drops(addition)
+
+        def emit() -> fx.Node:
+            sides = (self.env[addition.shortcut], self.env[addition.branch])
+            return self.graph.call_function(form, (self._gate(index), *sides, _onto(addition)))
+
+        self.replaced[addition.node] = emit
+
+    def lift(self, index: int, addition: Addition, form: Form) -> None:
+        """Moves the branch of an addition into a function that ``form`` calls if the gate is open."""
+        lifted, reads = self.lifted(addition)
+        self.left_out |= set(addition.region)
+
+        def emit() -> fx.Node:
+            inputs = (self.env[node] for node in reads)
+            head = (self._gate(index), self.env[addition.shortcut], _onto(addition), self._fresh(addition))
+            return self.graph.call_function(_bound(form, lifted), (*head, self.block, *inputs))
+
+        self.replaced[addition.node] = emit
+
+    def lifted(self, addition: Addition) -> tuple[Lifted, list[fx.Node]]:
+        """The branch as a function of its own, and the nodes whose values it reads."""
+        self._take_off_drops(addition)
+        flow, shortcut = self.flow, addition.shortcut
+        run, reads = self._branch(addition)
+        count = flow.fact(shortcut).value.shape[:1]
+        facts = [flow.fact(node) for node in reads]
+        rows = [
+            i
+            for i, f in enumerate(facts)
+            if f.active and isinstance(f.value, Tensor) and f.value.shape[:1] == count
+        ]
+        uses = [n for n in (*addition.region, *reads) if n.op in ("call_module", "get_attr")]
+        feeds = [
+            i
+            for i, node in enumerate(reads)
+            if isinstance(facts[i].value, Tensor)
+            and node is not shortcut
+            and not flow.precedes(node, shortcut)
+        ]
+        owns = [str(n.target) for n in uses if n in addition.region or n.op == "get_attr"]
+        return Lifted(run, tuple(rows), tuple(dict.fromkeys(owns)), tuple(feeds)), reads
+
+    def write(self) -> Run:
+        for node in self.flow.order:
+            if node in self.left_out:
+                continue
+            if node in self.replaced:
+                self.env[node] = self.replaced[node]()
+                if writes_to(node) is not None:  # the name that was added to in place now means the sum
+                    self.env[node.args[0]] = self.env[node]
+            elif node in self.passed:
+                self.env[node] = self.env[self.passed[node]]
+            elif node.op == "placeholder":
+                self.env[node] = _input(self.graph, node)
+            else:
+                self.env[node] = self.graph.node_copy(node, self.env.__getitem__)
+        return _compile(self.graph)
+
+    def _gate(self, index: int) -> fx.Node:
+        return self.graph.call_function(operator.getitem, (self.gates, index))
+
+    def _take_off_drops(self, addition: Addition) -> None:
+        for drop in addition.drops:
+            mask = None if drop.op == "call_module" else row_mask(self.flow, drop)
+            kept = [
+                n
+                for n in drop.all_input_nodes
+                if n is not mask and isinstance(self.flow.fact(n).value, Tensor)
+            ]
+            self.passed[drop] = kept[0]
+            if mask is not None:
+                self.left_out |= set(self.flow.region(mask, drop))
+
+    def _branch(self, addition: Addition) -> tuple[Run, list[fx.Node]]:
+        """The branch as a function ``(block, *reads)``, and the nodes whose values it reads."""
+        graph, env, reads = fx.Graph(), dict[fx.Node, fx.Node](), list[fx.Node]()
+        _receiver(graph)
+        inside = [n for n in addition.region if n not in self.left_out]
+        own = set(inside)
+        for node in inside:
+            self._gather(node, own, reads)
+        for node in reads:
+            env[node] = _input(graph, node)
+        todo = sorted(own, key=self.flow.position)
+        for node in todo:
+            env[node] = (
+                env[self.passed[node]] if node in self.passed else graph.node_copy(node, env.__getitem__)
+            )
+        graph.output(env[addition.branch])
+        return _compile(graph), reads
+
+    def _gather(self, node: fx.Node, own: set[fx.Node], reads: list[fx.Node]) -> None:
+        """Sorts what ``node`` uses: sizes are read anew inside the branch, all else is handed in."""
+        sources = [self.passed[node]] if node in self.passed else node.all_input_nodes
+        for source in sources:
+            if source in own or source in reads:
+                continue
+            if source.op != "placeholder" and is_size(source, self.flow.fact(source)):
+                own.add(source)
+                self._gather(source, own, reads)
+            else:
+                reads.append(source)
+
+    def _fresh(self, addition: Addition) -> bool:
+        """Whether something writes in place later on to the result, or to the shortcut it would share."""
+        if _onto(addition) == "shortcut":
+            return False  # there the result is the shortcut in the original too
+        shared = {
+            storage(self.flow.fact(n).value) for n in (addition.node, addition.shortcut) if n is not None
+        }
+        later = self.flow.order[self.flow.position(addition.node) + 1 : -1]
+        return self.rewritten or any(shared & self.flow.fact(node).writes for node in later)
+
+
+def _onto(addition: Addition) -> str:
+    """The side that an addition writes to in place: ``"shortcut"``, ``"branch"``, or ``""`` for neither."""
+    left = writes_to(addition.node)
+    if left is None:
+        return ""
+    return "shortcut" if left is addition.shortcut else "branch"
+
+
+@functools.cache
+def _bound(form: Form, lifted: Lifted) -> Run:
+    """A form of adding with its branch filled in, under a name of its own for generated code."""
+
+    def skip(gate: Gate, shortcut: Tensor, onto: str, fresh: bool, block: nn.Module, *inputs: Any) -> Tensor:
+        return form(lifted, gate, shortcut, onto, fresh, block, *inputs)
+
+    return skip
+
+
+def _receiver(graph: fx.Graph) -> fx.Node:
+    """The block as a value in generated code; fx clears names after their last use, ``self`` must stay."""
+    return graph.create_node("placeholder", "self", name="block")
+
+
+def _input(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A placeholder for ``node``; its target is private, so that no argument's name can clash."""
+    return graph.create_node("placeholder", f"_{node.name}_", name=node.name)
+
+
+_compiled: dict[tuple[Any, ...], Run] = {}
+
+
+def _compile(graph: fx.Graph) -> Run:
+    """Python source of a graph as a function; equal blocks share one, so that compilers see it once."""
+    for node in graph.nodes:
+        node.type = None
+    code = graph.python_code("self")
+    key = (code.src, tuple(sorted((name, id(value)) for name, value in code.globals.items())))
+    if key not in _compiled:
+        graph.lint()
+        scope = dict(code.globals)
+        exec(compile(code.src, "<surgeon>", "exec"), scope)  # noqa: S102 - what fx wrote, as GraphModule does
+        _compiled[key] = scope["forward"]
+    return _compiled[key]

@@ -1,0 +1,1 @@
+"""ONNX out, and the check of ONNX files against models."""

@@ -1,0 +1,240 @@
+"""Whether two forms of a model agree: their outputs compared, one row per output and batch size."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surgeon._onnx.hygiene import GraphFinding
+from surgeon.errors import ParityError
+
+Array = NDArray[Any]
+
+
+class OutputsDifferError(ParityError):
+    """The outputs of two forms of a model differ by more than the tolerance.
+
+    Attributes:
+        report: The whole `ParityReport`.
+    """
+
+    def __init__(self, message: str, report: "ParityReport") -> None:
+        super().__init__(message)
+        self.report = report
+
+
+@dataclass(frozen=True, slots=True)
+class ParityRow:
+    """One output at one batch size.
+
+    Attributes:
+        output: The output's name.
+        batch: Size of the batch.
+        shape: The output's shape in PyTorch.
+        absolute: Largest absolute difference.
+        relative: ``absolute`` over the largest absolute value in PyTorch.
+        top1: Share of rows, 0 to 1, with the largest value at the same place; None unless rows are scores.
+        note: What makes the numbers say little: other shapes, values that are not finite, nothing but zeros;
+            else empty.
+        ok: Whether the row is within the tolerance.
+        inputs: ``"random"``, or ``"extreme"``: large, constant and zero.
+    """
+
+    output: str
+    batch: int
+    shape: tuple[int, ...]
+    absolute: float
+    relative: float
+    top1: float | None
+    note: str
+    ok: bool
+    inputs: str = "random"
+
+    def __str__(self) -> str:
+        extreme = "" if self.inputs == "random" else f" on {self.inputs} inputs"
+        where = f"output {self.output!r} at batch {self.batch}{extreme}"
+        if self.note:
+            return f"{where}: {self.note}"
+        agree = "" if self.top1 is None else f", top-1 agrees on {self.top1:.0%} of the rows"
+        return f"{where} differs by {self.absolute:.3g} (relative {self.relative:.3g}{agree})"
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """The first node of a graph whose result is not PyTorch's, though its inputs are.
+
+    Attributes:
+        node: The node's name.
+        op_type: Its operator.
+        module: The module that it belongs to; empty if that is not known.
+        operator: PyTorch's operator whose result is nearest to the node's; empty if none is comparable.
+        absolute: Largest absolute difference between the two.
+        relative: ``absolute`` over the largest absolute value in PyTorch.
+        note: What is wrong with a weight of the node, if one is; else empty.
+    """
+
+    node: str
+    op_type: str
+    module: str
+    operator: str
+    absolute: float
+    relative: float
+    note: str
+
+    def __str__(self) -> str:
+        where = f" of {self.module}" if self.module else ""
+        by = "" if math.isnan(self.relative) else f" by {self.absolute:.3g} (relative {self.relative:.3g})"
+        from_ = f" from PyTorch's {self.operator}" if self.operator else ""
+        note = f"; {self.note}" if self.note else ""
+        return f"the two part at node {self.node} ({self.op_type}){where}, which differs{from_}{by}{note}"
+
+
+@dataclass(frozen=True, slots=True)
+class ParityReport:
+    """How an ONNX file compares with a PyTorch model.
+
+    Attributes:
+        path: The ONNX file.
+        rows: One per output and batch size.
+        findings: Nodes that do not belong in an evaluating graph.
+        tolerance: Largest relative error that counts as agreement.
+        seed: Seed of the random inputs.
+        divergence: Where the graph departs from the model; None if it does not, or where that cannot be said.
+        rounding: How far PyTorch itself is from its own float64, relative, where the two differ; None if they
+            do not, or if the model does not run in float64.
+    """
+
+    path: str
+    rows: tuple[ParityRow, ...]
+    findings: tuple[GraphFinding, ...]
+    tolerance: float
+    seed: int
+    divergence: Divergence | None = None
+    rounding: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether every output agrees and the graph holds nothing that it must not hold."""
+        return not self.findings and all(row.ok for row in self.rows)
+
+    @property
+    def worst(self) -> ParityRow:
+        """The row that is furthest from agreement."""
+        return max(self.rows, key=lambda row: (not row.ok, math.isnan(row.relative), row.relative))
+
+    def require(self) -> "ParityReport":
+        """Returns the report itself if it is ok.
+
+        Raises:
+            ParityError: It is not; the message names the worst output with its numbers, or the first finding.
+        """
+        if self.ok:
+            return self
+        raise OutputsDifferError(f"{self.path} does not match the PyTorch model: {self.fault}", self)
+
+    @property
+    def fault(self) -> str:
+        """What is wrong in one sentence; empty if nothing is."""
+        failed = sum(not row.ok for row in self.rows)
+        if failed:
+            count = f"{failed} of {len(self.rows)} comparisons failed"
+            where = f"; {self.divergence}" if self.divergence else ""
+            return f"{self.worst}; the tolerance is {self.tolerance:g} relative, {count}{self.excuse}{where}"
+        if self.findings:
+            first, more = self.findings[0], len(self.findings) - 1
+            others = f"; {more} more such nodes" if more else ""
+            return f"node {first.node} ({first.op_type}) does not belong in the graph: {first.reason}{others}"
+        return ""
+
+    @property
+    def excuse(self) -> str:
+        """Whether rounding alone may explain a difference; empty if it does not."""
+        if self.rounding is None or not self.worst.relative < 10 * self.rounding:
+            return ""
+        return (
+            f"; PyTorch itself is {self.rounding:.1g} from its own float64 there, so this may be nothing but "
+            "rounding, which a larger tolerance allows"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report for JSON; numbers that are not finite become None."""
+        rows = [
+            {**asdict(row), "absolute": _json(row.absolute), "relative": _json(row.relative)}
+            for row in self.rows
+        ]
+        found = None
+        if self.divergence is not None:
+            numbers = {name: _json(getattr(self.divergence, name)) for name in ("absolute", "relative")}
+            found = asdict(self.divergence) | numbers
+        return {**asdict(self), "rows": rows, "divergence": found, "ok": self.ok}
+
+    def __str__(self) -> str:
+        lines = [f"{'ok  ' if row.ok else 'FAIL'} {row}" for row in self.rows]
+        lines += [f"FAIL {self.divergence}"] if self.divergence else []
+        lines += [f"FAIL node {found.node} ({found.op_type}): {found.reason}" for found in self.findings]
+        return "\n".join(lines)
+
+
+def compare(
+    reference: Mapping[str, Array],
+    other: Sequence[Array],
+    *,
+    batch: int,
+    tolerance: float,
+    inputs: str = "random",
+) -> list[ParityRow]:
+    """Compares outputs one by one; the reference is PyTorch's, by name."""
+    pairs = zip(reference.items(), other, strict=True)
+    rows = [_row(name, mine, theirs, batch, tolerance) for (name, mine), theirs in pairs]
+    if inputs == "random":
+        return rows
+    marked = [replace(row, inputs=inputs) for row in rows]
+    return [_excused(row, mine) for row, mine in zip(marked, reference.values(), strict=True)]
+
+
+def _row(name: str, reference: Array, other: Array, batch: int, tolerance: float) -> ParityRow:
+    note = _incomparable(reference, other)
+    if note:
+        return ParityRow(name, batch, reference.shape, math.nan, math.nan, None, note, ok=False)
+    absolute, relative = _distance(reference, other)
+    note = "" if reference.any() or not relative <= tolerance else "PyTorch computes nothing but zeros"
+    top1, ok = _top1(reference, other), relative <= tolerance
+    return ParityRow(name, batch, reference.shape, absolute, relative, top1, note, ok=ok)
+
+
+def _excused(row: ParityRow, reference: Array) -> ParityRow:
+    """A row that proves nothing either way: inputs that the model itself cannot digest."""
+    return row if np.isfinite(reference).all() else replace(row, ok=True)
+
+
+def _incomparable(reference: Array, other: Array) -> str:
+    if reference.shape != other.shape:
+        return f"the shape is {reference.shape} in PyTorch and {other.shape} in ONNX Runtime"
+    for where, values in (("PyTorch", reference), ("ONNX Runtime", other)):
+        wrong = int(np.size(values) - np.isfinite(values).sum())
+        if wrong:
+            first = np.asarray(values).ravel()[~np.isfinite(values).ravel()][0]
+            return f"{wrong} of {np.size(values)} values are not finite in {where} (the first is {first})"
+    return ""
+
+
+def _distance(reference: Array, other: Array) -> tuple[float, float]:
+    if reference.size == 0:
+        return 0.0, 0.0
+    wide = reference.astype(np.float64)
+    absolute = float(np.abs(wide - other.astype(np.float64)).max())
+    largest = float(np.abs(wide).max())
+    return absolute, absolute / largest if largest else absolute
+
+
+def _top1(reference: Array, other: Array) -> float | None:
+    if reference.ndim != 2 or reference.shape[1] < 2 or reference.dtype.kind != "f" or not len(reference):
+        return None
+    return float((reference.argmax(1) == other.argmax(1)).mean())
+
+
+def _json(number: float) -> float | None:
+    return number if math.isfinite(number) else None

@@ -1,0 +1,69 @@
+"""What a trace is: a graph, and for each of its nodes what is known from running it on fake values."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from surgeon._tracing.example import tensors
+from surgeon._tracing.oplog import Op
+from surgeon._tracing.reads import Reads
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """What is known of one node from running it on fake values.
+
+    Attributes:
+        value: Its value; tensors are fake.
+        reads: Storages of the tensors among its arguments.
+        writes: Those of them that it changed in place.
+        ops: The ATen operators it ran.
+        active: Whether its value is, or holds, a tensor that depends on a model input.
+    """
+
+    value: Any
+    reads: frozenset[int]
+    writes: frozenset[int]
+    ops: tuple[Op, ...]
+    active: bool
+
+    @property
+    def flops(self) -> int:
+        return sum(op.flops for op in self.ops)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """The graph of one block's forward for one way of calling it.
+
+    Attributes:
+        graph: One placeholder per argument (positional first, then keywords, as called), then the body.
+        facts: What each node is.
+        exact: Python control flow consumed a size or a number, so the graph holds for these shapes only.
+        ambient: The forward asked for the grad or autocast mode, so the graph holds for this mode only.
+        reads: The plain attributes (numbers, flags, strings) of the block and its children that were read.
+        opened: The modules below the block that were traced through instead of being called as a whole.
+    """
+
+    graph: fx.Graph
+    facts: dict[fx.Node, Fact]
+    exact: bool
+    ambient: bool
+    reads: Reads
+    opened: frozenset[str] = frozenset()
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """Names of the plain attributes that the graph holds as constants, dotted where they are a child's.
+
+        The block's own mode is not among them.
+        """
+        return tuple(sorted(self.reads.own - {"training"}))
+
+
+def is_size(node: fx.Node, fact: Fact) -> bool:
+    """Whether a node only computes sizes, indices or flags: no tensor in its value and nothing written."""
+    pure = node.op in ("call_function", "call_method", "get_attr")
+    return pure and not tensors(fact.value) and not fact.writes and node.target is not torch._assert

@@ -1,0 +1,126 @@
+"""What single ATen operators do: which are linear, which are layers, which toss coins.
+
+The tables name operators as they run, after PyTorch has taken its functions and modules apart, so that a rule
+that asks them holds for every way to write the same thing.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from surgeon._tracing.oplog import Op
+
+aten = torch.ops.aten
+
+
+def is_linear(op: Op) -> bool:
+    """Whether the operator is linear or affine in its active tensors, running statistics taken as fixed."""
+    packet = op.func.overloadpacket
+    if op.func.is_view or packet in _ADDITIVE:
+        return True
+    return packet in _LINEAR and op.active == 1
+
+
+def projects(op: Op) -> bool:
+    """Whether a projection shortcut may hold the operator: linear, a norm, or a pooling by the maximum."""
+    return is_linear(op) or op.func.overloadpacket in _PROJECTS
+
+
+def sums(op: Op) -> bool:
+    """Whether the operator adds up two active tensors."""
+    return op.func.overloadpacket in (aten.add, aten.add_) and op.active > 1
+
+
+def is_layer(op: Op) -> bool:
+    """Whether the operator is a convolution or a matrix product with a Parameter."""
+    return op.weighted and op.func.overloadpacket in _LAYERS
+
+
+def scales(op: Op) -> bool:
+    """Whether the operator hands its one active tensor on, times a constant at most."""
+    return op.func.overloadpacket in _SCALES and op.active < 2
+
+
+def pools(ops: Sequence[Op]) -> bool:
+    """Whether linear operators mix tokens by pooling alone, without a layer that linear paths merge into."""
+    return not any(is_layer(op) for op in ops) and any(op.func.overloadpacket in _POOLS for op in ops)
+
+
+def drops_rows(ops: Sequence[Op], rows: int) -> bool:
+    """Whether operators without a weight multiply rows, or all of them, by coins: stochastic depth."""
+    alone = not any(op.weighted or op.flops for op in ops)
+    return alone and is_coin(ops) and all(op.random in (0, 1, rows) for op in ops)
+
+
+def is_coin(ops: Iterable[Op]) -> bool:
+    """Whether random numbers are drawn and made zeros and ones of: by a Bernoulli draw, or by rounding."""
+    ops = list(ops)
+    drawn = any(op.random for op in ops)
+    return drawn and any(op.func.overloadpacket in _COINS for op in ops)
+
+
+_COINS = {
+    *(
+        aten.bernoulli,
+        aten.bernoulli_,
+        aten.floor,
+        aten.floor_,
+        aten.round,
+        aten.round_,
+        aten.ceil,
+        aten.ceil_,
+    ),
+    *(aten.lt, aten.lt_, aten.le, aten.le_, aten.gt, aten.gt_, aten.ge, aten.ge_),
+}
+_LAYERS = {aten.convolution, aten.addmm, aten.mm, aten.bmm, aten.baddbmm}
+_POOLS = {aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d}
+_SCALES = {aten.mul, aten.div, aten.alias, aten.detach, aten.clone, aten.view, aten.unsqueeze, aten._to_copy}
+_ADDITIVE = {
+    *(aten.add, aten.add_, aten.sub, aten.sub_, aten.cat, aten.stack, aten.clone, aten.copy_, aten.neg),
+    *(
+        aten._to_copy,
+        aten.constant_pad_nd,
+        aten.roll,
+        aten.flip,
+        aten.index_select,
+        aten.index,
+        aten.empty_like,
+    ),
+    *(
+        aten._unsafe_view,
+        aten.zeros_like,
+        aten.new_zeros,
+        aten.new_empty,
+        aten.new_empty_strided,
+        aten.contiguous,
+    ),
+    *(aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_no_training),
+    *(aten._native_batch_norm_legit_functional, aten.cudnn_batch_norm, aten.miopen_batch_norm),
+}
+_LINEAR = {
+    *(
+        aten.convolution,
+        aten.addmm,
+        aten.mm,
+        aten.bmm,
+        aten.baddbmm,
+        aten.mul,
+        aten.mul_,
+        aten.div,
+        aten.div_,
+    ),
+    *(aten.mean, aten.sum, aten.avg_pool1d),
+    *(aten.avg_pool2d, aten.avg_pool3d, aten._adaptive_avg_pool2d, aten._adaptive_avg_pool3d, aten.addcmul),
+    *(aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d, aten.upsample_bilinear2d),
+    *(
+        aten.upsample_bicubic2d,
+        aten._upsample_bilinear2d_aa,
+        aten._upsample_bicubic2d_aa,
+        aten.reflection_pad2d,
+    ),
+    *(aten.native_dropout, aten.replication_pad2d),
+}
+_PROJECTS = {
+    *(aten.max_pool1d, aten.max_pool2d_with_indices, aten.max_pool3d_with_indices, aten.native_layer_norm),
+    *(aten.native_group_norm, aten._fused_rms_norm, aten.adaptive_max_pool2d, aten.max, aten.amax),
+}

@@ -1,0 +1,226 @@
+"""Sees every ATen operator that runs, and follows which tensors depend on which inputs and weights."""
+
+import functools
+import itertools
+import operator
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from surgeon._tracing.example import mapped, tensors
+from surgeon._tracing.fake import Shadows, storage
+
+aten = torch.ops.aten
+
+_SUMS = {aten.add, aten.add_, aten.addcmul, aten.addcmul_, aten.addcdiv, aten.addcdiv_}
+_REDUCES = {aten.sum, aten.mean}
+# These read the size, dtype and device of their argument, never its numbers.
+_SHAPE_ONLY = {
+    *(aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full, aten.new_empty_strided),
+    *(aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.rand_like, aten.randn_like),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One ATen operator as it ran.
+
+    Attributes:
+        func: The operator's overload.
+        active: How many of its tensor arguments depend on a model input.
+        weighted: Whether a Parameter is among its arguments.
+        depthwise: Whether it is a convolution with one input channel per group.
+        random: Elements drawn from a random number generator, 0 if none.
+        flops: Floating-point operations by PyTorch's own formulas.
+    """
+
+    func: Any
+    active: int
+    weighted: bool
+    depthwise: bool
+    random: int
+    flops: int
+
+
+Layout = tuple[torch.Size, tuple[int, ...], int]
+
+
+def layout(tensor: Tensor) -> Layout:
+    """The shape, strides and offset of a tensor: which part of its storage it shows."""
+    return tensor.shape, tensor.stride(), int(tensor.storage_offset())
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One operator that made a value from active tensors; views make none.
+
+    Attributes:
+        op: Its place in the log, -1 for an input of the model.
+        owner: Place of the call whose forward ran it.
+        adds: It adds two activations, or two tensors with a common ancestor.
+        sources: For each tensor it read, the step that made what is in its storage, -1 for a constant.
+        read: How they were read: the shape, strides and offset of each.
+        made: The same of its first result.
+        floating: Whether that holds floating-point numbers.
+    """
+
+    op: int
+    owner: int
+    adds: bool
+    sources: tuple[int, ...]
+    read: tuple[Layout, ...]
+    made: Layout
+    floating: bool
+
+
+def _numbers(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+class OpLog(TorchDispatchMode):
+    """Logs every ATen operator and follows which storages depend on which model inputs and weights.
+
+    Ancestry is a bit set kept per storage, so that a write through a view reaches the whole tensor. A
+    tensor is active when a model input is among its ancestors.
+    """
+
+    def __init__(self, fake: FakeTensorMode) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.fake = fake
+        self.real = False
+        self.ops: list[Op] = []
+        self.stack: list[int] = [-1]
+        self.additions: Counter[int] = Counter()
+        self.biases: Counter[int] = Counter()
+        self._inputs = 0
+        self._roots = 0
+        self._weights: set[int] = set()
+        self._shadows = Shadows(fake)
+        self._ancestry: dict[int, int] = {}
+        self._alive: list[Any] = []
+        self.steps: list[Step] = []
+        self._stacks: dict[int, tuple[int, int, int]] = {}
+        self._made_at: dict[int, int] = {}
+
+    def root(self, tensor: Tensor) -> None:
+        """Declares ``tensor`` to be a model input."""
+        self._inputs |= 1 << self._roots
+        self._add_root(tensor)
+        self._step([tensor], [], adds=False, op=-1)
+
+    def shadow(self, tensor: Tensor) -> Tensor:
+        """The fake tensor that stands for ``tensor``, always the same; itself in a log of real tensors."""
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        found = tensor if self.real else self._shadows.of(tensor)
+        if isinstance(tensor, nn.Parameter) and storage(found) not in self._weights:
+            self._weights.add(storage(found))
+            self._add_root(found)
+        return found
+
+    def active(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` depends on a model input."""
+        return bool(self._ancestry.get(storage(tensor), 0) & self._inputs)
+
+    def made_at(self, tensor: Tensor) -> int:
+        """The step that made what is in a tensor's storage now; -1 for a weight or constant."""
+        return self._made_at.get(storage(tensor), -1)
+
+    def between(self, start: int, end: int) -> set[int] | None:
+        """The calls whose own forward adds on a way from one step to another; ``None`` if there is no way."""
+        if start < 0:
+            return None
+        reached = {start}
+        for step in range(start + 1, end + 1):
+            if not reached.isdisjoint(self.steps[step].sources):
+                reached.add(step)
+        if end not in reached or end == start:
+            return None
+        way, owners = {end}, set()
+        for step in range(end, start, -1):
+            if step in way and step in reached:
+                found = self.steps[step]
+                way |= set(found.sources)
+                owners |= {found.owner} if found.adds else set()
+        return owners
+
+    def behind(self, results: Iterable[Tensor]) -> set[int]:
+        """Places in the log of the operators that something in ``results`` was computed by."""
+        needed = {self.made_at(t) for t in results}
+        for step in range(len(self.steps) - 1, -1, -1):
+            if step in needed:
+                needed.update(self.steps[step].sources)
+        return {self.steps[step].op for step in needed if step >= 0}
+
+    def _step(self, made: list[Tensor], read: list[Tensor], *, adds: bool, op: int) -> None:
+        sources = tuple([self.made_at(t) for t in read])
+        layouts, floats = tuple([layout(t) for t in read]), made[0].is_floating_point()
+        self.steps.append(Step(op, self.stack[-1], adds, sources, layouts, layout(made[0]), floats))
+        self._made_at.update({storage(t): len(self.steps) - 1 for t in made})
+
+    def _add_root(self, tensor: Tensor) -> None:
+        self._mark(tensor, 1 << self._roots)
+        self._roots += 1
+
+    def _mark(self, tensor: Tensor, bits: int) -> None:
+        key = storage(tensor)
+        if key not in self._ancestry:
+            self._alive.append(tensor)
+            self._ancestry[key] = 0
+        self._ancestry[key] |= bits
+
+    def _shadowed(self, value: Any) -> Any:
+        return self.shadow(value) if isinstance(value, Tensor) else value
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # A real tensor (a weight, a buffer) must not reach the operator: an in-place one would write to it.
+        args, kwargs = mapped(self._shadowed, (args, kwargs or {}))
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
+        read = tensors((args, kwargs))
+        bits = [self._ancestry.get(storage(t), 0) for t in read]
+        active = sum(1 for b in bits if b & self._inputs)
+        out = func(*args, **kwargs)
+        written = tensors(out)
+        terms = self._terms(func.overloadpacket, args, read)
+        adds = terms > 1 and bool(active) and _numbers(written[0])
+        if adds:
+            adds = active > 1 or any(a & b for a, b in itertools.combinations(bits, 2)) or len(read) == 1
+            (self.additions if adds else self.biases)[self.stack[-1]] += terms - 1
+        if func.overloadpacket not in _SHAPE_ONLY:
+            union = functools.reduce(operator.or_, bits, 0)
+            for t in written if union else ():
+                self._mark(t, union)
+            if active and written and not func.is_view:
+                self._step(written, read, adds=adds, op=len(self.ops))
+                if func.overloadpacket is aten.stack and active > 1:
+                    dim = (args[1] if len(args) > 1 else 0) % written[0].ndim
+                    self._stacks[len(self.steps) - 1] = dim, len(read), self.stack[-1]
+        self.ops.append(self._op(func, args, kwargs, out, read, active))
+        return out
+
+    def _terms(self, packet: Any, args: Any, read: list[Tensor]) -> int:
+        """How many tensors the operator adds up: two, or those that were stacked just before; else 0."""
+        if packet in _SUMS:
+            return 2 if len(read) > 1 else 0
+        if packet not in _REDUCES or len(args) < 2 or not args[1]:
+            return 0
+        dim, count, owner = self._stacks.get(self.made_at(read[0]), (-1, 0, -1))
+        over = any(d % read[0].ndim == dim for d in args[1])
+        return count if over and owner == self.stack[-1] else 0
+
+    def _op(self, func: Any, args: Any, kwargs: Any, out: Any, read: list[Tensor], active: int) -> Op:
+        packet = func.overloadpacket
+        made = tensors(out)
+        random = made[0].numel() if torch.Tag.nondeterministic_seeded in func.tags and made else 0
+        flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
+        depthwise = packet is aten.convolution and args[1].shape[1] == 1 and args[0].shape[1] > 1
+        weighted = any(storage(t) in self._weights for t in read)
+        return Op(func, active, weighted, depthwise, random, int(flops))

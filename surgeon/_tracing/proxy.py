@@ -1,0 +1,98 @@
+"""The proxy that stands for a value while a block is traced, and knows the value.
+
+Python asks it for a length, a truth value, its items or its class, and gets what the recorded value would
+answer. Whoever asks for a number *pins* it: the trace then holds for that number only.
+"""
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx
+
+if TYPE_CHECKING:
+    from surgeon._tracing.trace import BlockTracer
+
+
+class ValueProxy(fx.Proxy):
+    """An fx proxy that knows its node's value on the recorded arguments."""
+
+    def __init__(self, node: fx.Node, tracer: "BlockTracer", value: Any) -> None:
+        super().__init__(node, tracer)
+        self.__dict__["value"] = value
+
+    tracer: "BlockTracer"
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """Of the value's type, so that ``isinstance(x, Tensor)`` in a forward answers as it would."""
+        return Tensor if isinstance(self.__dict__["value"], Tensor) else type(self.__dict__["value"])
+
+    def __getattr__(self, name: str) -> Any:
+        tracer, value = self.tracer, self.__dict__["value"]
+        if isinstance(value, Tensor) and name == "ndim":
+            return value.ndim
+        with tracer.deaf():
+            is_method = callable(getattr(value, name))
+        if not is_method:
+            return tracer.create_proxy("call_function", getattr, (self, name), {})
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            if name == "dim" and isinstance(value, Tensor):
+                return value.ndim
+            return tracer.create_proxy("call_method", name, (self, *args), kwargs)
+
+        return method
+
+    def __bool__(self) -> bool:
+        return bool(self.tracer.pin(self))
+
+    def __len__(self) -> int:
+        value = self.__dict__["value"]
+        return int(self.tracer.pin(self).shape[0]) if isinstance(value, Tensor) else len(value)
+
+    def __index__(self) -> int:
+        return operator.index(self.tracer.pin(self))
+
+    def __int__(self) -> int:
+        return int(self.tracer.pin(self))
+
+    def __float__(self) -> float:
+        return float(self.tracer.pin(self))
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self.tracer.pin(self)
+
+    def __iter__(self) -> Iterator[Any]:
+        value = self.__dict__["value"]
+        if isinstance(value, dict):
+            return iter(value)
+        if not hasattr(value, "__getitem__"):  # a view of a dict
+            return iter(self.tracer.create_proxy("call_function", list, (self,), {}))
+        if self.tracer.counts_pieces(self.node):
+            self.tracer.pin(self)
+        return iter([operator.getitem(self, i) for i in range(len(self))])
+
+    def keys(self) -> Any:
+        """The keys of a dict value, so that ``**proxy`` works."""
+        return self.__dict__["value"].keys()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+def _in_place(symbol: str) -> Callable[[ValueProxy, Any], Any]:
+    """The augmented assignment ``symbol`` (``"iadd"``): in place on tensors, as Python does, else not."""
+
+    def method(self: ValueProxy, other: Any) -> Any:
+        name = symbol if isinstance(self.__dict__["value"], Tensor) else symbol[1:]
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    return method
+
+
+for _symbol in ("iadd", "isub", "imul", "itruediv"):
+    setattr(ValueProxy, f"__{_symbol}__", _in_place(_symbol))

@@ -1,0 +1,255 @@
+"""Runs a model once on fake tensors and notes what runs, in which order, on which arguments.
+
+No arithmetic is done and no weight is touched: `FakeTensorMode` computes shapes only. Two observers look
+on. `OpLog`, a dispatch mode, sees every ATen operator, also those inside leaf modules and functions, and
+carries for each storage the set of model inputs and weights it depends on; so it knows every addition of
+two tensors that share ancestry and tells it from shape arithmetic. Hooks on every module note the calls.
+"""
+
+import inspect
+import itertools
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from surgeon._tracing.example import (
+    generators_kept,
+    mode,
+    no_autocast_cache,
+    no_inference_mode,
+    tensors,
+    untouched,
+)
+from surgeon._tracing.fake import held_open, storage, to_fake, twin
+from surgeon._tracing.oplog import OpLog
+from surgeon.errors import RecordError
+
+aten = torch.ops.aten
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of a module.
+
+    Attributes:
+        module: The module.
+        place: Its place in the order of entry.
+        parent: Place of the call it was made from, -1 for the model itself.
+        args, kwargs: What its forward got; tensors are fake.
+        output: What it gave.
+        wrote: Whether it changed one of its arguments in place.
+        first_op, last_op: The range of operators that ran in it and below it.
+        additions: Additions of two activations, or of two tensors with a common ancestor, that its own
+            forward made.
+        biases: Other additions of an activation and a tensor (weight, mask, table).
+        rewritten: After it returned, something wrote in place to what it took or gave, or may do so since
+            that leaves the model.
+        made_at: For each tensor it got, in order, the step of the log that made what is in it.
+    """
+
+    module: nn.Module
+    place: int
+    parent: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    first_op: int
+    last_op: int = -1
+    output: Any = None
+    wrote: bool = False
+    additions: int = 0
+    biases: int = 0
+    rewritten: bool = False
+    made_at: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What one forward of a model did.
+
+    Attributes:
+        calls: Every module call in the order of entry; the model itself is the first.
+        flops: FLOPs of the whole forward.
+        training: Whether it ran as in training.
+        log: The log of every operator.
+    """
+
+    calls: tuple[Call, ...]
+    flops: int
+    training: bool
+    log: "OpLog" = field(repr=False)
+
+    def children(self, call: Call) -> list[Call]:
+        """The calls made directly by ``call``, in order."""
+        return [child for child in self.below(call) if child.parent == call.place]
+
+    def below(self, call: Call) -> Iterator[Call]:
+        """The calls made by ``call``, directly or through others, in order."""
+        return itertools.takewhile(lambda c: c.parent >= call.place, self.calls[call.place + 1 :])
+
+    def replays(self, call: Call) -> dict[nn.Module, list[Call]]:
+        """The calls made directly by ``call`` whose result a trace may take from here, by module, in order.
+
+        Those that hand on or write to their arguments are run anew: the trace's arguments are other tensors.
+        """
+        found: dict[nn.Module, list[Call]] = {}
+        if not self.log.real:
+            for child in self.children(call):
+                found.setdefault(child.module, []).append(child)
+        return found
+
+    def arguments(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any], "OpLog"]:
+        """A call's arguments as fake tensors, and the log that knows which of them are active.
+
+        Objects among them (a cache, say) are copies, so that a trace can write to them.
+        """
+        if not self.log.real:
+            return *twin((call.args, call.kwargs)), self.log
+        log = OpLog(FakeTensorMode(allow_non_fake_inputs=True))
+        args, kwargs = to_fake(log.fake, (call.args, call.kwargs))
+        for ran, stands_for in zip(tensors((call.args, call.kwargs)), tensors((args, kwargs)), strict=True):
+            if self.log.active(ran):
+                log.root(stands_for)
+        return args, kwargs, log
+
+
+def record(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = True
+) -> Recording:
+    """Runs ``model(*args, **kwargs)`` on fake tensors and returns what happened; the model is left as it was.
+
+    First as in training. A model that cannot run so (a batch of one under BatchNorm, a detector without its
+    targets) is run with each batch of one doubled, then as in evaluation, and where values decide shapes
+    (non-maximum suppression) in evaluation on real tensors.
+
+    Args:
+        model: Any module, on any device.
+        args: Positional arguments; tensors are replaced by fake ones.
+        kwargs: Keyword arguments, likewise.
+        training: Whether to try as in training at all.
+
+    Raises:
+        RecordError: The model's own forward failed on these arguments in every way.
+    """
+    attempts = [(True, False, False), (True, True, False), (False, False, False), (False, False, True)]
+    first: Exception | None = None
+    for in_training, doubled, real in attempts if training else attempts[2:]:
+        given = pytree.tree_map_only(Tensor, _doubled, (args, kwargs)) if doubled else (args, kwargs)
+        if real and any(t.is_meta for t in (*model.parameters(), *tensors((args, kwargs)))):
+            continue
+        try:
+            return _record(model, *given, training=in_training, real=real)
+        except Exception as error:  # noqa: BLE001 - a model's forward may raise anything
+            first = first or error
+    raise RecordError(_failure(model, args, kwargs, first)) from first
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, tensor]) if tensor.ndim > 1 and tensor.shape[0] == 1 else tensor
+
+
+def _record(model: nn.Module, args: Any, kwargs: Any, *, training: bool, real: bool) -> Recording:
+    log, calls = OpLog(FakeTensorMode(allow_non_fake_inputs=True)), list[Call]()
+    log.real = real
+    with ExitStack() as stack:
+        for context in (untouched(model), mode(model, training), generators_kept(), no_autocast_cache()):
+            stack.enter_context(context)
+        stack.enter_context(held_open())
+        stack.enter_context(quiet())
+        stack.enter_context(no_inference_mode())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_watch(model, log, calls))
+        given = twin((args, kwargs)) if real else to_fake(log.fake, (args, kwargs))
+        twin(given, log.root)
+        if not real:
+            stack.enter_context(log.fake)
+        stack.enter_context(log)
+        model(*given[0], **given[1])
+    for index, call in enumerate(calls):
+        call.additions, call.biases = log.additions[index], log.biases[index]
+    return Recording(tuple(calls), sum(op.flops for op in log.ops), training, log)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """A forward that fails on fake tensors is an answer here, not worth PyTorch's own error log."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
+
+
+@contextmanager
+def _watch(model: nn.Module, log: OpLog, calls: list[Call]) -> Iterator[None]:
+    """Hooks on every module that keep the stack of running calls."""
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = tensors((args, kwargs))
+        kept_args, kept_kwargs = twin((args, kwargs))
+        calls.append(Call(module, len(calls), log.stack[-1], kept_args, kept_kwargs, len(log.ops)))
+        calls[-1].made_at = [log.made_at(t) for t in given]
+        entered.append([(t, t._version) for t in given])
+        log.stack.append(len(calls) - 1)
+
+    def leave(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        call = calls[log.stack.pop()]
+        call.last_op, call.output = len(log.ops), output
+        call.wrote = any(t._version != version for t, version in entered.pop())
+        seen.extend((call, t, t._version) for t in tensors((output, call.args, call.kwargs)))
+        if call.parent == -1:
+            final.update(storage(t) for t in tensors(output))
+
+    entered: list[list[tuple[Tensor, int]]] = []
+    seen: list[tuple[Call, Tensor, int]] = []
+    final: set[int] = set()
+    handles = []
+    try:
+        for module in model.modules():
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave))
+        yield
+        for call, tensor, version in seen:
+            call.rewritten |= tensor._version != version or storage(tensor) in final
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception | None) -> str:
+    takes = ", ".join(str(p) for p in list(inspect.signature(type(model).forward).parameters.values())[1:])
+    shapes = ", ".join(
+        [_brief(a) for a in args] + [f"{name}={_brief(value)}" for name, value in kwargs.items()]
+    )
+    return (
+        f"{type(model).__name__} could not be run on the example ({shapes}): "
+        f"{type(error).__name__}: {error}. {_unready(model)}"
+        f"Its forward takes ({takes}); give an example it accepts: "
+        "example=tensor, example=(a, b) or example={'name': value}"
+    )
+
+
+def _unready(model: nn.Module) -> str:
+    """What must be done to the model first; ``""`` if nothing is known."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and nn.parameter.is_lazy(tensor):
+            return f"{name} is lazy and has no shape yet: call the model once on real data first. "
+        if isinstance(tensor, Tensor) and tensor.is_quantized:
+            return f"{name} is quantized: put the gates in before the model is quantized. "
+    for name, module in model.named_modules():
+        if any(isinstance(value, torch.ScriptObject) for value in module.__dict__.values()):
+            return f"{name} holds packed weights: put the gates in before the model is quantized. "
+    return ""
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return repr(value) if isinstance(value, (int, float, str, bool, type(None))) else type(value).__name__

@@ -1,0 +1,388 @@
+"""Traces one block's own ``forward`` into an fx graph, its child modules as leaves, on recorded values.
+
+Every proxy (`_tracing.proxy`) carries the fake value that its node has on the recorded arguments. `len`,
+unpacking, `isinstance` and Python control flow see what they would see in the real run, while sizes, indices
+and arithmetic on them stay symbolic in the graph. Where control flow consumes a size, the trace is ``exact``:
+it holds for these shapes only, and the splice makes another one when others arrive.
+
+Executing each node on fake values also tells what fx alone cannot: which tensors a node writes to in
+place (their version counters move), which values share storage, how many FLOPs a node costs, whether it
+draws random numbers.
+"""
+
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.fx.node import map_arg
+from torch.overrides import TorchFunctionMode
+
+from surgeon._tracing.canonical import canonical
+from surgeon._tracing.example import generators_kept, no_autocast_cache, tensors, untouched
+from surgeon._tracing.facts import Fact, Trace, is_size
+from surgeon._tracing.fake import storage
+from surgeon._tracing.guards import guarded
+from surgeon._tracing.oplog import OpLog
+from surgeon._tracing.proxy import ValueProxy
+from surgeon._tracing.reads import CONSTANTS, Reads, noted
+from surgeon._tracing.record import Call
+from surgeon.errors import TraceError
+
+
+def trace(
+    block: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    log: OpLog,
+    replays: Mapping[nn.Module, list[Call]] | None = None,
+    opened: frozenset[str] = frozenset(),
+) -> Trace:
+    """Traces ``block`` as called with ``args`` and ``kwargs``; the block is left as it was.
+
+    Args:
+        block: The module whose own forward is traced, in the mode (training or not) it is in.
+        args: Positional arguments; tensors are fake ones of ``log``'s mode.
+        kwargs: Keyword arguments, likewise.
+        log: The operator log that knows which of them depend on a model input.
+        replays: The recorded calls of its children in the same mode, whose results need no second run.
+        opened: Names of modules below it to trace through, which are leaves otherwise.
+
+    Raises:
+        TraceError: The forward does something that a graph cannot hold, named in the message.
+    """
+    if "forward" in block.__dict__:
+        raise TraceError("its forward was replaced on the instance")
+    _check_class(type(block))
+    before, reads = dict(block.__dict__), Reads()
+    with untouched(block), generators_kept(), no_autocast_cache():
+        tracer = BlockTracer(log, args, kwargs, replays or {}, reads, opened)
+        try:
+            with guarded(tracer), _Capture(tracer):
+                graph = tracer.trace(block)
+        except TraceError:
+            raise
+        except Exception as error:
+            raise TraceError(
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            ) from error
+        changed = [name for name, value in block.__dict__.items() if before.get(name, block) is not value]
+        kept = _kept(block)
+    if changed:
+        raise TraceError(f"its forward assigns self.{changed[0]}")
+    if kept:
+        raise TraceError(f"its forward keeps a value in self.{kept}")
+    _drop_unused(graph, tracer.facts)
+    return Trace(graph, tracer.facts, tracer.exact, tracer.ambient, reads, opened)
+
+
+def _check_class(cls: type[nn.Module]) -> None:
+    """A gate needs a subclass of the block's class; few classes refuse to have one."""
+    try:
+        type(cls.__name__, (cls,), {"__module__": cls.__module__})
+    except Exception as error:
+        raise TraceError(f"its class {cls.__name__} cannot be subclassed: {error}") from error
+
+
+class BlockTracer(fx.Tracer):
+    """An fx tracer of one module: children are leaves (but for some), arguments are the recorded ones."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(
+        self,
+        log: OpLog,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        replays: Mapping[nn.Module, list[Call]],
+        reads: Reads,
+        opened: frozenset[str],
+    ) -> None:
+        super().__init__()
+        self._opened = opened
+        self._reads = reads
+        self._replays = {module: list(calls) for module, calls in replays.items()}
+        self.log, self.args, self.kwargs = log, args, kwargs
+        self.facts: dict[fx.Node, Fact] = {}
+        self.exact = False
+        self.ambient = False
+        self._proxies: dict[fx.Node, ValueProxy] = {}
+        self.listening = False
+        self._state = _global_state()
+
+    def trace(self, root: Any, _concrete_args: Any = None) -> fx.Graph:
+        self.traced_func_name = "_ungated_forward" if hasattr(type(root), "_ungated_forward") else "forward"
+        return super().trace(root)
+
+    def pin(self, proxy: ValueProxy) -> Any:
+        """The value of ``proxy`` for use in Python; the trace then holds for this value only."""
+        self.exact = True
+        return proxy.__dict__["value"]
+
+    def counts_pieces(self, node: fx.Node) -> bool:
+        """Whether the length of the node's value follows from a size: pieces of a tensor, unless counted."""
+        pieces = bool(tensors(self.facts[node].value)) and node.op in ("call_function", "call_method")
+        given = [*node.args[1:2], *node.kwargs.values()]
+        counted = node.target in (torch.chunk, "chunk") or any(isinstance(a, (list, tuple)) for a in given)
+        return pieces and node.target is not list and not counted
+
+    def create_args_for_root(self, root_fn: Any, _is_module: bool, _concrete_args: Any = None) -> Any:
+        names = _argument_names(root_fn, self.args, self.kwargs)
+        values = [*self.args, *self.kwargs.values()]
+        given = [self._placeholder(name, value) for name, value in zip(names, values, strict=True)]
+        split = len(self.args)
+        keywords = dict(zip(self.kwargs, given[split:], strict=True))
+
+        def call() -> Any:
+            with noted(self.root, self._reads, lambda: self.listening):
+                self.listening = True
+                try:
+                    return root_fn(self.root, *given[:split], **keywords)
+                finally:
+                    self.listening = False
+
+        return call, []
+
+    def _placeholder(self, name: str, value: Any) -> Any:
+        node = self.create_node("placeholder", name, (), {})
+        active = any(self.log.active(t) for t in tensors(value))
+        self.facts[node] = Fact(value, frozenset(), frozenset(), (), active)
+        # Optional and flag arguments decide which code runs: the forward must see the value itself.
+        return value if isinstance(value, CONSTANTS) else self._wrap(node, value)
+
+    def _wrap(self, node: fx.Node, value: Any) -> "ValueProxy":
+        proxy = ValueProxy(node, self, value)
+        self._proxies[node] = proxy
+        return proxy
+
+    def proxy_of(self, node: fx.Node) -> "ValueProxy":
+        """The proxy that was made for ``node``."""
+        return self._proxies[node]
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Node:
+        if _global_state() != self._state:
+            raise TraceError("part of its forward runs under its own autocast or grad mode")
+        return super().create_node(kind, target, args, kwargs, *rest, **more)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if is_dataclass(a) and not isinstance(a, type):
+            return self._emit(
+                "call_function", type(a), (), {f.name: getattr(a, f.name) for f in fields(a)}
+            ).node
+        if isinstance(a, tuple) and hasattr(a, "_fields"):
+            return self._emit("call_function", type(a), tuple(a), {}).node
+        known = not isinstance(a, Tensor) or isinstance(a, nn.Parameter) or a in self.tensor_attrs
+        if not known and not any(a is b for b in self.root.buffers()):
+            raise TraceError("its forward uses a tensor that is no parameter, buffer or attribute")
+        return super().create_arg(a)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *_: Any, **__: Any) -> Any:
+        with self.deaf():
+            if kind in ("call_function", "call_method"):
+                same = canonical(lambda f, a: self._emit("call_function", f, a, {}), target, args, kwargs)
+                if same is not None:
+                    return same
+            return self._emit(kind, target, args, kwargs)
+
+    def _emit(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
+        value = self._execute(node)
+        # The forward must see None itself, and flags that came in inside a nest of arguments.
+        if value is None or (isinstance(value, CONSTANTS) and self._is_part_of_argument(node)):
+            return value
+        return self._wrap(node, value)
+
+    def _is_part_of_argument(self, node: fx.Node) -> bool:
+        """Whether ``node`` only takes a nest of arguments apart (tensors excepted)."""
+        if node.op == "placeholder":
+            return True
+        takes = node.target in (operator.getitem, getattr, "get")
+        nest = node.args[0] if takes and isinstance(node.args[0], fx.Node) else None
+        return (
+            nest is not None
+            and not isinstance(self.facts[nest].value, Tensor)
+            and self._is_part_of_argument(nest)
+        )
+
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Inside, torch calls and module calls are surgeon's own, not the forward's."""
+        listening, self.listening = self.listening, False
+        try:
+            yield
+        finally:
+            self.listening = listening
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if not self.listening:  # a child of a leaf, running on fake values
+            return forward(*args, **kwargs)
+        try:
+            path = self.path_of_module(m)
+        except NameError:
+            raise TraceError(f"its forward calls a {type(m).__name__} that is not its submodule") from None
+        if path in self._opened:
+            return forward(*args, **kwargs)
+        return self.create_proxy("call_module", path, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if not self.listening:
+            return attr_val
+        with self.deaf():
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _execute(self, node: fx.Node) -> Any:
+        """Runs one node on fake values and notes its facts."""
+        args, kwargs = _mutable(map_arg((node.args, node.kwargs), lambda n: self.facts[n].value))
+        read = tensors((args, kwargs))
+        recorded = self._recorded(node, read)
+        if recorded is not None:
+            self.facts[node] = Fact(
+                recorded.output,
+                frozenset(storage(t) for t in read),
+                frozenset(),
+                tuple(self.log.ops[recorded.first_op : recorded.last_op]),
+                any(self.log.active(t) for t in tensors(recorded.output)),
+            )
+            return recorded.output
+        versions = [t._version for t in read]
+        held = [(v, _items(v)) for v in (self.facts[n].value for n in node.all_input_nodes) if _holds(v)]
+        start = len(self.log.ops)
+        with torch.no_grad(), self.log.fake, self.log:
+            value = self._call(node, args, kwargs)
+        for given, items in held:  # later readers of it would not be known to depend on this node
+            if not _same_items(_items(given), items):
+                raise TraceError(f"its forward changes a {type(given).__name__} that it was given")
+        written = (t for t, version in zip(read, versions, strict=True) if t._version != version)
+        self.facts[node] = Fact(
+            value,
+            frozenset(storage(t) for t in read),
+            frozenset(storage(t) for t in written),
+            tuple(self.log.ops[start:]),
+            any(self.log.active(t) for t in tensors(value)),
+        )
+        return value
+
+    def _recorded(self, node: fx.Node, read: list[Tensor]) -> Call | None:
+        """The recorded call that this node repeats, if its result can be taken as it is."""
+        module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        calls = self._replays.get(module) if module is not None else None
+        if not calls:
+            return None
+        call = calls.pop(0)
+        before = tensors((call.args, call.kwargs))
+        same = [(t.shape, t.dtype) for t in before] == [(t.shape, t.dtype) for t in read]
+        shared = {storage(t) for t in before} & {storage(t) for t in tensors(call.output)}
+        return call if same and not shared and not call.wrote and tensors(call.output) else None
+
+    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if node.op == "call_module":
+            return self.root.get_submodule(str(node.target))(*args, **kwargs)
+        value: Any = self.root
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return self.log.shadow(value) if isinstance(value, Tensor) else value
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, (list, dict, set))
+
+
+def _items(held: Any) -> list[Any]:
+    """What a list, dict or set holds, names and values."""
+    return [part for item in held.items() for part in item] if isinstance(held, dict) else list(held)
+
+
+def _same_items(now: list[Any], before: list[Any]) -> bool:
+    return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
+
+
+def _kept(block: nn.Module) -> str:
+    """Where the traced code left a value of its own on the block or a child; ``""`` if nowhere."""
+    for path, module in block.named_modules():
+        for name, value in module.__dict__.items():
+            if any(type(item) is ValueProxy for item in (_items(value) if _holds(value) else [value])):
+                inner = name in ("_buffers", "_parameters")
+                names = [key for key, item in value.items() if type(item) is ValueProxy] if inner else [name]
+                return ".".join(part for part in (path, *names[:1]) if part)
+    return ""
+
+
+class _Capture(TorchFunctionMode):
+    """Puts torch calls without a proxy among their arguments (factories, ops on weights) into the graph."""
+
+    def __init__(self, tracer: BlockTracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if not self.tracer.listening or name in ("__get__", "__set__"):
+            return func(*args, **kwargs)
+        if isinstance(func, _METHODS) and not name.startswith("__"):
+            return self.tracer.create_proxy("call_method", name, args, kwargs)
+        return self.tracer.create_proxy("call_function", _operator(func, name), args, kwargs)
+
+
+_METHODS = (type(Tensor.add), type(Tensor.__add__))
+
+
+def _operator(func: Any, name: str) -> Any:
+    """Tensor dunders as the ``operator`` functions that generated code can name."""
+    plain = name.strip("_")
+    if name.startswith("__") and isinstance(func, (*_METHODS, type(Tensor.__radd__))):
+        if plain.startswith("r") and hasattr(operator, plain[1:]):
+            return lambda a, b: getattr(operator, plain[1:])(b, a)
+        if hasattr(operator, plain):
+            return getattr(operator, plain)
+    return func
+
+
+def _mutable(tree: Any) -> Any:
+    """Fx keeps arguments in immutable lists and dicts; what is called may want to write to them."""
+    if isinstance(tree, immutable_list):
+        return [_mutable(item) for item in tree]
+    if isinstance(tree, immutable_dict):
+        return {key: _mutable(item) for key, item in tree.items()}
+    return tuple(_mutable(item) for item in tree) if type(tree) is tuple else tree
+
+
+def _global_state() -> tuple[bool, ...]:
+    return (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+
+
+def _argument_names(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Readable, distinct placeholder names for the arguments as called."""
+    names = []
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    for i in range(len(args)):
+        plain = i < len(parameters) and parameters[i].kind is not inspect.Parameter.VAR_POSITIONAL
+        names.append(parameters[i].name if plain else f"arg_{i}")
+    return names + list(kwargs)
+
+
+def _drop_unused(graph: fx.Graph, facts: dict[fx.Node, Fact]) -> None:
+    """Erases what nothing uses; fx's own dead-code elimination is unsound on in-place graphs."""
+    for node in reversed(graph.nodes):
+        fact = facts.get(node)
+        if fact is None or node.users or node.op == "placeholder":
+            continue
+        if is_size(node, fact) or _is_pure(node, fact):
+            graph.erase_node(node)
+
+
+def _is_pure(node: fx.Node, fact: Fact) -> bool:
+    """Whether a node only computes tensors: no write, no draw, no module that may keep a state."""
+    computes = node.op in ("call_function", "call_method") and bool(fact.ops)
+    return computes and not fact.writes and not any(op.random for op in fact.ops)
