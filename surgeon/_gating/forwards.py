@@ -36,12 +36,15 @@ class Gating:
         name: Qualified name of the block.
         gates: The gates, in the order of their additions.
         rewritten: Something outside the block writes to its output in place.
+        kept: Places of the arguments that autograd keeps anyway, for the backward of what made them.
     """
 
-    def __init__(self, name: str, gates: Sequence[Gate], rewritten: bool) -> None:
+    def __init__(
+        self, name: str, gates: Sequence[Gate], rewritten: bool, kept: frozenset[int] = frozenset()
+    ) -> None:
         self.name = name
         self.gates = tuple(gates)
-        self.rewritten = rewritten
+        self.rewritten, self.kept = rewritten, kept
         self.complete: bool | None = None  # whether each residual add of the block carries a gate
         self.exact = False
         self.ambient = False
@@ -93,10 +96,11 @@ class Gating:
         skip = frozenset(gate.ordinal for gate in self.gates if gate.skips)
         by_rows = self.gates[0].unit == "sample"
         places = tuple((a.node, a.ordinal, a.shortcut) for a in chosen)
-        key = (block.training, places, skip, by_rows, self.rewritten, batch)
+        key = (block.training, places, skip, by_rows, self.rewritten, self.kept, batch)
         if key not in flow.shared:
+            written, kept = self.rewritten, self.kept
             flow.shared[key] = splice(
-                block, flow, chosen, skip=skip, by_rows=by_rows, rewritten=self.rewritten, batch=batch
+                block, flow, chosen, skip=skip, by_rows=by_rows, rewritten=written, kept=kept, batch=batch
             )
         spliced: Spliced = flow.shared[key]
         return spliced
@@ -160,7 +164,7 @@ class Gating:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Gating":
-        twin = Gating(self.name, copy.deepcopy(self.gates, memo), self.rewritten)
+        twin = Gating(self.name, copy.deepcopy(self.gates, memo), self.rewritten, self.kept)
         twin.complete = self.complete
         twin.exact, twin.ambient, twin.attributes = self.exact, self.ambient, self.attributes
         twin.opened, twin.sides = self.opened, dict(self.sides)

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 
+from torch import Tensor
+
 from surgeon._finding.analysis import Analysis, Block
 from surgeon._finding.flow import Flow
 from surgeon._gating.forwards import Gating, gated_class
 from surgeon._gating.gate import Gate
 from surgeon._gating.samples import Samples, dimensions
+from surgeon._gating.saved import keeps_result
 from surgeon._gating.splice import Spliced
 from surgeon._tracing.example import mode, no_inference_mode, tensors, untouched
 from surgeon._tracing.fake import held_open
@@ -48,7 +51,7 @@ def _prepare_block(
 ) -> Gating:
     """The gating of one block with its training forward made, and its evaluating one where that differs."""
     chosen = [gates[r.name] for r in block.residuals]
-    gating = Gating(block.name, chosen, block.call.rewritten)
+    gating = Gating(block.name, chosen, block.call.rewritten, _kept(block, recording))
     args, kwargs, log = recording.arguments(block.call)
     with mode(block.module, True):
         spliced = gating.prepare(block.module, block.flow, args, kwargs, _batch(recording))
@@ -63,6 +66,16 @@ def _prepare_block(
             gating.prepare(block.module, flow, args, kwargs)
     _check_class(block)
     return gating
+
+
+def _kept(block: Block, recording: Recording) -> frozenset[int]:
+    """Places of the block's arguments that autograd keeps for the backward of what made them."""
+    call, places, steps = block.call, set(), iter(block.call.made_at)
+    for place, value in enumerate((*call.args, *call.kwargs.values())):
+        made_at = [next(steps) for _ in tensors(value)]
+        if isinstance(value, Tensor) and keeps_result(recording.log, made_at[0]):
+            places.add(place)
+    return frozenset(places)
 
 
 def _batch(recording: Recording) -> int | None:

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from surgeon._gating.gate import Branch, Gate, combine, masked_add
 from surgeon._gating.rowops import Join, Part, take
+from surgeon._gating.saved import hooks_allowed, saved_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +30,14 @@ class Lifted:
         rows: Which inputs have one entry per sample, by place; the others go in whole.
         owns: Submodules and parameters of the block that it uses.
         feeds: Which inputs reach the result through the branch alone, by place.
+        kept: Which of ``rows`` autograd keeps whole anyway, see `surgeon._gating.saved`.
     """
 
     run: Branch
     rows: tuple[int, ...]
     owns: tuple[str, ...]
     feeds: tuple[int, ...]
+    kept: tuple[int, ...] = ()
 
 
 Form = Callable[..., Tensor]
@@ -73,7 +76,8 @@ def rows_add(
         return _dropped(lifted, gate, shortcut, onto, fresh, block, inputs)
     rows = gate.rows(count, kept, shortcut.device)
     into, taken = _gathered(lifted, shortcut, onto, rows, inputs)
-    return _put_back(into, lifted.run(block, *taken), rows, gate.correction(), onto)
+    result = _run(lifted, block, inputs, taken, rows)
+    return _put_back(into, result, rows, gate.correction(), onto)
 
 
 def _masks(lifted: Lifted, gate: Gate, shortcut: Tensor, inputs: Sequence[Any]) -> bool:
@@ -113,6 +117,15 @@ def _gathered(
         elif value.shape[0] == shortcut.shape[0]:  # else one entry for all, which is spread over any number
             taken[i] = take(value, rows)
     return into, taken
+
+
+def _run(lifted: Lifted, block: nn.Module, inputs: Sequence[Any], taken: list[Any], rows: Tensor) -> Tensor:
+    """The branch on the rows that were taken."""
+    parts = [(taken[i], inputs[i]) for i in lifted.kept if inputs[i].requires_grad]
+    if not parts or torch.compiler.is_compiling() or not hooks_allowed():
+        return lifted.run(block, *taken)
+    with saved_once(parts, rows):
+        return lifted.run(block, *taken)
 
 
 def _put_back(into: Tensor, result: Tensor, rows: Tensor, factor: float, onto: str) -> Tensor:

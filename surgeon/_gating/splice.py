@@ -69,6 +69,7 @@ def splice(
     skip: Collection[int],
     by_rows: bool,
     rewritten: bool,
+    kept: Collection[int] = (),
     batch: int | None = None,
 ) -> Spliced:
     """Generates a block's forward with a gate on each chosen addition, for the mode the block is in.
@@ -80,9 +81,10 @@ def splice(
         skip: Ordinals of those whose branch is lifted out where that is sound, so that it need not run.
         by_rows: What a coin decides is one row of the batch.
         rewritten: Something outside the block writes to its output in place.
+        kept: Places of the arguments that autograd keeps whole anyway.
         batch: How many samples the example has, if this is its trace.
     """
-    writer, kept, subsets = _Writer(flow, rewritten), dict[int, str](), dict[int, Subset]()
+    writer, whole, subsets = _Writer(flow, rewritten, kept), dict[int, str](), dict[int, Subset]()
     for index, addition in enumerate(chosen):
         if not block.training:
             writer.add(index, addition, evaluating_add)
@@ -96,8 +98,8 @@ def splice(
         else:
             writer.lift(index, addition, rows_add if by_rows else batch_add)
         if reason and wanted:
-            kept[addition.ordinal] = reason
-    return Spliced(writer.write(), flow.trace.exact, kept, subsets)
+            whole[addition.ordinal] = reason
+    return Spliced(writer.write(), flow.trace.exact, whole, subsets)
 
 
 def _look(
@@ -164,8 +166,10 @@ def unliftable(flow: Flow, addition: Addition) -> str:
 class _Writer:
     """Copies a traced graph node by node, with some additions replaced."""
 
-    def __init__(self, flow: Flow, rewritten: bool) -> None:
+    def __init__(self, flow: Flow, rewritten: bool, kept: Collection[int]) -> None:
         self.flow, self.rewritten = flow, rewritten
+        arguments = [node for node in flow.order if node.op == "placeholder"]
+        self.kept = {node for place, node in enumerate(arguments) if place in kept}
         self.graph = fx.Graph()
         self.block = _receiver(self.graph)
         self.gates = self.graph.placeholder("_gates")
@@ -217,7 +221,8 @@ class _Writer:
             and not flow.precedes(node, shortcut)
         ]
         owns = [str(n.target) for n in uses if n in addition.region or n.op == "get_attr"]
-        return Lifted(run, tuple(rows), tuple(dict.fromkeys(owns)), tuple(feeds)), reads
+        kept = [i for i in rows if reads[i] in self.kept]
+        return Lifted(run, tuple(rows), tuple(dict.fromkeys(owns)), tuple(feeds), tuple(kept)), reads
 
     def write(self) -> Run:
         for node in self.flow.order:

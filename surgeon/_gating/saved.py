@@ -1,0 +1,86 @@
+"""What autograd keeps of a batch of which a branch computes some rows.
+
+Where the operator that made the batch needs its own result in its backward (a ReLU does), the whole batch is
+kept anyway, and a branch that saves the rows it took would keep them twice. There autograd saves the numbers
+of the rows instead, and takes them again when the branch's backward asks for them.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from surgeon._gating.rowops import take
+from surgeon._tracing.oplog import OpLog
+
+aten = torch.ops.aten
+
+# By PyTorch's derivative formulas these read `result`; in place they must, having overwritten what they read.
+_KEEPS_RESULT = {
+    *(aten.relu, aten.relu_, aten.sigmoid, aten.sigmoid_, aten.tanh, aten.tanh_, aten.exp, aten.exp_),
+    *(aten.leaky_relu_, aten.elu_, aten.hardtanh_, aten._softmax, aten._log_softmax),
+}
+
+
+def keeps_result(log: OpLog, step: int) -> bool:
+    """Whether autograd keeps the tensor that a step of the recording made, for the step's own backward."""
+    place = log.steps[step].op if step >= 0 else -1
+    return place >= 0 and log.ops[place].func.overloadpacket in _KEEPS_RESULT
+
+
+@contextmanager
+def saved_once(parts: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> Iterator[None]:
+    """Inside, autograd saves ``rows`` and the whole in place of a part that was taken from it.
+
+    Hooks that were there before (of activation checkpointing, say) get the whole to pack.
+
+    Args:
+        parts: Part and whole, where ``part`` is ``take(whole, rows)`` and nothing writes to it.
+        rows: Numbers of the rows.
+    """
+    outer: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    pack, unpack = outer or (Tensor.detach, _same)
+    versions = [whole._version for _, whole in parts]
+
+    def save(tensor: Tensor) -> tuple[Any, int | None]:
+        for i, (part, whole) in enumerate(parts):
+            if _shows(tensor, part):
+                return pack(whole.detach()), versions[i]
+        return pack(tensor), None
+
+    def load(saved: tuple[Any, int | None]) -> Tensor:
+        packed, version = saved
+        tensor: Tensor = unpack(packed)
+        if version is None:
+            return tensor
+        if not outer and tensor._version != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace "
+                f"operation: a batch of shape {list(tensor.shape)} of which a branch took some rows"
+            )
+        return take(tensor, rows)
+
+    with saved_tensors_hooks(save, load):
+        yield
+
+
+def hooks_allowed() -> bool:
+    """Whether autograd may be told what to save; `torch.func` forbids it."""
+    autograd: Any = torch._C._autograd
+    return bool(autograd._saved_tensors_hooks_is_enabled())
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _shows(tensor: Tensor, part: Tensor) -> bool:
+    return (
+        tensor.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()
+        and tensor.shape == part.shape
+        and tensor.stride() == part.stride()
+        and tensor.dtype == part.dtype
+    )
