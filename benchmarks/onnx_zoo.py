@@ -7,7 +7,8 @@ A family is a module of timm's models, or of torchvision's classification, segme
 smallest model stands for it, with random statistics and at the smallest of a few resolutions that it takes.
 Each is exported twice with a dynamic batch, ungated and with gates of ``scaling="paper"`` folded, compared
 with PyTorch at two batch sizes and on extreme inputs, and the nodes of both graphs are counted against each
-other. Rows are appended as they come; ``python -m benchmarks.zoo`` puts them into ``docs/coverage.md``.
+other. A difference within the tolerance that rounding does not explain is a failure here. Rows are appended
+as they come; ``python -m benchmarks.zoo`` puts them into ``docs/coverage.md``.
 """
 
 import copy
@@ -103,6 +104,9 @@ def _both(model: nn.Module, gated: nn.Module, given: Any, *, dynamic: bool) -> d
         "onnx_reasons": sorted({reason for _, reason in folded.kept}),
         "export_s": [round(report.seconds, 1) for report in reports],
     }
+    doubts = [one for report in reports for one in report.parity.remarks]
+    if doubts:
+        row |= {"onnx": "failed", "onnx_cause": "; ".join(doubts)}
     extra = Counter(folded.nodes)
     extra.subtract(ungated.nodes)
     extra["Mul"] -= len(folded.kept)

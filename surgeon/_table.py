@@ -100,7 +100,7 @@ def parity(report: Any) -> Sequence[RenderableType]:
         numbers = ("", "") if math.isnan(row.relative) else (f"{row.absolute:.2g}", f"{row.relative:.2g}")
         table.add_row(row.output, row.inputs, str(row.batch), *numbers, top1, _verdict(row))
     said = [str(report.divergence)] if report.divergence else []
-    said += [report.excuse.removeprefix("; ")] if report.excuse else []
+    said += report.remarks
     parting = tuple(Text(f"{one}\n") for one in said)
     found = (_findings(report.findings),) if report.findings else ()
     return (_titled(title, table), *parting, *found)

@@ -112,8 +112,46 @@ def test_rounding_is_told_from_a_mistake(tmp_path):
     assert 1e-5 < report.rounding < 1e-2
     assert "so this may be nothing but rounding, which a larger tolerance allows" in report.fault
     wrong = verify(Cancelling(WEIGHT.clone()), linear(tmp_path / "n.onnx", WEIGHT * 1.5), example=EXAMPLE)
-    assert wrong.excuse == ""
+    assert wrong.rounding is not None and wrong.remarks == ()
     assert verify(Model(WEIGHT.clone()), linear(tmp_path / "o.onnx"), example=EXAMPLE).rounding is None
+
+
+def test_a_small_mistake_is_told_from_rounding(model, tmp_path):
+    report = verify(model, linear(tmp_path / "m.onnx", WEIGHT * (1 + 5e-5)), example=EXAMPLE)
+    assert report.ok
+    (remark,) = report.remarks
+    assert remark.startswith("5e-05 is within the tolerance, but more than rounding: PyTorch itself is ")
+    assert remark in str(report) and report.rounding < 1e-6
+    tight = verify(model, linear(tmp_path / "n.onnx"), example=EXAMPLE, tolerance=1e-6)
+    assert tight.ok and tight.remarks == ()
+
+
+class Padded(nn.Module):
+    """Zeros around the image, which count where all else is negative."""
+
+    def forward(self, x):
+        return nn.functional.max_pool2d(nn.functional.pad(x, (1, 1, 1, 1)), 3)
+
+
+def padded_pool(path, spoil=()):
+    """`Padded`, in which ONNX Runtime takes the zeros for the pool's own padding."""
+    x, width = value("x", ["batch", 1, 4, 4]), constant("w", np.array([0, 0, 1, 1, 0, 0, 1, 1]))
+    pad = ir.node("Pad", [x, width], name="pad")
+    pool = ir.node("MaxPool", pad.outputs, {"kernel_shape": [3, 3], "strides": [3, 3]}, name="pool")
+    nodes = [pad, pool, *(ir.node(op, pool.outputs) for op in spoil)]
+    out = nodes[-1].outputs[0]
+    out.name, out.shape, out.dtype = "y", ir.Shape(["batch", 1, 2, 2]), ir.DataType.FLOAT
+    return write(path, nodes, inputs=[x], outputs=[out], weights=[width])
+
+
+def test_a_mistake_of_onnx_runtimes_optimiser_is_told_from_one_of_the_file(tmp_path):
+    example = torch.zeros(1, 1, 4, 4)
+    report = verify(Padded(), padded_pool(tmp_path / "m.onnx"), example=example)
+    assert not report.ok and report.divergence is None
+    assert report.unoptimised == 0.0
+    assert "with ONNX Runtime's optimisations off the two differ by 0 only" in report.fault
+    wrong = verify(Padded(), padded_pool(tmp_path / "n.onnx", spoil=["Neg"]), example=example)
+    assert wrong.unoptimised > 0.1 and wrong.remarks == ()
 
 
 def test_other_shape(tmp_path):

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from surgeon._onnx.constants import constant, initializer
 from surgeon._onnx.parity import Array
 
 
@@ -32,7 +33,7 @@ def _fused(graph: ir.Graph, norm: ir.Node) -> bool:
     layer, affine = _only_reader(norm), _affine(norm)
     if layer is None or affine is None or not _linear(layer):
         return False
-    constants = [_constant(value) for value in layer.inputs[1:]]
+    constants = [constant(value) for value in layer.inputs[1:]]
     weight, bias = constants[0], constants[1] if len(constants) > 1 else np.zeros((), np.float32)
     if weight is None or bias is None:
         return False
@@ -42,7 +43,7 @@ def _fused(graph: ir.Graph, norm: ir.Node) -> bool:
     layer.replace_input_with(0, norm.inputs[0])
     for index, (what, array) in enumerate(made.items(), start=1):
         layer.replace_input_with(
-            index, _initializer(graph, f"{layer.name}_{what}", array.astype(weight.dtype))
+            index, initializer(graph, f"{layer.name}_{what}", array.astype(weight.dtype))
         )
     graph.remove(norm, safe=True)
     return True
@@ -67,7 +68,7 @@ def _linear(layer: ir.Node) -> bool:
 
 def _affine(norm: ir.Node) -> tuple[Array, Array] | None:
     """``s`` and ``t`` in float64; None where they are not constant, or the statistics are the batch's."""
-    constants = [one for one in map(_constant, norm.inputs[1:]) if one is not None]
+    constants = [one for one in map(constant, norm.inputs[1:]) if one is not None]
     if len(constants) != len(norm.inputs) - 1 or norm.attributes.get_int("training_mode", False):
         return None
     weight, bias, mean, var = (one.astype(np.float64) for one in constants)
@@ -89,17 +90,3 @@ def _combined(layer: ir.Node, weight: Array, scale: Array, shift: Array) -> tupl
         wide * one.reshape(groups, -1)[group_of_output].reshape(along) for one in (scale, shift)
     )
     return scaled, shifted.sum(axis=tuple(range(1, wide.ndim)))
-
-
-def _constant(value: ir.Value | None) -> Array | None:
-    constant = None if value is None or value.is_graph_input() else ir.convenience.get_const_tensor(value)
-    return None if constant is None else constant.numpy()
-
-
-def _initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    made = ir.Value(
-        name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape)
-    )
-    graph.register_initializer(made)
-    return made

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from surgeon._checkpoint import non_finite
 from surgeon._files import beside, destination
 from surgeon._onnx.batchnorm import fuse_batchnorm as take_batchnorms
-from surgeon._onnx.divergence import first_divergence
 from surgeon._onnx.export_file import move, write
 from surgeon._onnx.export_metadata import describe
 from surgeon._onnx.export_report import ExportReport
@@ -29,7 +28,7 @@ from surgeon._onnx.file import OnnxFileError, open_onnx
 from surgeon._onnx.hygiene import graph_findings, node_counts
 from surgeon._onnx.parity import OutputsDifferError, ParityReport, compare
 from surgeon._onnx.signature import Signature, evaluating_copy, signature
-from surgeon._onnx.verify import TOLERANCES, check_comparison, compare_runs, evaluate, rounding
+from surgeon._onnx.verify import TOLERANCES, check_comparison, compare_runs, evaluate, explained
 from surgeon._plain import check_plain
 from surgeon.errors import ExportError, UsageError
 
@@ -278,18 +277,13 @@ def _compare(
     tolerance: float,
 ) -> tuple[ParityReport, ir.Model]:
     """Compares the file with the first of two models, gates and all; the second is the folded one."""
-    reference, plain = models
     with open_onnx(made) as file:
-        rows, differing = compare_runs(reference, called, file, batch_sizes, tolerance, _SEED)
-        blame, parting, noise = "", None, None
-        if differing is not None:
-            noise = rounding(reference, called, differing)
-            blame = _blame(reference, plain, called, differing, tolerance)
-            parting = first_divergence(plain, called, file, differing, tolerance)
-        final, findings = file.model, graph_findings(file.model)
-    report = ParityReport(str(path), tuple(rows), findings, tolerance, _SEED, parting, noise)
+        found = compare_runs(models[0], called, file, batch_sizes, tolerance, _SEED)
+        blame = _blame(*models, called, found.notable, tolerance) if found.failed and found.notable else ""
+        report = explained(str(path), models, called, file, found, tolerance, _SEED)
+        final = file.model
     if not report.ok:
-        what = f"the ONNX graph of {type(reference).__name__} computes something else{blame}"
+        what = f"the ONNX graph of {type(models[0]).__name__} computes something else{blame}"
         raise OutputsDifferError(f"{what}: {report.fault}. No file was written to {path}", report)
     return report, final
 

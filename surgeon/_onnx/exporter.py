@@ -7,6 +7,8 @@ Three things make it succeed, and its graphs smaller, on models where it otherwi
   relative positions) its decomposition fails;
 * any other ``scaled_dot_product_attention`` takes PyTorch's plain mathematical path, which decomposes well;
 * the example has a batch of two at least, because a size of one is taken for a constant.
+
+What it makes is right; one pattern that ONNX Runtime gets wrong is written otherwise (`_onnx.padding`).
 """
 
 import ast
@@ -22,6 +24,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from surgeon._onnx.padding import keep_zeros
 from surgeon._onnx.signature import Flat, Signature, drop_caches, flatten
 from surgeon.errors import ExportError
 
@@ -81,6 +84,7 @@ def to_onnx(
     _check_opset(graph, model, opset)
     _check_axes(graph, model, axes)
     _tidy(graph)
+    keep_zeros(graph)
     return graph
 
 

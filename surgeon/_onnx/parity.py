@@ -13,6 +13,10 @@ from surgeon.errors import ParityError
 
 Array = NDArray[Any]
 
+# Two sound implementations differ by a few times the rounding of either; their ratio is seldom above ten.
+_ROUNDING = 10
+_DOUBTFUL = 30
+
 
 class OutputsDifferError(ParityError):
     """The outputs of two forms of a model differ by more than the tolerance.
@@ -103,8 +107,10 @@ class ParityReport:
         tolerance: Largest relative error that counts as agreement.
         seed: Seed of the random inputs.
         divergence: Where the graph departs from the model; None if it does not, or where that cannot be said.
-        rounding: How far PyTorch itself is from its own float64, relative, where the two differ; None if they
-            do not, or if the model does not run in float64.
+        rounding: How far PyTorch itself is from its own float64, relative, where the two differ most; None if
+            they hardly do, or if the model does not run in float64.
+        unoptimised: How far the file is from the model there when ONNX Runtime optimises nothing, relative;
+            None if the two hardly differ.
     """
 
     path: str
@@ -114,6 +120,7 @@ class ParityReport:
     seed: int
     divergence: Divergence | None = None
     rounding: float | None = None
+    unoptimised: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -141,8 +148,8 @@ class ParityReport:
         failed = sum(not row.ok for row in self.rows)
         if failed:
             count = f"{failed} of {len(self.rows)} comparisons failed"
-            where = f"; {self.divergence}" if self.divergence else ""
-            return f"{self.worst}; the tolerance is {self.tolerance:g} relative, {count}{self.excuse}{where}"
+            said = "".join(f"; {one}" for one in (*self.remarks, self.divergence) if one)
+            return f"{self.worst}; the tolerance is {self.tolerance:g} relative, {count}{said}"
         if self.findings:
             first, more = self.findings[0], len(self.findings) - 1
             others = f"; {more} more such nodes" if more else ""
@@ -150,14 +157,23 @@ class ParityReport:
         return ""
 
     @property
-    def excuse(self) -> str:
-        """Whether rounding alone may explain a difference; empty if it does not."""
-        if self.rounding is None or not self.worst.relative < 10 * self.rounding:
-            return ""
-        return (
-            f"; PyTorch itself is {self.rounding:.1g} from its own float64 there, so this may be nothing but "
-            "rounding, which a larger tolerance allows"
-        )
+    def remarks(self) -> tuple[str, ...]:
+        """What the numbers say of the cause of a difference; they never decide whether the report is ok."""
+        largest = max((row.relative for row in self.rows if not math.isnan(row.relative)), default=0.0)
+        failed = not all(row.ok for row in self.rows)
+        if failed and math.isnan(self.worst.relative):
+            return ()
+        said, rounding = [], self.rounding
+        if rounding is not None:
+            own = f"PyTorch itself is {rounding:.1g} from its own float64 there"
+            if failed and largest < _ROUNDING * rounding:
+                return (f"{own}, so this may be nothing but rounding, which a larger tolerance allows",)
+            if not failed and largest > _DOUBTFUL * rounding:
+                said.append(f"{largest:.1g} is within the tolerance, but more than rounding: {own}")
+        if self.unoptimised is not None and self.unoptimised < min(largest / _ROUNDING, self.tolerance):
+            alone = f"with ONNX Runtime's optimisations off the two differ by {self.unoptimised:.1g} only"
+            said.append(f"{alone}, so one of its optimisations is at fault and not the file")
+        return tuple(said)
 
     def as_dict(self) -> dict[str, Any]:
         """The report for JSON; numbers that are not finite become None."""
@@ -173,6 +189,7 @@ class ParityReport:
 
     def __str__(self) -> str:
         lines = [f"{'ok  ' if row.ok else 'FAIL'} {row}" for row in self.rows]
+        lines += [f"     {remark}" for remark in self.remarks]
         lines += [f"FAIL {self.divergence}"] if self.divergence else []
         lines += [f"FAIL node {found.node} ({found.op_type}): {found.reason}" for found in self.findings]
         return "\n".join(lines)

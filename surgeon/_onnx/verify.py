@@ -3,7 +3,8 @@
 import copy
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon._onnx.divergence import first_divergence
-from surgeon._onnx.file import OnnxFile, first_line, open_onnx
+from surgeon._onnx.file import OnnxFile, OnnxFileError, first_line, open_onnx
 from surgeon._onnx.hygiene import graph_findings
 from surgeon._onnx.parity import Array, ParityReport, ParityRow, compare
 from surgeon._onnx.signature import Signature, evaluating_copy, flatten, signature
@@ -66,14 +67,8 @@ def verify(
         plain = evaluating_copy(model)
         called = signature(plain, example if example is not None else _example_like(file, plain))
         _check_inputs(file, called)
-        rows, differing = compare_runs(plain, called, file, batch_sizes, tolerance, seed)
-        parting, noise = None, None
-        if differing is not None:
-            parting = first_divergence(plain, called, file, differing, tolerance)
-            noise = rounding(plain, called, differing)
-        return ParityReport(
-            str(path), tuple(rows), graph_findings(file.model), tolerance, seed, parting, noise
-        )
+        found = compare_runs(plain, called, file, batch_sizes, tolerance, seed)
+        return explained(str(path), (plain, plain), called, file, found, tolerance, seed)
 
 
 def _tolerance(file: OnnxFile) -> float:
@@ -93,6 +88,24 @@ def check_comparison(batch_sizes: Sequence[int], tolerance: float) -> None:
         raise UsageError(f"tolerance is {tolerance!r}; give a positive number, such as 1e-4")
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Outputs of a model and of a file side by side.
+
+    Attributes:
+        rows: One per output and input.
+        notable: The inputs on which the two differ most; None where that is hardly more than rounding.
+    """
+
+    rows: tuple[ParityRow, ...]
+    notable: tuple[Tensor, ...] | None
+
+    @property
+    def failed(self) -> bool:
+        """Whether an output differs by more than the tolerance."""
+        return not all(row.ok for row in self.rows)
+
+
 def compare_runs(
     model: nn.Module,
     called: Signature,
@@ -100,26 +113,17 @@ def compare_runs(
     batch_sizes: Sequence[int],
     tolerance: float,
     seed: int,
-) -> tuple[list[ParityRow], tuple[Tensor, ...] | None]:
+) -> Comparison:
     """Runs an evaluating model and an ONNX file on the same inputs.
-
-    Returns:
-        A row per output and input, and the first inputs on which the two differ, if there are any.
 
     Raises:
         OnnxFileError: ONNX Runtime fails on the inputs.
         UsageError: The model fails on the inputs, or returns another number of outputs.
     """
-    generator = torch.Generator().manual_seed(seed)
-    sizes = _possible_sizes(file, batch_sizes)
-    given = [("random", called.draw(size, generator)) for size in sizes]
-    given.append(("extreme", called.extremes(sizes[-1], generator)))
-    if _takes_other_sizes(file, called):
-        given.append(("larger", called.draw(sizes[-1], generator, larger=True)))
     rows: list[ParityRow] = []
-    differing = None
-    for kind, tensors in given:
-        batch = len(tensors[0])
+    # Arithmetic in half precision differs by far more than the model's own rounding, as it should.
+    most, notable = (False, tolerance / 10 if _tolerance(file) == TOLERANCES["float32"] else tolerance), None
+    for kind, tensors in _inputs(called, file, batch_sizes, seed):
         try:
             reference = evaluate(model, called, tensors)
         except UsageError:
@@ -133,11 +137,66 @@ def compare_runs(
                 f"{file.path} has {len(other)} outputs ({theirs}), {type(model).__name__} has "
                 f"{len(reference)} ({', '.join(reference)})"
             )
-        found = compare(reference, other, batch=batch, tolerance=tolerance, inputs=kind)
+        found = compare(reference, other, batch=len(tensors[0]), tolerance=tolerance, inputs=kind)
         rows += found
-        if differing is None and not all(row.ok for row in found):
-            differing = tensors
-    return rows, differing
+        differing = max((not row.ok, row.relative) for row in found)
+        if differing > most:
+            most, notable = differing, tensors
+    return Comparison(tuple(rows), notable)
+
+
+def _inputs(
+    called: Signature, file: OnnxFile, batch_sizes: Sequence[int], seed: int
+) -> list[tuple[str, tuple[Tensor, ...]]]:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = _possible_sizes(file, batch_sizes)
+    given = [("random", called.draw(size, generator)) for size in sizes]
+    given.append(("extreme", called.extremes(sizes[-1], generator)))
+    if _takes_other_sizes(file, called):
+        given.append(("larger", called.draw(sizes[-1], generator, larger=True)))
+    return given
+
+
+def explained(
+    path: str,
+    models: tuple[nn.Module, nn.Module],
+    called: Signature,
+    file: OnnxFile,
+    found: Comparison,
+    tolerance: float,
+    seed: int,
+) -> ParityReport:
+    """The report of a comparison, with what may have caused a difference.
+
+    Args:
+        path: The file's name for the report.
+        models: The model that was compared, and the one that the file was made of: the same, but folded.
+        called: How both are called.
+        file: The file; it is left open in another way where the two differ.
+        found: The comparison.
+        tolerance: Largest relative error that counts as agreement.
+        seed: Seed of the inputs.
+    """
+    findings, notable = graph_findings(file.model), found.notable
+    if notable is None:
+        return ParityReport(path, found.rows, findings, tolerance, seed)
+    model, made_of = models
+    unoptimised = _unoptimised(model, called, file, notable)
+    parting = first_divergence(made_of, called, file, notable, tolerance) if found.failed else None
+    noise = rounding(model, called, notable)
+    return ParityReport(path, found.rows, findings, tolerance, seed, parting, noise, unoptimised)
+
+
+def _unoptimised(
+    model: nn.Module, called: Signature, file: OnnxFile, tensors: Sequence[Tensor]
+) -> float | None:
+    """How far a file is from a model, relative, when ONNX Runtime runs it as it is written."""
+    try:
+        file.runtime.open(level="none")
+        other = file.runtime.run(tensors)
+    except OnnxFileError:
+        return None
+    return _worst(evaluate(model, called, tensors), other)
 
 
 def rounding(model: nn.Module, called: Signature, tensors: Sequence[Tensor]) -> float | None:
@@ -145,9 +204,13 @@ def rounding(model: nn.Module, called: Signature, tensors: Sequence[Tensor]) -> 
     wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors]
     try:
         exact = evaluate(copy.deepcopy(model).double(), called, wide)
-        rows = compare(exact, list(evaluate(model, called, tensors).values()), batch=0, tolerance=math.inf)
+        return _worst(exact, list(evaluate(model, called, tensors).values()))
     except UsageError:
         return None
+
+
+def _worst(reference: Mapping[str, Array], other: Sequence[Array]) -> float | None:
+    rows = compare(reference, other, batch=0, tolerance=math.inf)
     return max((row.relative for row in rows if not math.isnan(row.relative)), default=None)
 
 
