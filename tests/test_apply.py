@@ -676,3 +676,38 @@ def test_the_skipping_form_compiles_in_pieces_with_fresh_draws() -> None:
     compiled = torch.compile(model, backend="eager")
     outs = {tuple(compiled(X).flatten().tolist()) for _ in range(40)}
     assert len(outs) == 4  # both coins, each way
+
+
+# --- blocks alike share their traces in evaluation, too -----------------------
+
+
+class Scaled(nn.Module):
+    """Its branch is scaled by a number in evaluation alone, and dropped at a rate of its own in training."""
+
+    def __init__(self, rate: float, factor: float = 1.0) -> None:
+        super().__init__()
+        self.f, self.drop_path, self.factor = nn.Linear(4, 4), timm.layers.DropPath(rate), factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branch = self.drop_path(self.f(x))
+        return x + (branch if self.training else branch * self.factor)
+
+
+@pytest.mark.parametrize(("factors", "traces"), [((1.0, 1.0, 1.0, 1.0), 1), ((1.0, 3.0, 3.0, 1.0), 2)])
+def test_equal_blocks_are_traced_once_for_evaluation(
+    factors: tuple[float, ...], traces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from surgeon._gating import preparation
+
+    model = nn.Sequential(*(Scaled(0.1 * i, factor) for i, factor in enumerate(factors, 1))).eval()
+    x, expected = torch.randn(3, 4), []
+    calls, original = [], preparation.trace
+    monkeypatch.setattr(preparation, "trace", lambda *a, **k: calls.append(a) or original(*a, **k))
+    with torch.no_grad():
+        y = x
+        for block in model:
+            y = y + block.f(y) * block.factor * 0.75
+            expected.append(y)
+        surgeon.apply(model, "uniform", drop_rate=0.25, scaling="paper", example=x)
+        assert len(calls) == traces
+        torch.testing.assert_close(model(x), expected[-1])

@@ -1,6 +1,7 @@
 """The gated forwards of every block of a model, made before any block is touched."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from surgeon._gating.saved import keeps_result
 from surgeon._gating.splice import Spliced
 from surgeon._tracing.example import mode, no_inference_mode, tensors, untouched
 from surgeon._tracing.fake import held_open
+from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.record import Recording
 from surgeon._tracing.trace import trace
 from surgeon.errors import UsageError
@@ -61,11 +63,27 @@ def _prepare_block(
         if gate.ordinal in spliced.subsets:
             samples[gate.name] = spliced.subsets[gate.ordinal].samples
     if not gating.evaluates_plainly:
-        with no_inference_mode(), mode(block.module, False), untouched(block.module), held_open():
-            flow = Flow(trace(block.module, args, kwargs, log, opened=block.flow.trace.opened))
-            gating.prepare(block.module, flow, args, kwargs)
+        with mode(block.module, False):
+            gating.prepare(block.module, _evaluating(block, args, kwargs, log), args, kwargs)
     _check_class(block)
     return gating
+
+
+def _evaluating(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], log: OpLog) -> Flow:
+    """The trace of a block in evaluation; blocks that share theirs in training share this if they agree.
+
+    The rates of stochastic depth that gates stand in for differ from block to block and decide nothing.
+    """
+    alike: list[Flow] = block.flow.shared.setdefault("evaluating", [])
+    start = len(block.name) + 1 if block.name else 0
+    drops = tuple(f"{name[start:]}." for residual in block.residuals for name in residual.replaces)
+    shared = next((flow for flow in alike if flow.trace.reads.agree(block.module, beside=drops)), None)
+    if shared is not None:
+        return shared
+    with no_inference_mode(), untouched(block.module), held_open():
+        flow = Flow(trace(block.module, args, kwargs, log, opened=block.flow.trace.opened))
+    alike.append(flow)
+    return flow
 
 
 def _kept(block: Block, recording: Recording) -> frozenset[int]:

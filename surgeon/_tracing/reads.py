@@ -37,9 +37,13 @@ class Reads:
         if own:
             self.own.add(name)
 
-    def agree(self, block: nn.Module) -> bool:
-        """Whether ``block`` has the same values under the same names; ``training`` flags are not compared."""
-        read = ((name, value) for name, value in self.all.items() if not name.endswith("training"))
+    def agree(self, block: nn.Module, beside: tuple[str, ...] = ()) -> bool:
+        """Whether ``block`` has the same values under the same names.
+
+        ``training`` flags are not compared, nor what begins with a name in ``beside``.
+        """
+        compared = (name for name in self.all if not name.endswith("training"))
+        read = ((name, self.all[name]) for name in compared if not name.startswith(beside))
         return all(_same(attribute(block, name), value) for name, value in read)
 
 
