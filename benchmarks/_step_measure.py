@@ -45,7 +45,9 @@ class Bench:
                 taken[v].bytes.append(self._saved(model))
             step[v]()
         for _ in range(rounds):
+            seed = random.getrandbits(31)  # what is drawn by hand is what the gates draw
             for v in random.sample(list(models), len(models)):
+                torch.manual_seed(seed)
                 with drawing(models[v] if v in COUNTED else None) as share:
                     taken[v].seconds.append(self._timed(step[v]))
                 taken[v].drawn.append(share())
@@ -142,9 +144,9 @@ def drawing(model: nn.Module | None) -> Iterator[Callable[[], float]]:
         Gate.survivors, Gate.survives = survivors, survives  # type: ignore[method-assign]
 
 
-def row(taken: Taken, plain: Taken, model_bound: float) -> dict[str, Any]:
-    """One line of the table: a variant beside the plain model of the same rounds."""
-    ratios = [a / b for a, b in zip(taken.seconds, plain.seconds, strict=True)]
+def row(taken: Taken, plain: Taken, hand: Taken | None, model_bound: float) -> dict[str, Any]:
+    """One line of the table: a variant beside the plain model, and what is written by hand, of each round."""
+    ratios = _ratios(taken, plain)
     excess = [a / d for a, d in zip(ratios, taken.drawn, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
     return {
@@ -155,10 +157,16 @@ def row(taken: Taken, plain: Taken, model_bound: float) -> dict[str, Any]:
         "mean_ratio": sum(taken.seconds) / sum(plain.seconds),
         "drawn": statistics.fmean(taken.drawn),
         "over_drawn": statistics.median(excess),
+        "over_hand": hand
+        and statistics.median(a / b for a, b in zip(taken.seconds, hand.seconds, strict=True)),
         "bound": model_bound,
         "memory": statistics.fmean(taken.bytes) / statistics.fmean(plain.bytes),
         "megabytes": statistics.fmean(taken.bytes) / 2**20,
     }
+
+
+def _ratios(one: Taken, other: Taken) -> list[float]:
+    return [a / b for a, b in zip(one.seconds, other.seconds, strict=True)]
 
 
 def bound(net: Net, which: str, rate: float) -> float:

@@ -25,7 +25,7 @@ import click
 import torch
 
 from benchmarks._step_measure import Bench, bound, row
-from benchmarks._step_models import NETS, VARIANTS
+from benchmarks._step_models import HAND, NETS, VARIANTS, Net
 from benchmarks._step_page import page, plot, table
 
 # glibc gives large blocks back to the system after every operator and takes them anew, which costs more than
@@ -78,7 +78,7 @@ def main(  # noqa: PLR0913 - a command line
                 if still and not _known(log, cell, kind="still"):
                     _append(log, _still(bench, cell, still))
                 for rate in map(float, rates.split(",")):
-                    wanted = tuple(v for v in variants if v != "library" or NETS[name].own)
+                    wanted = tuple(v for v in variants if _possible(NETS[name], v))
                     key = {**cell, "rate": rate}
                     if not all(_known(log, key, kind="step", variant=v) for v in wanted):
                         _append(log, _steps(bench, key, wanted, rounds))
@@ -87,11 +87,16 @@ def main(  # noqa: PLR0913 - a command line
     plot(rows, out.with_suffix(".png"))
 
 
+def _possible(net: Net, which: str) -> bool:
+    """Whether a network can be trained in that way."""
+    return net.by_hand if which in HAND.values() else which != "library" or net.own
+
+
 def _steps(bench: Bench, key: dict[str, Any], wanted: tuple[str, ...], rounds: int) -> list[dict[str, Any]]:
     taken = bench.steps(key["rate"], wanted, rounds)
     rows = [
         {"kind": "step", **key, "variant": v, "rounds": rounds, "load": os.getloadavg()[0]}
-        | row(taken[v], taken["plain"], bound(bench.net, v, key["rate"]))
+        | row(taken[v], taken["plain"], taken.get(HAND.get(v, "")), bound(bench.net, v, key["rate"]))
         for v in taken
     ]
     click.echo(table(rows))

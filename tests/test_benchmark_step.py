@@ -4,14 +4,19 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from blocks import grads, randomise
 from click.testing import CliRunner
+from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
 import surgeon
 from benchmarks import _step_models, step
+from benchmarks._step_by_hand import by_hand
+from benchmarks._step_cifar import Basic, cifar_resnet
 from benchmarks._step_measure import drawing
-from benchmarks._step_models import Basic, Net
+from benchmarks._step_models import Net
 
 
 def tiny() -> nn.Module:
@@ -28,7 +33,7 @@ def test_rows_page_and_picture_and_nothing_measured_twice(tmp_path: Path) -> Non
     rows, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
     given = ["--models", "tiny", "--batch", "4", "--rounds", "2", "--still", "2", "--rows", str(rows)]
     given += ["--page", str(page), "--threads", str(torch.get_num_threads())]
-    for rates, lines in (("0.5", 2 + 5), ("0.5", 2 + 5), ("0.5,0.1", 2 + 10)):
+    for rates, lines in (("0.5", 2 + 7), ("0.5", 2 + 7), ("0.5,0.1", 2 + 14)):
         ran = CliRunner().invoke(step.main, [*given, "--rates", rates], catch_exceptions=False)
         assert ran.exit_code == 0
         assert len(rows.read_text().splitlines()) == lines
@@ -44,6 +49,33 @@ def test_rows_page_and_picture_and_nothing_measured_twice(tmp_path: Path) -> Non
     assert "| tiny | 4 | 0.5 | sample |" in text
     assert text.count("| tiny | 4 | evaluation |") == 1
     assert page.with_suffix(".png").stat().st_size > 5000
+
+
+NETS = {
+    "bottleneck": lambda: ResNet(Bottleneck, (1, 1, 2, 1), num_classes=10, stem_width=8),
+    "cifar": lambda: cifar_resnet(14),
+    "vit": lambda: timm.create_model("test_vit"),
+    "convnext": lambda: timm.create_model("test_convnext"),
+}
+
+
+@pytest.mark.parametrize("unit", ["sample", "batch"])
+@pytest.mark.parametrize("name", NETS)
+def test_by_hand_is_what_the_gates_do(name: str, unit: str) -> None:
+    """Outputs and gradients under one seed; and something was dropped."""
+    size = 160 if name == "vit" else 32
+    x = torch.randn(8, 3, size, size).double()
+    plain, hand, gated = (randomise(NETS[name]()).double().train() for _ in range(3))
+    by_hand(hand, unit, 0.5)
+    surgeon.apply(gated, drop_rate=0.5, example=x, unit=unit, skip=True)
+    sides = []
+    for model in (hand, gated, plain):
+        torch.manual_seed(1)
+        out = model(x)
+        out.square().mean().backward()
+        sides.append((out.detach(), {k: g for k, g in grads(model).items() if g is not None}))
+    torch.testing.assert_close(*sides[:2], rtol=1e-6, atol=1e-8)
+    assert not torch.allclose(sides[0][0], sides[2][0], rtol=1e-3)
 
 
 def test_an_unknown_network_is_named() -> None:
