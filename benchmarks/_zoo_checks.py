@@ -1,6 +1,7 @@
 """The checks behind the columns of the coverage table; the only place that knows the libraries' own gates."""
 
 import itertools
+import math
 import time
 import warnings
 from collections import Counter
@@ -167,7 +168,9 @@ def folds(model: nn.Module, given: Any) -> dict[str, Any]:
     """Two round trips through `surgeon.fold`, each against the outputs before it; the model is changed.
 
     The first has the gates' scales in the evaluating outputs, the second takes them out of the weights when
-    the gates are put in, so that folding must give the weights back.
+    the gates are put in, so that folding must give the weights back. ``silent`` names folded gates of which
+    the first does not show that their fold did something: leaving one scale out of the weights would move the
+    outputs by less than ten times the difference that there is between the folded and the gated ones.
     """
     randomise(model)
     args, kwargs = pytree.tree_map_only(Tensor, _noise, inputs(model, given))
@@ -175,12 +178,17 @@ def folds(model: nn.Module, given: Any) -> dict[str, Any]:
     plain = outputs(model, args, kwargs)
     surgeon.apply(model, drop_rate=0.5, scaling="paper", example=given)
     scaled, gates = outputs(model, args, kwargs), len(gates_of(model))
+    with _frozen(model):
+        moves = _moves(model, args, kwargs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         surgeon.fold(model, inplace=True)
     left = {gate.name: gate.note for gate in gates_of(model) if not gate.folded}
     row: dict[str, Any] = {"fold_error": _error(outputs(model, args, kwargs), scaled), "left": left}
     row["fold_moved"] = _error(scaled, plain)
+    row["silent"] = [
+        name for name, by in moves.items() if name not in left and not by > 10 * row["fold_error"]
+    ]
     if left:
         surgeon.remove(model)
     return row | (_round_trip(model, args, kwargs, list(left), given) if len(left) < gates else {})
@@ -237,10 +245,26 @@ def _dead(model: nn.Module, args: Any, kwargs: Any) -> list[str]:
         gates, [0.5] * len(gates)
     ):  # a way of running that is traced when it comes: with plain numbers
         outputs(model, args, kwargs)
-    scales = [torch.tensor(0.5, requires_grad=True) for _ in gates]
+    _, slopes = _slopes(model, args, kwargs, [0.5] * len(gates))
+    return [gate.name for gate, slope in zip(gates, slopes, strict=True) if not slope]
+
+
+def _moves(model: nn.Module, args: Any, kwargs: Any) -> dict[str, float]:
+    """By how much evaluation would move without the scale of one gate, relative and to first order."""
+    gates = gates_of(model)
+    probe, slopes = _slopes(model, args, kwargs, [gate.scale for gate in gates])
+    pairs = zip(gates, slopes, strict=True)
+    return {g.name: abs(slope * (1 - g.scale)) / probe for g, slope in pairs if g.scale != 1}
+
+
+def _slopes(model: nn.Module, args: Any, kwargs: Any, at: Sequence[float]) -> tuple[float, list[float]]:
+    """A typical size of `_probe` for outputs as large as the model's, and its derivatives by the scales."""
+    gates = gates_of(model)
+    scales = [torch.tensor(scale, dtype=torch.float64, requires_grad=True) for scale in at]
     with _scaled(gates, scales):
-        gradients = torch.autograd.grad(_probe(model, args, kwargs), scales, allow_unused=True)
-    return [gate.name for gate, g in zip(gates, gradients, strict=True) if g is None or not g.count_nonzero()]
+        probe, size = _probe(model, args, kwargs)
+        gradients = torch.autograd.grad(probe, scales, allow_unused=True)
+    return size, [0.0 if g is None else float(g) for g in gradients]
 
 
 def _lost(model: nn.Module, args: Any, kwargs: Any) -> list[str]:
@@ -270,7 +294,7 @@ def _unreached(
     hooks = [block.register_forward_pre_hook(note, with_kwargs=True, prepend=True) for block, _ in blocks]
     try:
         with _scaled(off, [0.0] * len(off)):
-            probe = _probe(model, args, kwargs)
+            probe, _ = _probe(model, args, kwargs)
         wanted = [t for block, _ in blocks for t in taken.get(id(block), ())]
         found = torch.autograd.grad(probe, wanted, allow_unused=True)
     finally:
@@ -307,8 +331,9 @@ def _scaled(gates: Sequence[Gate], scales: Sequence[Any]) -> Iterator[None]:
             gate.scale = scale
 
 
-def _probe(model: nn.Module, args: Any, kwargs: Any) -> Tensor:
-    """A number that depends on every value the model gives, each with a weight of its own."""
+def _probe(model: nn.Module, args: Any, kwargs: Any) -> tuple[Tensor, float]:
+    """A number that depends on every value the model gives, each with a random weight of its own, and its
+    standard deviation."""
     given, named = pytree.tree_map_only(
         Tensor, lambda t: t.clone().requires_grad_() if t.is_floating_point() else t, (args, kwargs)
     )
@@ -317,7 +342,7 @@ def _probe(model: nn.Module, args: Any, kwargs: Any) -> Tensor:
     total = torch.zeros((), dtype=floats[0].dtype)
     for t in floats:
         total = total + (t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum()
-    return total
+    return total, math.sqrt(sum(float(t.detach().square().sum()) for t in floats))
 
 
 def randomise(model: nn.Module) -> None:

@@ -20,7 +20,17 @@ _COLUMNS = (
     *("library", "model", "parameters", "gates", "identity", "projection", "refused", "own", "own_live"),
     *("own_never_called", "recalled", "missed", "beyond", "find_s"),
     *("size", "apply_s", "eval_equal", "live", "carried", "train_ok", "trains_plain", "restored"),
-    *("fold_dtype", "fold_error", "round_trip", "left", "onnx", "onnx_rel", "onnx_left", "onnx_cause"),
+    *(
+        "fold_dtype",
+        "fold_error",
+        "round_trip",
+        "left",
+        "silent",
+        "onnx",
+        "onnx_rel",
+        "onnx_left",
+        "onnx_cause",
+    ),
     *("peak_mb", "unexplained", "note", "skipped", "error"),
 )
 
@@ -209,6 +219,10 @@ def _folds(rows: list[Row]) -> list[str]:
         f"Models whose gates change evaluation by less than {_MOVED}: {', '.join(still) or 'none'}.",
         "",
     ]
+    shown = [row for row in folded if "silent" in row]
+    silent = [f"{row['model']}: {' '.join(row['silent'])}" for row in shown if row["silent"]]
+    what = f"Folded gates whose scale the folded weights do not show ({len(shown)} models asked)"
+    lines += [f"{what}: {', '.join(silent) or 'none'}.", ""]
     causes = Counter[tuple[str, str, str]]()
     for row in folded:
         shorter = {re.sub(r"'[^']*'|\d+", "…", text) for text in row["left"].values()}

@@ -1,12 +1,17 @@
 """The checks of the coverage sweep can fail: each is shown a network with the fault that it looks for."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from benchmarks import _zoo_checks, _zoo_report
+from surgeon import _surgery
+from surgeon._folding import fold
+from surgeon._folding.fold import FoldPlan
 
 
 class Block(nn.Module):
@@ -66,9 +71,24 @@ def test_unequal_evaluation_is_seen() -> None:
 
 def test_a_fold_is_exact_and_not_a_silent_nothing() -> None:
     row = _zoo_checks.folds(Net(1.0).double(), EXAMPLE.double())
-    assert row["left"] == {} and row["divided"] == 4
+    assert row["left"] == {} and row["divided"] == 4 and row["silent"] == []
     assert max(row["fold_error"], row["kept_error"], row["round_trip"], row["weights_error"]) < 1e-14
     assert row["fold_moved"] > 1e-3
+
+
+def test_a_fold_that_leaves_a_gate_out_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(model: nn.Module, plan: FoldPlan, scales: dict[int, float]) -> None:
+        fold.commit(model, replace(plan, steps=tuple(s for s in plan.steps if s.gate != 1)), scales)
+
+    monkeypatch.setattr(_surgery, "commit", forgetful)
+    row = _zoo_checks.folds(Net(1.0).double(), EXAMPLE.double())
+    assert row["fold_error"] > 1e-3 and "second.add" in row["silent"]
+
+
+def test_a_gate_whose_fold_nothing_shows_is_named() -> None:
+    model = Net(1.0).double()
+    model.second.register_forward_hook(lambda block, given, _: given[0])  # Nobody sees what the block does.
+    assert _zoo_checks.folds(model, EXAMPLE.double())["silent"] == ["second.add"]
 
 
 def test_the_page_is_made_from_the_rows(tmp_path: Path) -> None:

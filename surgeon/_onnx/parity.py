@@ -166,9 +166,10 @@ class ParityReport:
         said, rounding = [], self.rounding
         if rounding is not None:
             own = f"PyTorch itself is {rounding:.1g} from its own float64 there"
-            if failed and largest < _ROUNDING * rounding:
-                return (f"{own}, so this may be nothing but rounding, which a larger tolerance allows",)
-            if not failed and largest > _DOUBTFUL * rounding:
+            if largest < (_ROUNDING if failed else _DOUBTFUL) * rounding:
+                excuse = f"{own}, so this may be nothing but rounding, which a larger tolerance allows"
+                return (excuse,) if failed else ()
+            if not failed:
                 said.append(f"{largest:.1g} is within the tolerance, but more than rounding: {own}")
         if self.unoptimised is not None and self.unoptimised < min(largest / _ROUNDING, self.tolerance):
             alone = f"with ONNX Runtime's optimisations off the two differ by {self.unoptimised:.1g} only"
