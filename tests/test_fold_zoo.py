@@ -4,6 +4,8 @@ Each model runs in float64 with random norm statistics and affine weights. A hoo
 each branch marks the branch, or multiplies it by its scale for the reference.
 """
 
+import ast
+import copy
 import re
 from collections import Counter
 
@@ -13,8 +15,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-import surgeon._gating.gate  # noqa: F401 - registers the mark
+import surgeon
+import surgeon._gating.gate  # registers the mark
 from surgeon._folding.fold import FoldPlan, commit, plan
+from surgeon.errors import FoldError
 
 SLOTS = r"(^|\.)drop_path\d?$"
 
@@ -162,3 +166,40 @@ def test_the_plan_leaves_the_caches_of_levit_alone() -> None:
     plan(model, (torch.randn(2, 3, 224, 224),), {}, {})
     assert caches
     assert all(cache == {} for cache in caches)
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("cspnext_tiny", "3 of 3 gates (stages.0.1.blocks.0.add: the branch ends in silu"),
+        pytest.param(
+            "xcit_nano_12_p8_224",
+            "1 of 40 gates (cls_attn_blocks.0.add_1: the branch reaches",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_models_whose_evaluation_cannot_be_kept_stay_as_they_are(name: str, refused: str) -> None:
+    """Bit for bit, with the gates named, and each way out that the error offers is one."""
+    model, x = timm.create_model(name).eval(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+    weights, looks = copy.deepcopy(model.state_dict()), _looks(model)
+    with pytest.raises(FoldError) as caught:
+        surgeon.apply(model, scaling="paper", keep_eval=True, example=x)
+    assert f"no weight takes the scale of {refused}" in str(caught.value)
+    after = model.state_dict()
+    assert list(after) == list(weights) and _looks(model) == looks
+    assert all(torch.equal(value, after[key]) for key, value in weights.items())
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+        assert torch.equal(surgeon.apply(copy.deepcopy(model), example=x)(x), expected)
+        named = ast.literal_eval(str(caught.value).partition("exclude=")[2].partition(", or")[0])
+        if not refused.startswith(f"{len(named)} of {len(named)} "):
+            surgeon.apply(model, scaling="paper", keep_eval=True, exclude=named, example=x)
+            assert any(not torch.equal(value, after[key]) for key, value in weights.items())
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def _looks(model: nn.Module) -> list[tuple[type, bool, set[str]]]:
+    return [(type(module), module.training, set(vars(module))) for module in model.modules()]
