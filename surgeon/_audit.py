@@ -3,14 +3,15 @@
 A site is a module without parameters that scales whole rows of its argument, or all of it, by a random
 number; it is known by what it does to a tensor of ones, never by its class. Two things go wrong with them in
 models that people use: a site that no forward ever calls, or whose result nothing reads (the model trains
-without the regularisation that its configuration asks for), and a site on a path without a shortcut (a drop
-sets the signal itself to zero). Random draws in evaluation are a third.
+without the regularisation that its configuration asks for), and a site that is on no branch: on the shortcut
+itself (a drop loses the input there) or on a path without one (a drop sets the signal to zero). Random draws
+in evaluation are a third.
 
 Whether anything is left after a drop is read from the model's own graph: the model is recorded with that one
 site giving zeros, and either some output still depends on an input, or none does.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from surgeon._finding.analysis import analyse
+from surgeon._finding.findings import Residual
 from surgeon._plain import check_plain
 from surgeon._text import table
 from surgeon._tracing.example import (
@@ -33,7 +35,7 @@ from surgeon._tracing.example import (
 from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.record import record
 
-Verdict = Literal["residual", "never-called", "unused", "no-shortcut"]
+Verdict = Literal["residual", "never-called", "unused", "on-shortcut", "no-shortcut"]
 
 _ROWS = 256
 _TRIES = 64
@@ -49,8 +51,9 @@ class Site:
         rate: Its drop rate in (0, 1], read from what it does: exact where survivors are scaled up, else a
             share of the rows of a trial.
         verdict: ``"residual"`` (on the branch of a residual add), ``"never-called"``, ``"unused"`` (no output
-            depends on what it gives), or ``"no-shortcut"``.
-        adds: Names of the residual adds on whose branches it sits.
+            depends on what it gives), ``"on-shortcut"`` (it drops the input of a residual add and leaves the
+            branch), or ``"no-shortcut"``.
+        adds: Names of the residual adds on whose branches or shortcuts it sits.
         silences: A drop leaves no output that depends on the model's input; ``False`` for a residual.
     """
 
@@ -70,6 +73,8 @@ class Site:
             return "never called: it drops nothing"
         if self.verdict == "unused":
             return "nothing reads what it gives: it drops nothing"
+        if self.verdict == "on-shortcut":
+            return f"on the shortcut of {', '.join(self.adds)}: where it drops, the input is lost there"
         lost = "the whole signal becomes zero" if self.silences else "only other paths go on"
         return f"no shortcut beside it: where it drops, {lost}"
 
@@ -95,7 +100,7 @@ class AuditReport:
 
     @property
     def wrong(self) -> tuple[Site, ...]:
-        """The sites that are never called, have no effect or have no shortcut."""
+        """The sites that are never called, have no effect, or sit on a shortcut or beside none."""
         return tuple(site for site in self.sites if site.verdict != "residual")
 
     @property
@@ -121,6 +126,7 @@ class AuditReport:
         kinds = {
             "never-called": "never called",
             "unused": "without effect",
+            "on-shortcut": "on a shortcut",
             "no-shortcut": "without a shortcut",
         }
         told = [
@@ -166,10 +172,12 @@ def audit(model: nn.Module, example: Example = None) -> AuditReport:
     if not rates:
         return AuditReport((), random)
     analysis = analyse(model, args, kwargs)
-    adds: dict[str, list[str]] = {}
+    adds, drops_input = dict[str, list[str]](), dict[str, list[str]]()
     for residual in analysis.findings:
         for name in residual.replaces:
             adds.setdefault(name, []).append(residual.name)
+        for name in _on_shortcut(residual, rates):
+            drops_input.setdefault(name, []).append(residual.name)
     calls, log = analysis.recording.calls, analysis.recording.log
     called = {call.module for call in calls}
     behind = log.behind(tensors(calls[0].output))
@@ -185,9 +193,19 @@ def audit(model: nn.Module, example: Example = None) -> AuditReport:
         elif module not in heard:
             sites.append(Site(name, kind, rate, "unused"))
         else:
+            verdict: Verdict = "on-shortcut" if name in drops_input else "no-shortcut"
             silences = _silences(model, module, args, kwargs)
-            sites.append(Site(name, kind, rate, "no-shortcut", silences=silences))
+            sites.append(Site(name, kind, rate, verdict, tuple(drops_input.get(name, ())), silences))
     return AuditReport(tuple(sites), random)
+
+
+def _on_shortcut(residual: Residual, sites: Iterable[str]) -> list[str]:
+    """Those of ``sites`` that run as a step of the residual add's shortcut, or inside one."""
+    if residual.kind == "identity":
+        return []
+    prefix = f"{residual.block}." if residual.block else ""
+    steps = tuple(f"{prefix}{step}." for step in residual.shortcut.split())
+    return [site for site in sites if f"{site}.".startswith(steps)]
 
 
 def _drawn_in_evaluation(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:

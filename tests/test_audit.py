@@ -31,6 +31,8 @@ KNOWN: dict[str, tuple[int, int, int]] = {
     "rdnet_tiny": (20, 0, 20),
     "convnext_atto": (11, 0, 0),
 }
+# Three drop what the downsampling shortcut takes; what the others give is read by nothing.
+ON_SHORTCUT = {"resnest14d": (3, 3), "resnest26d": (7, 3)}
 FAST = ("lcnet_050", "mobilenetv3_small_050", "ese_vovnet19b_slim")
 SPREADS = {"rdnet_tiny"}  # dense blocks: what came before goes on beside the zeros
 
@@ -204,6 +206,57 @@ def test_help_shows_examples_and_exit_codes() -> None:
     text = surge("--help").stdout
     assert "surgeon audit timm:efficientnet_b0 --drop-rate 0.3" in text
     assert "Exit codes:" in text
+
+
+class Shortcut(nn.Module):
+    """Its stochastic depth acts on the shortcut, as a step of its own or inside one."""
+
+    def __init__(self, *, inside: bool) -> None:
+        super().__init__()
+        self.drop = nn.Identity() if inside else Rows(0.25)
+        self.project = nn.Sequential(Rows(0.25) if inside else nn.Identity(), nn.Linear(4, 4))
+        self.f = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(self.drop(x)) + self.f(x)
+
+
+@pytest.mark.parametrize(("inside", "name"), [(False, "0.drop"), (True, "0.project.0")])
+def test_a_site_on_the_shortcut(inside: bool, name: str) -> None:
+    """A drop loses the shortcut's input, which a gradient confirms; the branch goes on."""
+    model = nn.Sequential(Shortcut(inside=inside))
+    report = audit(model, X)
+    assert [(s.name, s.verdict, s.adds, s.silences) for s in report] == [
+        (name, "on-shortcut", ("0.add",), False)
+    ]
+    assert report.summary == "1 of 1 on a shortcut"
+    assert "on the shortcut of 0.add: where it drops, the input is lost there" in str(report)
+    assert report.wrong == report.sites
+    model.get_submodule(name).rate = 1.0
+    model.get_submodule(name).scaled = False
+    model[0].f.requires_grad_(False).apply(lambda m: m.weight.zero_() if isinstance(m, nn.Linear) else None)
+    x = X.clone().requires_grad_()
+    model.train()(x).sum().backward()
+    assert x.grad.abs().sum() == 0
+
+
+def test_a_site_before_both_sides_is_on_no_shortcut() -> None:
+    model = nn.Sequential(Rows(0.25), Shortcut(inside=True))
+    assert [(s.name, s.verdict) for s in audit(model, X)] == [
+        ("0", "no-shortcut"),
+        ("1.project.0", "on-shortcut"),
+    ]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.zoo) for n in ON_SHORTCUT])
+def test_shortcuts_dropped_in_timm(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, drop_path_rate=0.3)
+    report = audit(model, torch.zeros(2, 3, 64, 64, device="meta"))
+    found = [site for site in report if site.verdict == "on-shortcut"]
+    assert (len(report), len(found)) == ON_SHORTCUT[name]
+    assert {s.verdict for s in report} <= {"on-shortcut", "unused"}
+    assert all(s.adds == (s.name.replace("drop_path", "add"),) and not s.silences for s in found)
 
 
 class Unheard(nn.Module):

@@ -75,6 +75,31 @@ class Heads(nn.Module):
         return self.heads[0](a) + self.heads[1](b) + b.mean()
 
 
+class Streams(nn.Module):
+    """Pixels and patches; what the one hands to the other has that one's shape, and nothing else of it."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.inner, self.outer, self.across = layers(), layers(), nn.Linear(16, 8)
+        self.drop = DropPath(rate) if rate else nn.Identity()
+
+    def forward(self, pixels: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = pixels + self.drop(self.inner(pixels))
+        rows, count, _ = patches.shape
+        inside = self.across(pixels.reshape(rows, count - 1, 16))
+        patches = torch.cat([patches[:, :1], patches[:, 1:] + inside], 1)
+        return pixels, patches + self.drop(self.outer(patches))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+def test_a_shape_ties_no_streams_together(rate: float) -> None:
+    """With stochastic depth on the pixels, their whole branch once was one of the patches' sum."""
+    findings = surgeon.find(Streams(rate), (torch.zeros(6, 2, 8), torch.zeros(2, 4, 8)))
+    assert [(r.name, r.branch.split()[0]) for r in findings] == [("add", "inner"), ("add_2", "outer")]
+    assert [r.replaces for r in findings] == [("drop",) if rate else ()] * 2
+    assert [(r.name, r.code) for r in findings.refused] == [("add_1", "no-shortcut")]
+
+
 @pytest.mark.parametrize("unit", ["sample", "batch"])
 @pytest.mark.parametrize("scaling", ["inverted", "paper"])
 def test_depth_inside_a_branch_module_is_stood_in_for(unit: str, scaling: str) -> None:

@@ -151,6 +151,33 @@ def test_a_write_nobody_names_is_an_ancestor_of_the_next_reader() -> None:
     assert {n.name for n in addition.region} == {"f", "mul_"}
 
 
+SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a size": lambda x, y: y.view(x.shape),
+    "a size in an expression": lambda x, y: y.reshape(len(x), x.shape[1] * 2 // 2),
+    "a view as": lambda x, y: y.view_as(x),
+    "a type as": lambda x, y: y.double().type_as(x),
+    "zeros like it": lambda x, y: y + torch.zeros_like(x),
+    "new numbers": lambda x, y: y * x.new_ones(x.shape),
+    "a written new tensor": lambda x, y: torch.empty_like(x).copy_(y),
+}
+NUMBERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a product": lambda x, y: y * x,
+    "a choice": lambda x, y: torch.where(x > 0, y, 0),
+    "a view": lambda x, y: y + x.view(-1).view(y.shape),
+    "a write": lambda x, y: torch.empty_like(y).copy_(x),
+    "a part written": lambda x, y: (held := y.clone(), held.__setitem__(0, x[0]))[0],
+    "a nest": lambda x, y: {"pair": (x, y)}["pair"][0],
+}
+
+
+@pytest.mark.parametrize(("what", "feeds"), [*((f, False) for f in SHAPES), *((f, True) for f in NUMBERS)])
+def test_a_shape_feeds_nothing(what: str, feeds: bool) -> None:
+    step = (SHAPES | NUMBERS)[what]
+    flow = Flow(traced(block(lambda self, x, y: (step(x, y) * 2, x)), X, X.clone()))
+    given, (result, _) = flow.order[0], flow.order[-1].args[0]
+    assert flow.feeds(given, result) == (given in flow.sources(result)) == feeds
+
+
 def test_regions_hold_what_runs_for_the_branch_alone() -> None:
     def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         shared = x.sin()

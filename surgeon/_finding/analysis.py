@@ -290,7 +290,7 @@ def _number(block: Block) -> None:
     """Notes for each residual add of a block how many follow on one another up to it."""
     depths: dict[fx.Node, int] = {}
     for place, addition in enumerate(block.found):
-        carried = block.flow.ancestors(addition.shortcut, itself=True)
+        carried = block.flow.sources(addition.shortcut, itself=True)
         depth = depths[addition.node] = 1 + max((d for n, d in depths.items() if n in carried), default=0)
         block.residuals[place] = replace(block.residuals[place], depth=depth)
 

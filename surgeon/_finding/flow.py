@@ -3,6 +3,9 @@
 An fx graph shows which node uses which value. It does not show that ``out.mul_(gain)`` changes what the
 next reader of ``out`` sees, or that an in-place ReLU at the head of a branch changes the shortcut. `Flow`
 adds these edges: a node that reads a storage depends on the last node that wrote to it.
+
+Nor does it show whether a node needs the numbers of a value or only its shape (``y.view(x.shape)``). Either
+must run first, but only the numbers are what something is computed from: `Flow.feeds`, `Flow.sources`.
 """
 
 from collections.abc import Hashable, Iterable
@@ -30,16 +33,20 @@ class Flow:
         self.shared: dict[Hashable, Any] = {}
         self._index = {node: i for i, node in enumerate(self.order)}
         self._ancestors: list[int] = []
+        self._sources: list[int] = []
         self._users: dict[fx.Node, set[fx.Node]] = {node: set() for node in self.order}
         writer: dict[int, fx.Node] = {}
         for node in self.order:
             sources = set(node.all_input_nodes)
             sources |= {writer[s] for s in self._read(node) if s in writer}
-            bits = 0
+            before = numbers = 0
             for source in sources:
                 self._users[source].add(node)
-                bits |= self._ancestors[self._index[source]] | 1 << self._index[source]
-            self._ancestors.append(bits)
+                place = self._index[source]
+                before |= self._ancestors[place] | 1 << place
+                numbers |= (self._sources[place] | 1 << place) if self._hands_on(source, node) else 0
+            self._ancestors.append(before)
+            self._sources.append(numbers)
             if node.op != "output":
                 writer.update(dict.fromkeys(self.fact(node).writes, node))
 
@@ -47,6 +54,16 @@ class Flow:
         if node.op == "output":
             return [s for source in node.all_input_nodes for s in self.storages(source)]
         return self.fact(node).reads
+
+    def _hands_on(self, source: fx.Node, node: fx.Node) -> bool:
+        """Whether ``node`` reads numbers that ``source`` made or wrote, and not a shape alone."""
+        if node.op == "output":
+            return True
+        given = self.fact(source)
+        only_shapes = self.fact(node).shapes
+        if not only_shapes:
+            return bool(given.writes or tensors(given.value))
+        return bool((given.writes & self.fact(node).reads | self.storages(source)) - only_shapes)
 
     def fact(self, node: fx.Node) -> Fact:
         """What is known of ``node``; the output node has no fact."""
@@ -64,9 +81,20 @@ class Flow:
         """Whether ``second`` depends on ``first``, directly or through others."""
         return bool(self._ancestors[self._index[second]] >> self._index[first] & 1)
 
+    def feeds(self, first: fx.Node, second: fx.Node) -> bool:
+        """Whether ``second`` is computed from the numbers of ``first``, directly or through others."""
+        return bool(self._sources[self._index[second]] >> self._index[first] & 1)
+
     def ancestors(self, node: fx.Node, *, itself: bool = False) -> set[fx.Node]:
         """Every node that ``node`` depends on."""
-        bits = self._ancestors[self._index[node]] | (1 << self._index[node] if itself else 0)
+        return self._set(self._ancestors, node, itself)
+
+    def sources(self, node: fx.Node, *, itself: bool = False) -> set[fx.Node]:
+        """Every node whose numbers ``node`` is computed from; one that only gives a shape is none."""
+        return self._set(self._sources, node, itself)
+
+    def _set(self, bits_of: list[int], node: fx.Node, itself: bool) -> set[fx.Node]:
+        bits = bits_of[self._index[node]] | (1 << self._index[node] if itself else 0)
         return {other for i, other in enumerate(self.order) if bits >> i & 1}
 
     def position(self, node: fx.Node) -> int:

@@ -130,7 +130,7 @@ def _merged(flow: Flow, nodes: list[fx.Node]) -> set[fx.Node]:
     for cat in (node for node in flow.order if node.target in (torch.cat, torch.concat)):
         parts = {stem for source in cat.all_input_nodes for stem in _stems(flow, source)} & set(nodes)
         for a in parts:
-            if any(a is not b and not flow.precedes(a, b) and not flow.precedes(b, a) for b in parts):
+            if any(a is not b and not flow.feeds(a, b) and not flow.feeds(b, a) for b in parts):
                 merged.add(a)
     return merged
 
@@ -180,7 +180,7 @@ def _sides(flow: Flow, left: fx.Node, right: fx.Node) -> _Sides:
         return "", left, right, "fusion"
     if not (flow.fact(left).active and flow.fact(right).active):
         return "", left, right, "bias"
-    common = flow.ancestors(left) & flow.ancestors(right)
+    common = flow.sources(left) & flow.sources(right)
     if not any(flow.fact(n).active and tensors(flow.fact(n).value) for n in common):
         return _handed_in(flow, left, right)
     return _projection(flow, left, right)
@@ -206,7 +206,7 @@ def arguments_of(flow: Flow, addition: Addition) -> tuple[set[int], set[int]]:
             places[node], count = range(count, end), end
     return (
         {place for n in _stems(flow, addition.shortcut) for place in places.get(n, ())},
-        {place for n in flow.ancestors(addition.branch) for place in places.get(n, ())},
+        {place for n in flow.sources(addition.branch) for place in places.get(n, ())},
     )
 
 
@@ -232,7 +232,7 @@ def _projection(flow: Flow, left: fx.Node, right: fx.Node) -> _Sides:
 
 def _carries(flow: Flow, shortcut: fx.Node, branch: fx.Node) -> bool:
     """Whether ``branch`` is computed from ``shortcut`` or from a term that ``shortcut`` carries unchanged."""
-    return any(flow.precedes(stem, branch) for stem in _stems(flow, shortcut))
+    return any(flow.feeds(stem, branch) for stem in _stems(flow, shortcut))
 
 
 def _stems(flow: Flow, node: fx.Node) -> list[fx.Node]:
@@ -329,10 +329,18 @@ def row_mask(flow: Flow, product: fx.Node) -> fx.Node | None:
         fact = flow.fact(operand)
         if fact.active or not isinstance(fact.value, Tensor):
             continue
-        made_by = [op for n in flow.ancestors(operand, itself=True) for op in flow.fact(n).ops]
+        made_by = [op for n in _makers(flow, operand, product) for op in flow.fact(n).ops]
         if is_coin(made_by) and fact.value.numel() in (1, flow.fact(product).value.shape[0]):
             return operand
     return None
+
+
+def _makers(flow: Flow, operand: fx.Node, reader: fx.Node) -> set[fx.Node]:
+    """The nodes that made what ``reader`` finds in ``operand``, later writes in place included."""
+    memory = flow.storages(operand)
+    before = flow.order[: flow.position(reader)]
+    last = {operand, *(n for n in before if flow.feeds(operand, n) and flow.fact(n).writes & memory)}
+    return {maker for n in last for maker in flow.sources(n, itself=True)}
 
 
 def mask_nodes(flow: Flow, drop: fx.Node) -> set[fx.Node]:

@@ -21,6 +21,7 @@ class Fact:
         writes: Those of them that it changed in place.
         ops: The ATen operators it ran.
         active: Whether its value is, or holds, a tensor that depends on a model input.
+        shapes: Storages of the tensors among its arguments that it only read the shape, dtype or device of.
     """
 
     value: Any
@@ -28,6 +29,7 @@ class Fact:
     writes: frozenset[int]
     ops: tuple[Op, ...]
     active: bool
+    shapes: frozenset[int] = frozenset()
 
     @property
     def flops(self) -> int:

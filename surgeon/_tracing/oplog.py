@@ -89,6 +89,9 @@ class OpLog(TorchDispatchMode):
 
     Ancestry is a bit set kept per storage, so that a write through a view reaches the whole tensor. A
     tensor is active when a model input is among its ancestors.
+
+    Attributes:
+        touched: The storages whose numbers some operator has read since the set was last cleared.
     """
 
     def __init__(self, fake: FakeTensorMode) -> None:
@@ -108,6 +111,7 @@ class OpLog(TorchDispatchMode):
         self.steps: list[Step] = []
         self._stacks: dict[int, tuple[int, int, int]] = {}
         self._made_at: dict[int, int] = {}
+        self.touched: set[int] = set()
 
     def root(self, tensor: Tensor) -> None:
         """Declares ``tensor`` to be a model input."""
@@ -195,6 +199,7 @@ class OpLog(TorchDispatchMode):
             adds = active > 1 or any(a & b for a, b in itertools.combinations(bits, 2)) or len(read) == 1
             (self.additions if adds else self.biases)[self.stack[-1]] += terms - 1
         if func.overloadpacket not in _SHAPE_ONLY:
+            self.touched.update([storage(t) for t in read])
             union = functools.reduce(operator.or_, bits, 0)
             for t in written if union else ():
                 self._mark(t, union)

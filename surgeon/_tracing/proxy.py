@@ -23,11 +23,6 @@ class ValueProxy(fx.Proxy):
 
     tracer: "BlockTracer"
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """Of the value's type, so that ``isinstance(x, Tensor)`` in a forward answers as it would."""
-        return Tensor if isinstance(self.__dict__["value"], Tensor) else type(self.__dict__["value"])
-
     def __getattr__(self, name: str) -> Any:
         tracer, value = self.tracer, self.__dict__["value"]
         if isinstance(value, Tensor) and name == "ndim":
@@ -82,6 +77,24 @@ class ValueProxy(fx.Proxy):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+def seeing(original: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+    """An ``isinstance`` that sees in a proxy what it stands for too, to take the place of ``original``.
+
+    A ``__class__`` of the proxy's would do that, and crash the process: PyTorch's parsers take such a proxy
+    for a tensor in memory wherever they try a number in a tensor's place, as for ``torch.pow(x, 2)``.
+    """
+
+    def is_instance(thing: Any, kinds: Any) -> bool:
+        if original(thing, kinds):
+            return True
+        if type(thing) is not ValueProxy:
+            return False
+        value = thing.__dict__["value"]
+        return issubclass(Tensor if original(value, Tensor) else type(value), kinds)
+
+    return is_instance
 
 
 def _in_place(symbol: str) -> Callable[[ValueProxy, Any], Any]:

@@ -254,6 +254,7 @@ class BlockTracer(fx.Tracer):
         versions = [t._version for t in read]
         held = [(v, _items(v)) for v in (self.facts[n].value for n in node.all_input_nodes) if _holds(v)]
         start = len(self.log.ops)
+        self.log.touched.clear()
         with torch.no_grad(), self.log.fake, self.log:
             value = self._call(node, args, kwargs)
         for given, items in held:  # later readers of it would not be known to depend on this node
@@ -266,6 +267,7 @@ class BlockTracer(fx.Tracer):
             frozenset(storage(t) for t in written),
             tuple(self.log.ops[start:]),
             any(self.log.active(t) for t in tensors(value)),
+            frozenset({storage(t) for t in read} - {storage(t) for t in tensors(value)} - self.log.touched),
         )
         return value
 

@@ -24,8 +24,8 @@ surgeon audit my_networks:tiny --input-size 1x28x28
 
 _MEANING = """\
 A site is a module without parameters that drops whole rows at random in training, whatever its class.
-Exit code 1 says that a site is never called, or that it has no shortcut beside it, so that a drop takes the
-signal away; 4 that the model has no stochastic depth."""
+Exit code 1 says that a site is never called, or that it sits on a shortcut or has none beside it, so that a
+drop takes the signal away; 4 that the model has no stochastic depth."""
 
 
 @surgeon_command(
