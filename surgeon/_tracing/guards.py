@@ -3,10 +3,9 @@
 Grad and autocast regions, gradient checkpoints and `torch.autograd.Function` act outside of the calls that fx
 sees. Inside `guarded` their entry points answer to the tracer: a region of its own stops the trace, an
 autograd function becomes a leaf, a tensor factory a node whatever its sizes are, a question about the
-ambient mode makes the trace hold for that mode only. ``isinstance`` sees in a proxy what it stands for.
+ambient mode makes the trace hold for that mode only.
 """
 
-import builtins
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,7 +16,6 @@ import torch
 import torch.utils.checkpoint
 from torch import fx
 
-from surgeon._tracing.proxy import seeing
 from surgeon.errors import TraceError
 
 
@@ -77,7 +75,6 @@ def guarded(tracer: Listener) -> Iterator[None]:
         stopped = _stopping(tracer, checkpoint, "its forward calls torch.utils.checkpoint")
         stack.enter_context(mock.patch.object(torch.utils.checkpoint, "_checkpoint_impl", stopped))
         stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", _leaf(tracer)))
-        stack.enter_context(mock.patch.object(builtins, "isinstance", seeing(isinstance)))
         yield
 
 

@@ -79,22 +79,21 @@ class ValueProxy(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
 
-def seeing(original: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
-    """An ``isinstance`` that sees in a proxy what it stands for too, to take the place of ``original``.
+isinstance_ = isinstance
+
+
+def sees(thing: Any, kinds: Any) -> bool:
+    """An ``isinstance`` that sees in a proxy what it stands for too, for the traced code alone.
 
     A ``__class__`` of the proxy's would do that, and crash the process: PyTorch's parsers take such a proxy
     for a tensor in memory wherever they try a number in a tensor's place, as for ``torch.pow(x, 2)``.
     """
-
-    def is_instance(thing: Any, kinds: Any) -> bool:
-        if original(thing, kinds):
-            return True
-        if type(thing) is not ValueProxy:
-            return False
-        value = thing.__dict__["value"]
-        return issubclass(Tensor if original(value, Tensor) else type(value), kinds)
-
-    return is_instance
+    if isinstance_(thing, kinds):
+        return True
+    if type(thing) is not ValueProxy:
+        return False
+    value = thing.__dict__["value"]
+    return issubclass(Tensor if isinstance_(value, Tensor) else type(value), kinds)
 
 
 def _in_place(symbol: str) -> Callable[[ValueProxy, Any], Any]:

@@ -10,6 +10,7 @@ place (their version counters move), which values share storage, how many FLOPs 
 draws random numbers.
 """
 
+import builtins
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,7 @@ from surgeon._tracing.facts import Fact, Trace, is_size
 from surgeon._tracing.fake import storage
 from surgeon._tracing.guards import guarded
 from surgeon._tracing.oplog import OpLog
-from surgeon._tracing.proxy import ValueProxy
+from surgeon._tracing.proxy import ValueProxy, isinstance_, sees
 from surgeon._tracing.reads import CONSTANTS, Reads, noted
 from surgeon._tracing.record import Call
 from surgeon.errors import TraceError
@@ -140,11 +141,11 @@ class BlockTracer(fx.Tracer):
 
         def call() -> Any:
             with noted(self.root, self._reads, lambda: self.listening):
-                self.listening = True
+                self.listening, builtins.isinstance = True, sees
                 try:
                     return root_fn(self.root, *given[:split], **keywords)
                 finally:
-                    self.listening = False
+                    self.listening, builtins.isinstance = False, isinstance_
 
         return call, []
 
@@ -215,10 +216,12 @@ class BlockTracer(fx.Tracer):
     def deaf(self) -> Iterator[None]:
         """Inside, torch calls and module calls are surgeon's own, not the forward's."""
         listening, self.listening = self.listening, False
+        # All of PyTorch's own Python runs in here, and should ask the built-in itself.
+        sight, builtins.isinstance = builtins.isinstance, isinstance_
         try:
             yield
         finally:
-            self.listening = listening
+            self.listening, builtins.isinstance = listening, sight
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if not self.listening:  # a child of a leaf, running on fake values
