@@ -153,3 +153,30 @@ def test_functional_gradients() -> None:
     loss(parameters).backward()
     found = torch.func.grad(loss)(parameters)
     assert same(found, {name: p.grad for name, p in parameters.items()})
+
+
+class Apart(nn.Module):
+    """Its branch is a module, so that it can be compiled by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), nn.ReLU(), nn.Conv2d(4, 3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu_(x + self.f(x))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch's own making
+def test_compiled_branches() -> None:
+    x, sides = torch.randn(8, 3, 5, 5), []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = randomise(nn.Sequential(Apart(), Apart()))
+        for block in model if compiled else ():
+            block.f.compile(backend="aot_eager", dynamic=True)
+        gated(model, example=IMAGE).train()
+        torch.manual_seed(2)
+        out = model(x)
+        out.square().sum().backward()
+        sides.append((out.detach(), grads(model)))
+    torch.testing.assert_close(*sides)
