@@ -2,8 +2,9 @@
 
 ``torch.add(a, b, alpha=k)`` becomes ``a + b * k``; ``addcmul(a, t, u, value=k)`` becomes ``a + t * u * k``
 (``addcdiv`` likewise); ``torch.stack([a, b, ...]).sum(dim)`` over the stacked dimension becomes the chain
-``a + b + ...``. In-place spellings stay in place. The rest of surgeon then knows one form only. The values
-are the same to rounding; evaluation under the default scaling runs the block's own forward in any case.
+``a + b + ...``, its mean that chain over its length. In-place spellings stay in place. The rest of surgeon
+then knows one form only. The values are the same to rounding; evaluation under the default scaling runs the
+block's own forward in any case.
 """
 
 import operator
@@ -24,6 +25,7 @@ _FUSED = {
     "addcdiv": (operator.truediv, False),
     "addcdiv_": (operator.truediv, True),
 }
+_REDUCES = {torch.sum: False, "sum": False, torch.mean: True, "mean": True}
 _NAMES = ("input", "other")
 
 
@@ -40,8 +42,8 @@ def canonical(emit: Emit, target: Any, args: tuple[Any, ...], kwargs: dict[str, 
         return _add(emit, _ADD[target], args, dict(kwargs))
     if target in _FUSED and "out" not in kwargs:
         return _fused(emit, *_FUSED[target], args, dict(kwargs))
-    if target in (torch.sum, "sum"):
-        return _sum_of_stack(emit, args, kwargs)
+    if target in _REDUCES:
+        return _sum_of_stack(emit, _REDUCES[target], args, kwargs)
     return None
 
 
@@ -74,8 +76,8 @@ def _times(emit: Emit, operand: Any, factor: Any) -> Any:
     )
 
 
-def _sum_of_stack(emit: Emit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``stack(terms, d).sum(d)`` as a chain of additions."""
+def _sum_of_stack(emit: Emit, mean: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``stack(terms, d).sum(d)`` as a chain of additions; ``mean`` divides it by their number."""
     stack = args[0].node if args and isinstance(args[0], fx.Proxy) else None
     if stack is None or stack.target is not torch.stack or len(args) > 2 or kwargs.keys() - {"dim", "axis"}:
         return None
@@ -93,7 +95,7 @@ def _sum_of_stack(emit: Emit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     total = terms[0]
     for term in terms[1:]:
         total = emit(operator.add, (total, term))
-    return total
+    return emit(operator.truediv, (total, len(terms))) if mean else total
 
 
 def _terms(emit: Emit, tracer: Any, given: Any) -> list[Any]:
