@@ -141,7 +141,7 @@ def small(entry: Entry, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, 
     """
     cfg = get_pretrained_cfg(entry.name) if entry.library == "timm" else None
     if cfg is not None:
-        for size in (s for s in (64, 112, 128) if s < min(cfg.input_size[-2:])):
+        for size in (s for s in (64, 96, 112, 128) if s < min(cfg.input_size[-2:])):
             try:
                 model = build(entry, device="cpu", size=size if cfg.fixed_input_size else None).to(dtype)
                 with torch.no_grad():
