@@ -205,7 +205,7 @@ def _folds(rows: list[Row]) -> list[str]:
         return []
     lines = []
     for dtype in sorted({row["fold_dtype"] for row in folded}, reverse=True):
-        mine = [row for row in folded if row["fold_dtype"] == dtype]
+        mine = [row for row in folded if row["fold_dtype"] == dtype and not row.get("jumps", 0) > _MOVED]
         lines.append(
             f"- {dtype}: {len(mine)} models; largest relative difference of the outputs: folded and gated "
             f"{_worst(mine, 'fold_error')}; gated with `keep_eval` and plain {_worst(mine, 'kept_error')}; "
@@ -220,9 +220,19 @@ def _folds(rows: list[Row]) -> list[str]:
         "",
     ]
     shown = [row for row in folded if "silent" in row]
-    silent = [f"{row['model']}: {' '.join(row['silent'])}" for row in shown if row["silent"]]
+    silent = [
+        f"{row['model']}: {' '.join(row['silent'])}" for row in shown if row["silent"] and "jumps" not in row
+    ]
     what = f"Folded gates whose scale the folded weights do not show ({len(shown)} models asked)"
     lines += [f"{what}: {', '.join(silent) or 'none'}.", ""]
+    jumping = [
+        f"- {row['library']}:{row['model']}: outputs differ by {row['fold_error']:.1e} after the fold and by "
+        f"{row['jumps']:.1e} when the plain model's weights move by one rounding; weights differ by "
+        f"{row['weights_error']:.1e}"
+        for row in folded
+        if row.get("jumps", 0) > _MOVED
+    ]
+    lines += jumping and ["Models whose own outputs jump, left out above:", "", *jumping, ""]
     causes = Counter[tuple[str, str, str]]()
     for row in folded:
         shorter = {re.sub(r"'[^']*'|\d+", "…", text) for text in row["left"].values()}
