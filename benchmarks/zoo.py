@@ -28,7 +28,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks import _zoo_checks, _zoo_report
+from benchmarks import _zoo_checks, _zoo_report, _zoo_structure
 from benchmarks._zoo_models import Entry, build, entries, example, small
 from surgeon._finding.analysis import analyse
 from surgeon._tracing.example import inputs
@@ -49,8 +49,8 @@ def structure(entry: Entry) -> dict[str, Any]:
     found = time.process_time() - start
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        **_zoo_checks.census(analysis.findings),
-        **_zoo_checks.recall(model, analysis),
+        **_zoo_structure.census(analysis.findings),
+        **_zoo_structure.recall(model, analysis),
         "find_s": round(found, 2),
     }
 

@@ -14,8 +14,8 @@ from blocks import coins, randomise
 from torch import Tensor, nn
 
 import surgeon
-from benchmarks._zoo_checks import recall
 from benchmarks._zoo_models import Entry, build, example
+from benchmarks._zoo_structure import recall
 from surgeon._finding.analysis import analyse
 from surgeon._surgery import gated_blocks
 from surgeon._tracing.example import inputs
