@@ -1,9 +1,10 @@
 """Keeps the zeros in front of a max pool from being taken for the pool's own padding.
 
-ONNX Runtime's optimiser takes a `Pad` with zeros into the `MaxPool` behind it (its PadFusion, since
-microsoft/onnxruntime#18136; seen in 1.31). But a pool pads with -inf: where a window at the border holds
-nothing but negative numbers, zeros win and -inf does not. It looks for the bits of +0, so -0 stays in the
-graph, and a comparison takes the two for equal.
+ONNX Runtime's optimiser takes a `Pad` with zeros into the `MaxPool` behind it (its PadFusion, from
+microsoft/onnxruntime#18136 to 1.31; 1.32 no longer does). But a pool pads with -inf: where a window at the
+border holds nothing but negative numbers, zeros win and -inf does not. It looks for the bits of +0, so -0
+stays in the graph, and a comparison takes the two for equal. A file outlives the runtime beside which it was
+written, so it is written so that older ones read it right, too.
 """
 
 from collections.abc import Iterator
