@@ -18,6 +18,7 @@ REASONS = {
     "nested": "lies inside the branch of another residual add",
     "no-shortcut": "the two sides share no ancestor in the block, so neither is a shortcut",
     "position": "adds a position encoding, one depthwise convolution of the input",
+    "scores": "sums two scores that a softmax alone reads, as an attention does",
     "stochastic": "has stochastic depth of its own written out, which cannot be taken off whole",
     "untraceable": "the block could not be traced",
 }

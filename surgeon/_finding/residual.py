@@ -26,7 +26,18 @@ from surgeon._finding.findings import REASONS
 from surgeon._finding.flow import Flow
 from surgeon._tracing.example import tensors
 from surgeon._tracing.fake import storage
-from surgeon._tracing.operators import drops_rows, is_coin, is_layer, is_linear, pools, projects, scales, sums
+from surgeon._tracing.operators import (
+    drops_rows,
+    is_coin,
+    is_layer,
+    is_linear,
+    is_masking,
+    is_softmax,
+    pools,
+    projects,
+    scales,
+    sums,
+)
 from surgeon._tracing.oplog import Op
 
 _ADDS = {operator.add, operator.iadd}  # surgeon._tracing.canonical leaves no other spelling
@@ -275,7 +286,9 @@ def _unfit(flow: Flow, addition: Addition) -> str | None:
             return "fusion"
     if weighted and all(op.depthwise for op in weighted):
         return "position"
-    return "linear" if all(is_linear(op) for op in ops) and not pools(ops) else None
+    if all(is_linear(op) for op in ops) and not pools(ops):
+        return "linear"
+    return "scores" if addition.kind == "projection" and _is_score(flow, addition.node) else None
 
 
 def _reads_stream(flow: Flow, work: list[fx.Node], region: Collection[fx.Node]) -> bool:
@@ -286,6 +299,21 @@ def _reads_stream(flow: Flow, work: list[fx.Node], region: Collection[fx.Node]) 
     stream = [node for node in work if node not in region]
     own = any(node.target in _ADDS for node in stream) or any(sums(op) for op in _ops(flow, stream))
     return bool(region) and own and all(projects(op) for op in _ops(flow, region))
+
+
+def _is_score(flow: Flow, node: fx.Node) -> bool:
+    """Whether a softmax alone reads a value, as it is or behind masks, sums and scales."""
+
+    def weighs(reader: fx.Node) -> bool:
+        if reader.op == "output":
+            return False
+        ops = flow.fact(reader).ops
+        return any(is_softmax(op) for op in ops) or (
+            all(is_masking(op) for op in ops) and _is_score(flow, reader)
+        )
+
+    readers = flow.users(node)
+    return bool(readers) and all(weighs(reader) for reader in readers)
 
 
 def _seen_elsewhere(flow: Flow, node: fx.Node) -> bool:

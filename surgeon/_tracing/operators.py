@@ -41,6 +41,16 @@ def scales(op: Op) -> bool:
     return op.func.overloadpacket in _SCALES and op.active < 2
 
 
+def is_softmax(op: Op) -> bool:
+    """Whether the operator makes weights that sum to one of scores."""
+    return op.func.overloadpacket in (aten._softmax, aten._safe_softmax, aten._log_softmax)
+
+
+def is_masking(op: Op) -> bool:
+    """Whether the operator leaves scores what they are: scales, moves, masks them or adds to them."""
+    return op.func.overloadpacket in _MASKS or (is_linear(op) and not is_layer(op))
+
+
 def pools(ops: Sequence[Op]) -> bool:
     """Whether linear operators mix tokens by pooling alone, without a layer that linear paths merge into."""
     return not any(is_layer(op) for op in ops) and any(op.func.overloadpacket in _POOLS for op in ops)
@@ -73,6 +83,7 @@ _COINS = {
     *(aten.lt, aten.lt_, aten.le, aten.le_, aten.gt, aten.gt_, aten.ge, aten.ge_),
 }
 _LAYERS = {aten.convolution, aten.addmm, aten.mm, aten.bmm, aten.baddbmm}
+_MASKS = {aten.masked_fill, aten.masked_fill_, aten.where}
 _POOLS = {aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d}
 _SCALES = {aten.mul, aten.div, aten.alias, aten.detach, aten.clone, aten.view, aten.unsqueeze, aten._to_copy}
 _ADDITIVE = {
