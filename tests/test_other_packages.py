@@ -293,52 +293,7 @@ def test_a_mask_is_one_more_argument() -> None:
 # The shapes behind them, without the packages.
 
 
-class Output(nn.Module):
-    """The end of a branch and the addition, the shortcut handed in, as in BERT."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dense = nn.Linear(4, 4)
-
-    def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        return self.dense(hidden) + residual
-
-
-class Layer(nn.Module):
-    """Calls the module that adds; ``long`` puts a residual add between the two arguments."""
-
-    def __init__(self, *, long: bool = False, foreign: bool = False) -> None:
-        super().__init__()
-        self.first, self.output = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), Output()
-        self.inner = Layer() if long else None
-        self.foreign = foreign
-
-    def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        hidden = self.first(x)
-        if self.inner is not None:
-            hidden = self.inner(hidden, other)
-        return self.output(hidden, other if self.foreign else x)
-
-
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-
-
-def test_a_shortcut_handed_in_by_the_caller() -> None:
-    model = Layer()
-    found = surgeon.find(model, (X, X.clone()))
-    assert [(r.name, r.kind, r.branch) for r in found] == [("output.add", "identity", "dense")]
-    assert not found.refused
-    surgeon.apply(model, example=(X, X.clone()))
-    with coins(False):
-        assert torch.equal(model.train()(X, X), X)
-
-
-@pytest.mark.parametrize("options", [{"long": True}, {"foreign": True}], ids=str)
-def test_what_is_handed_in_is_no_shortcut(options: dict[str, bool]) -> None:
-    """Over another residual add it is a long skip; from elsewhere the branch is no function of it."""
-    found = surgeon.find(Layer(**options), (X, X.clone()))
-    assert [r.name for r in found] == (["inner.output.add"] if "long" in options else [])
-    assert ("output.add", "no-shortcut") in {(r.name, r.code) for r in found.refused}
 
 
 class Cache:

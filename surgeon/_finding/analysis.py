@@ -20,14 +20,15 @@ from surgeon._finding.residual import (
     additions,
     arguments_of,
     mask_nodes,
+    nest,
     side,
 )
 from surgeon._tracing.alike import likeness
 from surgeon._tracing.example import mode, no_inference_mode, tensors, untouched
 from surgeon._tracing.facts import is_size
 from surgeon._tracing.fake import held_open
-from surgeon._tracing.operators import drops_rows
-from surgeon._tracing.oplog import OpLog
+from surgeon._tracing.operators import drops_rows, projects
+from surgeon._tracing.oplog import OpLog, layout
 from surgeon._tracing.reads import Reads
 from surgeon._tracing.record import Call, Recording, record
 from surgeon._tracing.trace import trace
@@ -154,7 +155,7 @@ class _Scan:
             self._untraced(call, error)
             return
         block = Block(name, module, call, traced.flow)
-        for addition in traced.additions:
+        for addition in self._told_by_caller(block, traced.additions):
             self._sort(block, addition)
         unseen = call.additions - sum(addition.code != "bias" for addition in traced.additions)
         self._refuse_all(module, unseen, "form", first=len(traced.additions))
@@ -242,8 +243,6 @@ class _Scan:
     def _sort(self, block: Block, addition: Addition) -> None:
         name, kind = gate_name(block.name, addition.ordinal), type(block.module).__name__
         code = "nested" if block.module in self.nested else addition.code
-        if code == "no-shortcut" and self._hands_on(block, addition):
-            code = None
         chosen = self.choice.takes(block.flow, addition, code, name, block.name, kind)
         if chosen is not None:
             block.found.append(chosen)
@@ -254,20 +253,39 @@ class _Scan:
         else:
             self.refused.append(Refusal(name, block.name, kind, "excluded", "left out by include or exclude"))
 
-    def _hands_on(self, block: Block, addition: Addition) -> bool:
-        """Whether the caller computed the branch's argument from the shortcut's, no residual add between.
+    def _told_by_caller(self, block: Block, found: list[Addition]) -> list[Addition]:
+        """The same additions; where two arguments meet, the caller knows whether one is a shortcut."""
+        if self.recording.log.real:
+            return found
+        kinds = {a.node: self._handed_in(block, a) for a in found if a.code == "no-shortcut" and a.kind}
+        if not any(kinds.values()):
+            return found
+        told = [replace(a, code=None, kind=kind) if (kind := kinds.get(a.node)) else a for a in found]
+        return nest(block.flow, told)
 
-        A long skip over residual adds, as decoders of segmentation have it, is no step of a residual stream.
+    def _handed_in(self, block: Block, addition: Addition) -> str | None:
+        """What a shortcut among the arguments of a block is to the block's branch; ``None`` if it is none.
+
+        It is the branch's argument, or that was computed from it: ``"identity"``. It was computed from the
+        branch's argument by what a projection may hold: ``"projection"``. No residual add may lie between
+        the two: a long skip over some, as decoders of segmentation have it, is no step of a stream.
         """
-        if not addition.kind or self.recording.log.real:
-            return False
-        gated = {found.module for found in self.blocks}
+        log, given = self.recording.log, tensors((block.call.args, block.call.kwargs))
+        values = [(made, layout(t)) for made, t in zip(block.call.made_at, given, strict=True)]
         shortcuts, sources = (
-            {block.call.made_at[place] for place in given} for given in arguments_of(block.flow, addition)
+            {values[place] for place in places} for places in arguments_of(block.flow, addition)
         )
-        ways = [self.recording.log.between(a, b) for a in shortcuts for b in sources]
-        over = [{self.recording.calls[i].module for i in way if i >= 0} for way in ways if way is not None]
-        return bool(over) and all(gated.isdisjoint(modules) for modules in over)
+        if shortcuts & sources:
+            return "identity"
+        ends = [(a, b) for a, _ in shortcuts for b, _ in sources]
+        gated = {found.module for found in self.blocks}
+        over = [step for a, b in ends for step in log.between(a, b)]
+        if over:
+            adding = {self.recording.calls[step.owner].module for step in over if step.adds}
+            return "identity" if gated.isdisjoint(adding) else None
+        before = [step for a, b in ends for step in log.between(b, a)]
+        plain = all(projects(log.ops[step.op]) and not step.adds for step in before)
+        return "projection" if before and plain else None
 
     def _mark_nested(self, block: Block, addition: Addition) -> None:
         """Everything that runs inside this branch is no residual add of its own."""
@@ -325,7 +343,7 @@ def _describe(block: Block, addition: Addition, name: str) -> Residual:
         kind=addition.kind,
         shortcut="identity"
         if addition.kind == "identity"
-        else _modules(side(flow, addition.shortcut, addition.branch)),
+        else _modules(side(flow, addition.shortcut, addition.branch)) or addition.shortcut.name,
         branch=_modules(work),
         flops=addition.flops,
         replaces=tuple(prefix + str(node.target) for node in drops),

@@ -16,7 +16,7 @@ REASONS = {
     "gating": "mixes two activations with weights computed from the input",
     "linear": "sums linear paths (a reparametrisation branch); no activation to skip",
     "nested": "lies inside the branch of another residual add",
-    "no-shortcut": "the two sides share no ancestor in the block, so neither is a shortcut",
+    "no-shortcut": "the two sides come from different arguments, and neither of them is a shortcut",
     "position": "adds a position encoding, one depthwise convolution of the input",
     "scores": "sums two scores that a softmax alone reads, as an attention does",
     "stochastic": "has stochastic depth of its own written out, which cannot be taken off whole",

@@ -8,15 +8,15 @@ An addition ``a + b`` of two activations is a residual add when one side carries
   activation (convolution, linear, norm, pooling, resizing) or through a single layer where the other has
   more: that one is the shortcut.
 
-A block may get both from its caller: ``output(branch(x), x)`` performs the add, and the recording knows that
-one argument was computed from the other.
+A block may get both from its caller: ``output(branch(x), x)`` or ``block(x, shortcut=project(x))`` performs
+the add, and the recording knows how one argument was computed from the other.
 
 Everything is read from the graph and from the ATen operators that each node ran; no module class, model
 or library is known by name.
 """
 
 import operator
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,17 +79,21 @@ def additions(flow: Flow, *, regions: bool = True) -> list[Addition]:
         regions: Whether to tell which nodes run for each branch alone.
     """
     nodes = [node for node in flow.order if _is_addition(flow, node)]
-    found: list[Addition] = []
-    inside: set[fx.Node] = set()
-    for ordinal, node in reversed(list(enumerate(nodes))):
-        addition = _classify(flow, node, ordinal, regions)
-        if node in inside and addition.code != "bias":
-            addition = replace(addition, code="nested")
-        elif addition.code is None:
-            inside.update(side(flow, addition.branch, addition.shortcut))
-        found.append(addition)
+    found = nest(flow, [_classify(flow, node, i, regions) for i, node in enumerate(nodes)])
     merged = _merged(flow, nodes)
-    return [replace(a, code="fusion") if a.code is None and a.node in merged else a for a in reversed(found)]
+    return [replace(a, code="fusion") if a.code is None and a.node in merged else a for a in found]
+
+
+def nest(flow: Flow, found: Sequence[Addition]) -> list[Addition]:
+    """The same additions, but refused where they lie inside the branch of a residual add among them."""
+    inside: set[fx.Node] = set()
+    nested: list[Addition] = []
+    for addition in reversed(found):
+        within = addition.node in inside and addition.code != "bias"
+        nested.append(replace(addition, code="nested") if within else addition)
+        if nested[-1].code is None:
+            inside.update(side(flow, addition.branch, addition.shortcut))
+    return nested[::-1]
 
 
 def told(flow: Flow, addition: Addition, kind: str) -> Addition | str:

@@ -137,23 +137,22 @@ class OpLog(TorchDispatchMode):
         """The step that made what is in a tensor's storage now; -1 for a weight or constant."""
         return self._made_at.get(storage(tensor), -1)
 
-    def between(self, start: int, end: int) -> set[int] | None:
-        """The calls whose own forward adds on a way from one step to another; ``None`` if there is no way."""
+    def between(self, start: int, end: int) -> list[Step]:
+        """The steps on the ways from one step to another, that one included; none if there is no way."""
         if start < 0:
-            return None
+            return []
         reached = {start}
         for step in range(start + 1, end + 1):
             if not reached.isdisjoint(self.steps[step].sources):
                 reached.add(step)
         if end not in reached or end == start:
-            return None
-        way, owners = {end}, set()
+            return []
+        needed, way = {end}, list[Step]()
         for step in range(end, start, -1):
-            if step in way and step in reached:
-                found = self.steps[step]
-                way |= set(found.sources)
-                owners |= {found.owner} if found.adds else set()
-        return owners
+            if step in needed and step in reached:
+                way.append(self.steps[step])
+                needed.update(self.steps[step].sources)
+        return way
 
     def behind(self, results: Iterable[Tensor]) -> set[int]:
         """Places in the log of the operators that something in ``results`` was computed by."""
