@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import surgeon
+from surgeon._folding.planning import plan_gates
 from surgeon._gating.gate import Gate
 from surgeon._surgery import gated_blocks, gates_of
 from surgeon._tracing.example import inputs, tensors
@@ -77,6 +78,15 @@ def folds(model: nn.Module, given: Any) -> dict[str, Any]:
     if max(row.get(name, 0.0) for name in ("fold_error", "round_trip")) > _DIFFERENT:
         row["jumps"] = _jumps(model, *pytree.tree_map_only(Tensor, _noise, inputs(model, given)))
     return row
+
+
+def leftover(model: nn.Module, given: Any) -> dict[str, Any]:
+    """The plan of a fold: which gates find no weight for their scale, and why; the weights are not read."""
+    surgeon.apply(model, drop_rate=0.4, scaling="paper", example=given)
+    gates = gates_of(model)
+    scales = {number: gate.scale for number, gate in enumerate(gates)}
+    kept = plan_gates(model, gates, scales, *inputs(model, given)).kept
+    return {"planned": len(gates), "left": {gates[one.gate].name: one.reason for one in kept}}
 
 
 def _jumps(model: nn.Module, args: Any, kwargs: Any) -> float:

@@ -199,9 +199,22 @@ def _differing(rows: list[Row]) -> list[str]:
     ]
 
 
+def _leftover(rows: list[Row]) -> list[str]:
+    """Gates that fold: shown by a fold, or by its plan alone."""
+    lines = []
+    for shown, column in (("by folding", "fold_error"), ("by the plan of a fold alone", "planned")):
+        mine = [row for row in rows if column in row and (column == "fold_error" or "fold_error" not in row)]
+        gates, left = _sum(mine, "gates"), sum(len(row["left"]) for row in mine)
+        if mine:
+            lines.append(
+                f"- gates that fold into weights, {shown}: {gates - left} of {gates} in {len(mine)} models"
+            )
+    return lines
+
+
 def _folds(rows: list[Row]) -> list[str]:
     folded = [row for row in rows if "fold_error" in row]
-    if not folded:
+    if not any("left" in row for row in rows):
         return []
     lines = []
     for dtype in sorted({row["fold_dtype"] for row in folded}, reverse=True):
@@ -212,8 +225,7 @@ def _folds(rows: list[Row]) -> list[str]:
             f"folded again and plain {_worst(mine, 'round_trip')}; of the weights "
             f"{_worst(mine, 'weights_error')}"
         )
-    gates, left = _sum(folded, "gates"), sum(len(row["left"]) for row in folded)
-    lines += [f"- gates folded into weights: {gates - left} of {gates}", ""]
+    lines += [*_leftover(rows), ""]
     still = [row["model"] for row in folded if row["fold_moved"] < _MOVED]
     lines += [
         f"Models whose gates change evaluation by less than {_MOVED}: {', '.join(still) or 'none'}.",
@@ -234,7 +246,7 @@ def _folds(rows: list[Row]) -> list[str]:
     ]
     lines += jumping and ["Models whose own outputs jump, left out above:", "", *jumping, ""]
     causes = Counter[tuple[str, str, str]]()
-    for row in folded:
+    for row in (row for row in rows if "left" in row):
         shorter = {re.sub(r"'[^']*'|\d+", "…", text) for text in row["left"].values()}
         for text in shorter:
             count = sum(re.sub(r"'[^']*'|\d+", "…", t) == text for t in row["left"].values())

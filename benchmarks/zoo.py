@@ -3,8 +3,9 @@
     python -m benchmarks.zoo --library timm --match 'resnet*' --jobs 2 --resume
     python -m benchmarks.zoo --stage numbers --stage fold --match 'test_*'
 
-Three stages, one row a model and stage: ``structure`` (what is found and refused, on tensors without
-memory), ``numbers`` (evaluation, training and gradients on real tensors) and ``fold`` (exactness in float64).
+Four stages, one row a model and stage: ``structure`` (what is found and refused, on tensors without memory),
+``numbers`` (evaluation, training and gradients on real tensors), ``fold`` (exactness in float64) and
+``leftover`` (which gates would keep their multiplication, without memory, for models that were not folded).
 Each model runs in a process of its own, forked after the libraries are loaded, so that a crash or a memory
 peak costs one row. ``docs/coverage.csv`` and ``docs/coverage.md`` are written from the rows.
 """
@@ -70,17 +71,26 @@ def fold(entry: Entry) -> dict[str, Any]:
     return {"fold_dtype": str(dtype).removeprefix("torch."), **_zoo_checks.folds(model, given)}
 
 
+def leftover(entry: Entry) -> dict[str, Any]:
+    """Which gates of one model find no weight for their scale, on tensors without memory."""
+    model = build(entry, device="meta")
+    return _zoo_checks.leftover(model, example(entry, model, "meta"))
+
+
 STAGES: dict[str, Callable[[Entry], dict[str, Any]]] = {
     "structure": structure,
     "numbers": numbers,
     "fold": fold,
+    "leftover": leftover,
 }
 
 
 def gigabytes(stage: str, parameters: int) -> float:
     """The memory that one stage takes: weights, and gradients or a second copy."""
     numbers = 9 if parameters <= _zoo_checks.TRAINED else 5
-    return _BASE_GB + parameters * {"structure": 0, "numbers": numbers, "fold": 18}[stage] / 1e9
+    return (
+        _BASE_GB + parameters * {"structure": 0, "numbers": numbers, "fold": 18, "leftover": 0}[stage] / 1e9
+    )
 
 
 @dataclass(frozen=True)
@@ -109,8 +119,9 @@ class Job:
 
 
 def plan(models: list[Entry], stage: str, rows: list[dict[str, Any]]) -> list[Job]:
-    """The models that have no row of a stage yet, small ones first."""
-    measured = (r for r in rows if r["stage"] == stage and not (r.get("error") or r.get("skipped")))
+    """The models that have no row of a stage yet, small ones first; a fold shows what is left over, too."""
+    enough = ("fold", "leftover") if stage == "leftover" else (stage,)
+    measured = (r for r in rows if r["stage"] in enough and not (r.get("error") or r.get("skipped")))
     done = {(r["library"], r["model"]) for r in measured}
     structures = {(r["library"], r["model"]): r for r in rows if r["stage"] == "structure"}
     jobs = []

@@ -91,6 +91,19 @@ def test_a_gate_whose_fold_nothing_shows_is_named() -> None:
     assert _zoo_checks.folds(model, EXAMPLE.double())["silent"] == ["second.add"]
 
 
+def test_what_a_fold_would_leave_is_told_without_weights() -> None:
+    plain, silent = Net(1.0).to("meta"), Net(1.0)
+    silent.second.f[2] = nn.SiLU()
+    assert _zoo_checks.leftover(plain, EXAMPLE.to("meta")) == {"planned": 2, "left": {}}
+    row = _zoo_checks.leftover(silent.to("meta"), EXAMPLE.to("meta"))
+    assert row["planned"] == 2 and list(row["left"]) == ["second.add"]
+    assert "silu" in row["left"]["second.add"]
+    rows = [{"library": "mine", "model": "net", "gates": 2, "stage": "leftover", **row}]
+    assert _zoo_report._leftover(rows) == [
+        "- gates that fold into weights, by the plan of a fold alone: 1 of 2 in 1 models"
+    ]
+
+
 def test_the_page_is_made_from_the_rows(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     found = {"gates": 2, "own_live": 3, "recalled": 2, "missed": {"drop": "no shortcut"}, "find_s": 0.5}
