@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 import surgeon
@@ -99,6 +100,7 @@ def _jumps(model: nn.Module, args: Any, kwargs: Any) -> float:
 
 def _folds(model: nn.Module, given: Any) -> dict[str, Any]:
     randomise(model)
+    settle(model, given)
     args, kwargs = pytree.tree_map_only(Tensor, _noise, inputs(model, given))
     model.eval()
     try:
@@ -288,6 +290,31 @@ def randomise(model: nn.Module) -> None:
         for tensor in itertools.chain(model.parameters(), model.buffers()):
             if tensor.is_floating_point() and (tensor.ndim <= 1 or not tensor.any()):
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+
+
+def settle(model: nn.Module, given: Any) -> None:
+    """Gives batch norms statistics near those of what they get on noise, as a trained network has them.
+
+    With others, values grow from layer to layer until softmaxes are steps, and the network turns a rounding
+    into large differences by itself.
+    """
+    generator = torch.Generator().manual_seed(1)
+    norms = [
+        module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
+    ]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum, norm.training = None, True  # None takes the mean over all calls
+    for _ in range(4):
+        outputs(model, *pytree.tree_map_only(Tensor, _noise, inputs(model, given)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum, norm.training = momentum, False
+        for near, tensor in ((0.0, norm.running_mean), (1.0, norm.running_var)):
+            assert tensor is not None
+            jitter = torch.rand(tensor.shape, generator=generator) / 5 - 0.1 + near
+            tensor.copy_(tensor * jitter if near else tensor + jitter * norm.running_var.sqrt())
 
 
 def _show(model: nn.Module, args: Any, kwargs: Any) -> None:

@@ -23,20 +23,17 @@ from typing import Any
 import click
 import torch
 from timm.models import model_entrypoint
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 from torch.onnx._internal.exporter import _registration
-from torch.utils import _pytree as pytree
 from torchvision.models import get_model_builder
 
 import surgeon
 from benchmarks import zoo
-from benchmarks._zoo_checks import randomise
+from benchmarks._zoo_checks import randomise, settle
 from benchmarks._zoo_models import Entry, build, entries, small
 from benchmarks._zoo_report import forget, read
 from benchmarks.zoo import ROWS
 from surgeon._onnx.export_report import ExportReport
-from surgeon._tracing.example import inputs
 from surgeon.errors import ExportError, NoResidualsError, SurgeonError
 
 _ELSEWHERE = (
@@ -78,37 +75,14 @@ def _cause(error: SurgeonError) -> str:
 
 
 def _calm(model: nn.Module, given: Any) -> None:
-    """Gives norms random scales near one, and statistics near those that their inputs have.
-
-    So a trained network has them. With others, values grow from layer to layer until softmaxes are steps, and
-    the network turns the rounding of float32 into differences of 1e-4 and more by itself.
-    """
+    """Brings random scales near to one and shifts near to zero, and lets the norms see what they get."""
     generator = torch.Generator().manual_seed(0)
-
-    def near(one: float, tensor: Tensor) -> Tensor:
-        return torch.rand(tensor.shape, generator=generator) / 5 - 0.1 + one
-
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    args, kwargs = pytree.tree_map_only(Tensor, _noise, inputs(model, given))
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.is_floating_point() and tensor.ndim <= 1:
-                tensor.copy_(near(0.0 if name.endswith(("bias", "running_mean")) else 1.0, tensor))
-        model.eval()
-        for norm in norms:
-            norm.momentum, norm.training = 1.0, True
-        model(*args, **kwargs)
-        for norm in norms:
-            norm.training = False
-            if norm.running_mean is not None and norm.running_var is not None:
-                norm.running_mean.add_(near(0.0, norm.running_mean) * norm.running_var.sqrt())
-                norm.running_var.mul_(near(1.0, norm.running_var))
-
-
-def _noise(tensor: Tensor) -> Tensor:
-    """Numbers as of normalised images, in four times as many rows: statistics of few are extreme."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn((4 * tensor.shape[0], *tensor.shape[1:]), generator=generator)
+                around = 0.0 if name.endswith(("bias", "running_mean")) else 1.0
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) / 5 - 0.1 + around)
+    settle(model, given)
 
 
 def _both(model: nn.Module, gated: nn.Module, given: Any, *, dynamic: bool) -> dict[str, Any]:
