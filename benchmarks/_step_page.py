@@ -5,13 +5,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks._step_measure import DRAWS
 from benchmarks._step_models import COUNTED, NETS, VARIANTS
 
 Row = dict[str, Any]
 
 _HEAD = (
-    "| model | batch | r | variant | s per step | over plain | quartiles | FLOPs drawn | bound "
-    "| time over FLOPs drawn | saved activations |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    "| model | batch | r | variant | s per step | over plain | quartiles | fastest | FLOPs drawn | bound "
+    "| time over FLOPs drawn | saved activations |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -30,7 +31,8 @@ def _line(r: Row) -> str:
     return (
         f"| {r['model']} | {r['batch']} | {r['rate']} | {r['variant']} "
         f"| {r['seconds']:.3f} | {r['ratio']:.3f} "
-        f"| {r['low']:.3f} to {r['high']:.3f} | {_or(r['drawn'], counted)} | {_or(r['bound'], counted)} "
+        f"| {r['low']:.3f} to {r['high']:.3f} | {r['fastest']:.3f} "
+        f"| {_or(r['drawn'], counted)} | {_or(r['bound'], counted)} "
         f"| {_or(r['over_drawn'], counted)} | {r['megabytes']:.0f} MB, {r['memory']:.3f} |"
     )
 
@@ -52,18 +54,19 @@ Written by `python -m benchmarks.step`, from the rows in `performance.jsonl`. {"
 One step is forward, cross-entropy, backward and SGD with momentum, on random images. Every variant takes
 one step per round, in an order drawn anew; *over plain* is the median over the rounds of its step over the
 plain model's of the same round. On one thread the clock counts processor time, so that a wait is not
-counted; but the machine was busy meanwhile (load average {min(loads):.1f} to {max(loads):.1f} on
-{os.cpu_count()} cores), and caches and memory are shared: differences of a few hundredths are noise, as the
-quartiles show. Memory that is freed stays with the process (see `KEEPS_MEMORY` in the program), for all
-variants alike: glibc otherwise gives large blocks back after every operator and takes them anew page by
-page.
+counted; but the machine is shared, its caches and its memory too, as the quartiles show (load average
+{min(loads):.1f} to {max(loads):.1f} on {os.cpu_count()} cores). A neighbour only ever makes a step slower, so
+*fastest* compares the fastest steps: the rounds share {DRAWS} draws, each of nearly the FLOPs that are
+drawn in the mean, and of each draw the fastest step counts. Memory that is freed stays with the process (see
+`KEEPS_MEMORY` in the program), for all variants alike: glibc otherwise gives large blocks back after every
+operator and takes them anew page by page.
 
 - `library` is the model's own drop path, `mask` is `skip=False`, `auto` the default, `sample` is
   `unit="sample", skip=True`, `batch` is `unit="batch"`. The schedule is linear to the final drop rate r.
 - *Bound* is the share of the FLOPs that is left on average, `surgeon.status(model).expected_flops`; *FLOPs
-  drawn* is the share that the gates really drew in the steps measured, and *time over FLOPs drawn* the median
-  of the one over the other: what is lost against arithmetic alone.
-- *Over by hand* is the time over that of the same network whose blocks were rewritten by hand to drop
+  drawn* is the share that the gates really drew in the steps measured, and *time over FLOPs drawn* the ratio
+  of the fastest steps over it: what is lost against arithmetic alone.
+- *Over by hand* is the fastest time over that of the same network whose blocks were rewritten by hand to drop
   (`benchmarks/_step_by_hand.py`), under the same draws: what surgeon itself costs. The rest of what is lost
   against the arithmetic is lost by the operators.
 - *Saved activations* is what a forward keeps for its backward, in MB and over that of the plain model; on
@@ -74,7 +77,8 @@ page.
 {_against_bound(steps)}{_summary(steps)}
 ## Nothing dropped
 
-Time over that of the untouched model: evaluation, and a training step at drop rate 0; median and quartiles.
+Time over that of the untouched model: evaluation, and a training step at drop rate 0. Median and quartiles of
+runs in pairs, and the ratio of the fastest.
 
 {_still(still)}
 
@@ -85,7 +89,7 @@ Time over that of the untouched model: evaluation, and a training step at drop r
 
 
 def _against_bound(steps: list[Row]) -> str:
-    """Time over FLOPs for the largest batch of each model at the largest drop rate."""
+    """Fastest time over FLOPs for the largest batch of each model at the largest drop rate."""
     highest = max((r["rate"] for r in steps), default=0)
     lines = [
         f"## Against the arithmetic, r = {highest}",
@@ -103,7 +107,7 @@ def _against_bound(steps: list[Row]) -> str:
         if "sample" not in found or "batch" not in found:
             continue
         parts = [
-            f"{r['ratio']:.3f} | {r['over_drawn']:.3f} | {_or(r.get('over_hand'), True)}"
+            f"{r['fastest']:.3f} | {r['over_drawn']:.3f} | {_or(r.get('over_hand'), True)}"
             for r in (found["sample"], found["batch"])
         ]
         lines.append(f"| {name} | {largest} | {found['sample']['bound']:.3f} | {' | '.join(parts)} |")
@@ -118,24 +122,27 @@ def _summary(steps: list[Row]) -> str:
     pairs = [(key, c) for key, c in by_cell.items() if "auto" in c and ("library" in c or "mask" in c)]
     if not pairs:
         return ""
-    against = [c["auto"]["mean_ratio"] / c.get("library", c.get("mask"))["mean_ratio"] for _, c in pairs]
+    against = [c["auto"]["fastest"] / c.get("library", c.get("mask"))["fastest"] for _, c in pairs]
     worst = max(range(len(pairs)), key=against.__getitem__)
     name, batch, rate, _ = pairs[worst][0]
     return f"""## The default against the model's own drop path
 
 In {len(pairs)} settings `auto` takes {min(against):.2f} to {max(against):.2f} of the time of the library's
-own drop path (of `mask` where a model has none), {statistics.median(against):.2f} in the median; the largest
-is {name} at batch {batch}, r = {rate}.
+own drop path (of `mask` where a model has none) by the fastest steps, in the median
+{statistics.median(against):.2f}; the largest is {name} at batch {batch}, r = {rate}.
 
 """
 
 
 def _still(rows: list[Row]) -> str:
-    lines = ["| model | batch | | over plain | quartiles | rounds |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| model | batch | | over plain | quartiles | fastest | rounds |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for r in rows:
         low, middle, high = statistics.quantiles(r["ratios"], n=4)
         what = f"| {r['model']} | {r['batch']} | {r['variant']} "
-        lines.append(f"{what}| {middle:.3f} | {low:.3f} to {high:.3f} | {r['rounds']} |")
+        lines.append(f"{what}| {middle:.3f} | {low:.3f} to {high:.3f} | {r['fastest']:.3f} | {r['rounds']} |")
     return "\n".join(lines)
 
 

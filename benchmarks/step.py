@@ -4,10 +4,11 @@
     python -m benchmarks.step --page-only
 
 Every variant of a network takes one step per round, in an order drawn anew each round, so that what else the
-machine does falls on all of them alike. Each ratio is the median over the rounds of a variant's step over the
-plain model's *of the same round*, with its quartiles. Beside it stand the bound that the arithmetic sets
-(`surgeon.status(model).expected_flops`) and the share of the FLOPs that was really drawn in these steps: a
-coin for a whole batch makes steps of very different length, and few steps seldom draw the mean.
+machine does falls on all of them alike. There is the median over the rounds of a variant's step over the
+plain model's *of the same round*, with its quartiles; and, as a neighbour's load only ever makes a step
+slower, the ratio of the fastest steps. A coin for a whole batch makes steps of very different length, so the
+rounds share a few draws, of nearly the FLOPs that are drawn in the mean; beside each ratio stand the bound
+that the arithmetic sets (`surgeon.status(model).expected_flops`) and the share of the FLOPs really drawn.
 
 Rows are appended as they come to ``docs/performance.jsonl``; what is there already is not measured again.
 From them ``docs/performance.md`` and ``docs/performance.png`` are written. With ``--device cuda`` it runs on
@@ -105,8 +106,9 @@ def _steps(bench: Bench, key: dict[str, Any], wanted: tuple[str, ...], rounds: i
 
 def _still(bench: Bench, key: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
     return [
-        {"kind": "still", **key, "variant": name, "rounds": rounds, "ratios": ratios}
-        for name, ratios in bench.still(rounds).items()
+        {"kind": "still", **key, "variant": name, "rounds": rounds}
+        | {"ratios": [g / p for p, g in zip(*taken, strict=True)], "fastest": min(taken[1]) / min(taken[0])}
+        for name, taken in bench.still(rounds).items()
     ]
 
 

@@ -15,7 +15,7 @@ import surgeon
 from benchmarks import _step_models, step
 from benchmarks._step_by_hand import by_hand
 from benchmarks._step_cifar import Basic, cifar_resnet
-from benchmarks._step_measure import drawing
+from benchmarks._step_measure import Taken, drawing, typical
 from benchmarks._step_models import Net
 
 
@@ -98,3 +98,21 @@ def test_the_share_drawn_is_that_of_what_ran(options: dict[str, object]) -> None
     with drawing(model) as share:
         model(x)
     assert share() == 1
+
+
+def test_typical_draws_are_what_a_step_draws() -> None:
+    model = surgeon.apply(
+        cifar_resnet(56), drop_rate=0.5, example=torch.zeros(2, 3, 8, 8), unit="batch"
+    ).train()
+    expected, seeds = surgeon.status(model).expected_flops, typical(model, 3)
+    assert len(set(seeds)) == 3
+    for seed in seeds:
+        torch.manual_seed(seed)
+        with drawing(model) as share:
+            model(torch.zeros(4, 3, 8, 8))
+        assert share() == pytest.approx(expected, abs=0.006)
+
+
+def test_the_fastest_step_of_each_draw_counts() -> None:
+    assert Taken([5.0, 2.0, 9.0, 4.0, 3.0, 6.0]).fastest == pytest.approx((4 + 2 + 6) / 3)
+    assert Taken([5.0, 2.0]).fastest == 3.5
