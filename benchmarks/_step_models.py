@@ -52,10 +52,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "auto": {"skip": "auto"},
     "sample": {"skip": True},
     "batch": {"unit": "batch", "skip": True},
+    "empty": {"unit": "batch", "skip": True, "schedule": "uniform"},
 }
 HAND = {"sample": "sample by hand", "batch": "batch by hand"}
 VARIANTS = ("plain", "library", *OPTIONS, *HAND.values())
-COUNTED = ("auto", "sample", "batch")  # these may leave rows uncomputed
+COUNTED = ("auto", "sample", "batch", "empty")  # these may leave rows uncomputed
 
 
 def variant(net: Net, which: str, rate: float) -> nn.Module:
@@ -67,5 +68,6 @@ def variant(net: Net, which: str, rate: float) -> nn.Module:
         by_hand(model, which.partition(" ")[0], rate)
     if which in OPTIONS:
         example = torch.zeros(2, 3, net.size, net.size)
+        rate = 1 - 1e-9 if which == "empty" else rate  # no branch ever runs
         surgeon.apply(model, drop_rate=rate, example=example, **OPTIONS[which])
     return model

@@ -81,8 +81,9 @@ def main(  # noqa: PLR0913 - a command line
                 for rate in map(float, rates.split(",")):
                     wanted = tuple(v for v in variants if _possible(NETS[name], v))
                     key = {**cell, "rate": rate}
-                    if not all(_known(log, key, kind="step", variant=v) for v in wanted):
-                        _append(log, _steps(bench, key, wanted, rounds))
+                    new = [v for v in wanted if not _known(log, key, kind="step", variant=v)]
+                    if new:
+                        _append(log, [r for r in _steps(bench, key, wanted, rounds) if r["variant"] in new])
     rows = _read(log)
     out.write_text(page(rows))
     plot(rows, out.with_suffix(".png"))

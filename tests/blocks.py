@@ -1,5 +1,6 @@
 """Toy blocks, the models of the first promise, and stand-ins for chance, shared by the tests of the core."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import surgeon
 from surgeon._gating.gate import Gate
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
@@ -102,6 +104,26 @@ class Net(nn.Module):
         x = self.stem(x)
         x = self.block(x) if self._call is None else self._call(self.block, x)
         return self.head(x) if isinstance(x, Tensor) else x
+
+
+def skipping(model: nn.Module, rate: float = 0.5, **options: Any) -> nn.Module:
+    """Gates that leave out what they drop, all at one rate; by default for rows of four numbers."""
+    options = {"example": torch.zeros(2, 4), "skip": True, **options}
+    return surgeon.apply(model, "uniform", drop_rate=rate, **options)
+
+
+def drawn(rows: list[list[int]]) -> pytest.MonkeyPatch:
+    """Lets the given rows survive, one list per draw, over and over."""
+    patch, order = pytest.MonkeyPatch(), itertools.cycle(rows)
+    chosen: list[list[int]] = []
+
+    def survivors(gate: Gate, count: int) -> int:
+        chosen.append(next(order))
+        return len(chosen[-1])
+
+    patch.setattr(Gate, "survivors", survivors)
+    patch.setattr(Gate, "rows", lambda *_: torch.tensor(chosen[-1]))
+    return patch
 
 
 @contextmanager

@@ -33,13 +33,14 @@ def test_rows_page_and_picture_and_nothing_measured_twice(tmp_path: Path) -> Non
     rows, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
     given = ["--models", "tiny", "--batch", "4", "--rounds", "2", "--still", "2", "--rows", str(rows)]
     given += ["--page", str(page), "--threads", str(torch.get_num_threads())]
-    for rates, lines in (("0.5", 2 + 7), ("0.5", 2 + 7), ("0.5,0.1", 2 + 14)):
+    for rates, lines in (("0.5", 2 + 8), ("0.5", 2 + 8), ("0.5,0.1", 2 + 16)):
         ran = CliRunner().invoke(step.main, [*given, "--rates", rates], catch_exceptions=False)
         assert ran.exit_code == 0
         assert len(rows.read_text().splitlines()) == lines
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     steps = {(r["rate"], r["variant"]): r for r in found if r["kind"] == "step"}
     assert steps[0.5, "plain"]["ratio"] == 1
+    assert 0 < steps[0.5, "empty"]["drawn"] < 0.5
     assert (
         steps[0.5, "mask"]["bound"] == 1 > steps[0.1, "batch"]["bound"] > steps[0.5, "batch"]["bound"] > 0.5
     )

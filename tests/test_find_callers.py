@@ -128,6 +128,21 @@ def test_a_second_branch_made_by_the_caller_is_no_shortcut(project: nn.Module) -
     assert not found.residuals and "no-shortcut" in {r.code for r in found.refused}
 
 
+@pytest.mark.parametrize(
+    "branch",
+    [
+        nn.Sequential(nn.Conv2d(4, 2, 1), nn.Conv2d(2, 4, 1)),
+        nn.Conv2d(4, 4, 3, padding=1, groups=4),
+        nn.Sequential(nn.AvgPool2d(3, 1, 1), nn.BatchNorm2d(4)),
+    ],
+)
+def test_two_projections_are_no_residual_add(branch: nn.Module) -> None:
+    """An adapter beside the layer that the caller runs: neither side is more of a branch than the other."""
+    model = Tree(nn.Conv2d(4, 4, 1))
+    model.body.f = branch
+    assert not surgeon.find(model, IMAGE).residuals
+
+
 def test_halves_of_one_tensor_are_not_one_tensor() -> None:
     """They share memory, but neither is made of the other: the coupling of a reversible block."""
 

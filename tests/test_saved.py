@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import grads, randomise, same
-from test_skip import drawn, gated
+from blocks import drawn, grads, randomise, same, skipping
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -59,13 +58,13 @@ def shapes(model: nn.Module, rows: list[list[int]]) -> list[torch.Size]:
 
 def test_rows_of_what_is_kept_anyway_are_not_kept_again() -> None:
     """Three outputs of ReLU, and the first block's input rows, as nothing else keeps that input."""
-    model = gated(nn.Sequential(Post(), Post(), Post()), example=IMAGE).train()
+    model = skipping(nn.Sequential(Post(), Post(), Post()), example=IMAGE).train()
     assert sorted(shapes(model, [[0, 1, 2]])) == [(3, 3, 5, 5), *[(4, 3, 5, 5)] * 3]
 
 
 def test_rows_of_what_nothing_else_keeps_are_kept_alone() -> None:
     """Negative control: SiLU reads its input again, not its result."""
-    model = gated(nn.Sequential(*(Post(nn.functional.silu) for _ in range(3))), example=IMAGE).train()
+    model = skipping(nn.Sequential(*(Post(nn.functional.silu) for _ in range(3))), example=IMAGE).train()
     found = shapes(model, [[0, 1, 2]])
     assert found.count(torch.Size([3, 3, 5, 5])) == 3
 
@@ -84,7 +83,7 @@ def reference(model: nn.Sequential, x: Tensor, rows: list[list[int]]) -> Tensor:
 @pytest.mark.parametrize("block", [Post, WritesFirst])
 def test_gradients_are_those_of_a_mask(block: Any, how: str) -> None:
     plain, model = (randomise(nn.Sequential(*(block() for _ in range(3)))).double() for _ in range(2))
-    gated(model, example=IMAGE.double()).train()
+    skipping(model, example=IMAGE.double()).train()
     rows = [[0, 2, 3], [1, 2], [0, 3]]
     x = torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
 
@@ -113,7 +112,9 @@ def test_gradients_are_those_of_a_mask(block: Any, how: str) -> None:
 
 
 def test_a_second_derivative_goes_through_rows_taken_again() -> None:
-    model = gated(randomise(nn.Sequential(Post(), Post(torch.tanh))).double(), example=IMAGE.double()).train()
+    model = skipping(
+        randomise(nn.Sequential(Post(), Post(torch.tanh))).double(), example=IMAGE.double()
+    ).train()
     assert [gating.kept for _, _, gating in gated_blocks(model)] == [frozenset(), frozenset({0})]
     x = torch.rand(3, 3, 2, 2, dtype=torch.float64, requires_grad=True)
 
@@ -129,7 +130,7 @@ def test_a_second_derivative_goes_through_rows_taken_again() -> None:
 def test_a_batch_that_is_written_to_before_the_backward_is_noticed() -> None:
     """As autograd does where the whole batch is saved."""
     first, second = Post(torch.relu), Post(torch.relu)
-    model = gated(nn.Sequential(first, second), example=IMAGE).train()
+    model = skipping(nn.Sequential(first, second), example=IMAGE).train()
     hidden = []
     first.register_forward_hook(lambda *a: hidden.append(a[2]))
     patched = drawn([[0, 1]])
@@ -142,7 +143,7 @@ def test_a_batch_that_is_written_to_before_the_backward_is_noticed() -> None:
 
 def test_functional_gradients() -> None:
     """`torch.func` forbids hooks on what is saved; there the rows are kept."""
-    model = gated(randomise(nn.Sequential(Post(), Post())), example=IMAGE).train()
+    model = skipping(randomise(nn.Sequential(Post(), Post())), example=IMAGE).train()
     x, parameters = torch.randn(4, 3, 5, 5), dict(model.named_parameters())
 
     def loss(parameters: dict[str, Tensor]) -> Tensor:
@@ -174,7 +175,7 @@ def test_compiled_branches() -> None:
         model = randomise(nn.Sequential(Apart(), Apart()))
         for block in model if compiled else ():
             block.f.compile(backend="aot_eager", dynamic=True)
-        gated(model, example=IMAGE).train()
+        skipping(model, example=IMAGE).train()
         torch.manual_seed(2)
         out = model(x)
         out.square().sum().backward()

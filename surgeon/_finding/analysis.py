@@ -21,6 +21,7 @@ from surgeon._finding.residual import (
     arguments_of,
     mask_nodes,
     nest,
+    projected,
     side,
 )
 from surgeon._tracing.alike import likeness
@@ -257,35 +258,31 @@ class _Scan:
         """The same additions; where two arguments meet, the caller knows whether one is a shortcut."""
         if self.recording.log.real:
             return found
-        kinds = {a.node: self._handed_in(block, a) for a in found if a.code == "no-shortcut" and a.kind}
-        if not any(kinds.values()):
-            return found
-        told = [replace(a, code=None, kind=kind) if (kind := kinds.get(a.node)) else a for a in found]
-        return nest(block.flow, told)
+        told = [self._handed_in(block, a) if a.code == "no-shortcut" and a.kind else a for a in found]
+        return found if told == found else nest(block.flow, told)
 
-    def _handed_in(self, block: Block, addition: Addition) -> str | None:
-        """What a shortcut among the arguments of a block is to the block's branch; ``None`` if it is none.
+    def _handed_in(self, block: Block, addition: Addition) -> Addition:
+        """An addition of a block's argument to what the block computes from other arguments.
 
-        It is the branch's argument, or that was computed from it: ``"identity"``. It was computed from the
-        branch's argument by what a projection may hold: ``"projection"``. No residual add may lie between
-        the two: a long skip over some, as decoders of segmentation have it, is no step of a stream.
+        That argument is the other one, or the other was computed from it: ``"identity"``. It was computed
+        from the other by what a projection may hold: ``"projection"``. No residual add may lie between the
+        two: a long skip over some, as decoders of segmentation have it, is no step of a stream.
         """
         log, given = self.recording.log, tensors((block.call.args, block.call.kwargs))
         values = [(made, layout(t)) for made, t in zip(block.call.made_at, given, strict=True)]
         shortcuts, sources = (
             {values[place] for place in places} for places in arguments_of(block.flow, addition)
         )
-        if shortcuts & sources:
-            return "identity"
         ends = [(a, b) for a, _ in shortcuts for b, _ in sources]
-        gated = {found.module for found in self.blocks}
         over = [step for a, b in ends for step in log.between(a, b)]
-        if over:
+        if over or shortcuts & sources:
+            gated = {found.module for found in self.blocks}
             adding = {self.recording.calls[step.owner].module for step in over if step.adds}
-            return "identity" if gated.isdisjoint(adding) else None
+            return replace(addition, code=None) if gated.isdisjoint(adding) else addition
         before = [step for a, b in ends for step in log.between(b, a)]
         plain = all(projects(log.ops[step.op]) and not step.adds for step in before)
-        return "projection" if before and plain else None
+        told = projected(block.flow, addition) if before and plain else None
+        return told or addition
 
     def _mark_nested(self, block: Block, addition: Addition) -> None:
         """Everything that runs inside this branch is no residual add of its own."""

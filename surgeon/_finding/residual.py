@@ -114,6 +114,16 @@ def told(flow: Flow, addition: Addition, kind: str) -> Addition | str:
     return _described(flow, replace(addition, code=None, kind=kind, shortcut=shortcut, branch=branch))
 
 
+def projected(flow: Flow, addition: Addition) -> Addition | None:
+    """An addition whose shortcut its caller projected from the branch's argument; ``None`` if it is none.
+
+    As within a block, a branch that might be such a projection itself is no branch.
+    """
+    found = replace(addition, code=None, kind="projection")
+    linear = all(projects(op) for op in _ops(flow, side(flow, addition.branch, addition.shortcut)))
+    return None if linear or _unfit(flow, found) else found
+
+
 def meant(flow: Flow, addition: Addition | None, kind: str, shortcut: str | None) -> Addition | None:
     """The addition with the sides that a gate of ``kind`` has; ``None`` if it has no such sides.
 

@@ -147,11 +147,16 @@ def _dropped(
     block: nn.Module,
     inputs: Sequence[Any],
 ) -> Tensor:
-    """The shortcut alone; what only the branch would have used gets no gradient, or zeros."""
-    idle = list(_idle(lifted, block, inputs)) if torch.is_grad_enabled() and gate.zeroes else []
+    """The shortcut alone; what only the branch would have used gets no gradient, or zeros.
+
+    Where all before the branch is frozen, its parameters alone make that the result has a backward. They do
+    so when it is dropped, too: else a step in which everything trainable is dropped would end in an error.
+    """
+    needed = torch.is_grad_enabled() and (gate.zeroes or not shortcut.requires_grad)
+    idle = list(_idle(lifted, block, inputs)) if needed else []
     if idle:
         sharing = "same" if onto == "shortcut" else "copy" if fresh else "view"
-        return _Idle.apply(shortcut, sharing, *idle)  # type: ignore[no-any-return]
+        return _Idle.apply(shortcut, sharing, gate.zeroes, *idle)  # type: ignore[no-any-return]
     return shortcut.clone() if fresh else shortcut
 
 
@@ -168,10 +173,11 @@ def _idle(lifted: Lifted, block: nn.Module, inputs: Sequence[Any]) -> Iterable[T
 
 
 class _Idle(torch.autograd.Function):
-    """Passes its first argument through and gives the others a gradient of zeros."""
+    """Passes its first argument through and gives the others a gradient of zeros, or none."""
 
     @staticmethod
-    def forward(ctx: Any, shortcut: Tensor, sharing: str, *idle: Tensor) -> Tensor:
+    def forward(ctx: Any, shortcut: Tensor, sharing: str, zeroes: bool, *idle: Tensor) -> Tensor:
+        ctx.zeroes = zeroes
         ctx.like = [(t.shape, t.dtype, t.device) for t in idle]
         ctx.idle = idle if any(type(t) not in (Tensor, nn.Parameter) for t in idle) else None
         if sharing == "same":
@@ -182,7 +188,12 @@ class _Idle(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (grad if ctx.needs_input_grad[0] else None, None, None, *_Idle.gradients(ctx))
+
+    @staticmethod
+    def gradients(ctx: Any) -> list[Tensor | None]:
+        if not ctx.zeroes:
+            return [None] * len(ctx.like)
         if ctx.idle is not None:  # sharded tensors and the like know how to make their own zeros
-            return grad, None, *(torch.zeros_like(t) for t in ctx.idle)
-        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like]
-        return grad, None, *zeros
+            return [torch.zeros_like(t) for t in ctx.idle]
+        return [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like]
