@@ -71,8 +71,8 @@ operator and takes them anew page by page.
   (`benchmarks/_step_by_hand.py`), under the same draws: what surgeon itself costs. The rest of what is lost
   against the arithmetic is lost by the operators.
 - *Time bound*: arithmetic counts convolutions and matrix products alone. Norms and activations outside of the
-  branches, and the shortcuts' copies, take time and no FLOPs. With the share of time that `empty` takes and the
-  share of FLOPs that it draws, a step in which the branches' time shrinks as their FLOPs do takes
+  branches, and the shortcuts' copies, take time and no FLOPs. With the share of time that `empty` takes and
+  the share of FLOPs that it draws, a step in which the branches' time shrinks as their FLOPs do takes
   *empty* + (1 - *empty*) (drawn - drawn by empty) / (1 - drawn by empty).
 - *Saved activations* is what a forward keeps for its backward, in MB and over that of the plain model; on
   CUDA the peak of allocated memory.

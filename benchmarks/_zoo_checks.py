@@ -162,6 +162,14 @@ def _noise(tensor: Tensor) -> Tensor:
     return torch.randn_like(tensor) if tensor.is_floating_point() else tensor
 
 
+def _colours(tensor: Tensor) -> Tensor:
+    """Rows of 10 and of -10 in turns."""
+    if not tensor.is_floating_point():
+        return tensor
+    sign = 1 - 2 * (torch.arange(tensor.shape[0], device=tensor.device) % 2)
+    return (10 * sign).to(tensor.dtype).reshape(-1, *[1] * (tensor.ndim - 1)).expand_as(tensor).clone()
+
+
 def _trained(model: nn.Module, args: Any, kwargs: Any) -> set[str] | None:
     """The parameters that get a gradient in a training step; None if it fails or is not finite."""
     model.train()
@@ -293,10 +301,11 @@ def randomise(model: nn.Module) -> None:
 
 
 def settle(model: nn.Module, given: Any) -> None:
-    """Gives batch norms statistics near those of what they get on noise, as a trained network has them.
+    """Gives batch norms statistics near those of what they get, as a trained network has them.
 
     With others, values grow from layer to layer until softmaxes are steps, and the network turns a rounding
-    into large differences by itself.
+    into large differences by itself. What they get is noise and, for checks on extreme inputs, ten times
+    that, and images of one colour, which survive a mean over pixels better than noise does.
     """
     generator = torch.Generator().manual_seed(1)
     norms = [
@@ -307,8 +316,8 @@ def settle(model: nn.Module, given: Any) -> None:
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum, norm.training = None, True  # None takes the mean over all calls
-    for _ in range(4):
-        outputs(model, *pytree.tree_map_only(Tensor, _noise, inputs(model, given)))
+    for kind in (_noise, lambda t: 10 * _noise(t), _colours):
+        outputs(model, *pytree.tree_map_only(Tensor, kind, inputs(model, given)))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum, norm.training = momentum, False
         for near, tensor in ((0.0, norm.running_mean), (1.0, norm.running_var)):
