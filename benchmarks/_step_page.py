@@ -79,6 +79,8 @@ operator and takes them anew page by page.
 
 ![Time per step over the plain model's](performance.png)
 
+Dots are the fastest steps, lines go from the lower to the upper quartile.
+
 {_against_bound(steps)}{_summary(steps)}
 ## Nothing dropped
 
@@ -175,7 +177,10 @@ _COLOURS = {
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """One panel per final drop rate: models across, time over the plain step upwards, the bound as a bar."""
+    """One panel per final drop rate: models across, time over the plain step upwards, the bound as a bar.
+
+    A dot is the fastest step, a line goes from quartile to quartile.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -214,9 +219,9 @@ def _column(axis: Any, place: int, rows: list[Row]) -> None:
         if r["variant"] not in _COLOURS:
             continue
         x = place + 0.14 * (list(_COLOURS).index(r["variant"]) - 2)
-        spread = [[max(r["ratio"] - r["low"], 0)], [max(r["high"] - r["ratio"], 0)]]
-        axis.errorbar(x, r["ratio"], spread, color=_COLOURS[r["variant"]], marker="o", markersize=4)
-    bounds = [r["bound"] for r in rows if r["variant"] in COUNTED]
+        axis.plot([x, x], [r["low"], r["high"]], color=_COLOURS[r["variant"]], alpha=0.4)
+        axis.plot(x, r["fastest"], color=_COLOURS[r["variant"]], marker="o", markersize=4)
+    bounds = [r["bound"] for r in rows if r["variant"] in COUNTED and r["variant"] in _COLOURS]
     if bounds:
         label = f"batch {rows[0]['batch']}"
         axis.annotate(label, (place, 0.02), xycoords=("data", "axes fraction"), ha="center", fontsize=8)

@@ -28,6 +28,7 @@ import click
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 
 from benchmarks import _zoo_checks, _zoo_report, _zoo_structure
 from benchmarks._zoo_models import Entry, build, entries, example, small
@@ -40,11 +41,7 @@ _BASE_GB = 1.5  # of a process with the libraries loaded and small activations
 
 def structure(entry: Entry) -> dict[str, Any]:
     """The structural columns of one model, at its declared image size, on tensors without memory."""
-    model = build(entry, device="meta")
-    given = example(entry, model, "meta")
-    if given is not None and "detection" in type(model).__module__:  # shapes that depend on values
-        model = build(entry, device="cpu")
-        given = example(entry, model, "cpu")
+    model, given = _declared(entry)
     start = time.process_time()
     analysis = analyse(model, *inputs(model, given))
     found = time.process_time() - start
@@ -73,8 +70,15 @@ def fold(entry: Entry) -> dict[str, Any]:
 
 def leftover(entry: Entry) -> dict[str, Any]:
     """Which gates of one model find no weight for their scale, on tensors without memory."""
+    return _zoo_checks.leftover(*_declared(entry))
+
+
+def _declared(entry: Entry) -> tuple[nn.Module, Any]:
+    """A model and its example at the declared size, without memory unless shapes depend on values."""
     model = build(entry, device="meta")
-    return _zoo_checks.leftover(model, example(entry, model, "meta"))
+    if "detection" in type(model).__module__:
+        model = build(entry, device="cpu")
+    return model, example(entry, model, next(model.parameters()).device.type)
 
 
 STAGES: dict[str, Callable[[Entry], dict[str, Any]]] = {
