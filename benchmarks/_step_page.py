@@ -136,23 +136,37 @@ def _over_time_bound(r: Row, empty: Row | None) -> float | None:
 
 
 def _summary(steps: list[Row]) -> str:
-    """What the default costs against the model's own drop path, where both were measured."""
-    by_cell: dict[tuple[Any, ...], dict[str, Row]] = {}
+    """What the default costs against the model's own drop path, or a mask, where both were measured."""
+    cells: dict[tuple[Any, ...], dict[str, Row]] = {}
     for r in steps:
-        by_cell.setdefault((r["model"], r["batch"], r["rate"], r["device"]), {})[r["variant"]] = r
-    pairs = [(key, c) for key, c in by_cell.items() if "auto" in c and ("library" in c or "mask" in c)]
-    if not pairs:
+        cells.setdefault((r["model"], r["batch"], r["rate"], r["device"]), {})[r["variant"]] = r
+    lines = []
+    for other, what in (("library", "the model's own drop path"), ("mask", "a mask, in models without one")):
+        found = [
+            (c["auto"]["fastest"] / c[other]["fastest"], name, batch, rate)
+            for (name, batch, rate, _), c in cells.items()
+            if {"auto", other} <= c.keys() and (other == "library" or "library" not in c)
+        ]
+        if found:
+            middle = statistics.median(ratio for ratio, *_ in found)
+            (least, *_), (most, name, batch, rate) = min(found), max(found)
+            lines.append(
+                f"- Against {what}: {least:.2f} to {most:.2f} of its time in {len(found)} settings, in the "
+                f"median {middle:.2f}; the most is {name} at batch {batch}, r = {rate}."
+            )
+    if not lines:
         return ""
-    against = [c["auto"]["fastest"] / c.get("library", c.get("mask"))["fastest"] for _, c in pairs]
-    worst = max(range(len(pairs)), key=against.__getitem__)
-    name, batch, rate, _ = pairs[worst][0]
-    return f"""## The default against the model's own drop path
-
-In {len(pairs)} settings `auto` takes {min(against):.2f} to {max(against):.2f} of the time of the library's
-own drop path (of `mask` where a model has none) by the fastest steps, in the median
-{statistics.median(against):.2f}; the largest is {name} at batch {batch}, r = {rate}.
-
-"""
+    return "\n".join(
+        [
+            "## The default against the model's own drop path",
+            "",
+            "`auto`, by the fastest steps:",
+            "",
+            *lines,
+            "",
+            "",
+        ]
+    )
 
 
 def _still(rows: list[Row]) -> str:
