@@ -4,7 +4,6 @@ In the latter ``g`` multiplies the branch; where it drops, the branch is not com
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +25,6 @@ class Hazard(Branch):
     """A block and its gated form by hand; ``g(lambda: branch)`` gives the gated branch, None if dropped."""
 
     skips = True
-
-    def by_hand(self, x: Any, g: G) -> Any:
-        raise NotImplementedError
 
 
 class ReluAfterInPlaceAdd(Hazard):

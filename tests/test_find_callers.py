@@ -158,6 +158,23 @@ def test_halves_of_one_tensor_are_not_one_tensor() -> None:
     assert not found.residuals and [r.code for r in found.refused] == ["no-shortcut"]
 
 
+def test_a_table_that_both_sides_add_is_no_tensor_handed_in_twice() -> None:
+    class Placed(Output):
+        def forward(self, hidden: Tensor, residual: Tensor, table: Tensor) -> Tensor:
+            return self.dense(hidden + table).tanh() + (residual + table)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.output = Placed()
+
+        def forward(self, x: Tensor, other: Tensor) -> Tensor:
+            return self.output(x, other, torch.ones(3, 4))
+
+    found = surgeon.find(Model(), (X, X.clone()))
+    assert not found.residuals and "no-shortcut" in {r.code for r in found.refused}
+
+
 def test_what_lies_inside_such_a_branch_is_nested() -> None:
     """Res2Net's sums of neighbouring groups would pass for residual adds if theirs did not."""
     found = surgeon.find(timm.create_model("dla60_res2net"), torch.zeros(2, 3, 64, 64))

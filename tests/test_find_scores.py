@@ -24,6 +24,8 @@ class Attention(nn.Module):
         scores = query @ key.transpose(-1, -2) + self.place(query)
         if self.spelling == "masked":
             scores = (scores / 8).masked_fill(torch.ones(5, 5).triu(1).bool(), -1e4) + torch.ones(5)
+        if self.spelling == "measured":
+            value = value + torch.zeros(scores.shape[0], 1, 1)
         if self.spelling == "read twice":
             return scores.softmax(-1) @ value + scores.mean()
         if self.spelling == "layered":
@@ -31,7 +33,7 @@ class Attention(nn.Module):
         return scores.softmax(-1) @ value
 
 
-@pytest.mark.parametrize("spelling", ["plain", "masked"])
+@pytest.mark.parametrize("spelling", ["plain", "masked", "measured"])
 def test_scores(spelling: str) -> None:
     found = surgeon.find(Attention(spelling), X)
     assert not found.residuals

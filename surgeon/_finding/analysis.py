@@ -271,13 +271,15 @@ class _Scan:
         log, given = self.recording.log, tensors((block.call.args, block.call.kwargs))
         values = [(made, layout(t)) for made, t in zip(block.call.made_at, given, strict=True)]
         shortcuts, sources = (
-            {values[place] for place in places} for places in arguments_of(block.flow, addition)
+            {values[place] for place in places if values[place][0] >= 0}  # constants have no maker to compare
+            for places in arguments_of(block.flow, addition)
         )
         ends = [(a, b) for a, _ in shortcuts for b, _ in sources]
         over = [step for a, b in ends for step in log.between(a, b)]
         if over or shortcuts & sources:
             gated = {found.module for found in self.blocks}
-            adding = {self.recording.calls[step.owner].module for step in over if step.adds}
+            owners = {step.owner for step in over if step.adds and step.owner >= 0}
+            adding = {self.recording.calls[owner].module for owner in owners}
             return replace(addition, code=None) if gated.isdisjoint(adding) else addition
         before = [step for a, b in ends for step in log.between(b, a)]
         plain = all(projects(log.ops[step.op]) and not step.adds for step in before)

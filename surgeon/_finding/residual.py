@@ -257,7 +257,7 @@ def _projection(flow: Flow, left: fx.Node, right: fx.Node) -> _Sides:
 
 def _carries(flow: Flow, shortcut: fx.Node, branch: fx.Node) -> bool:
     """Whether ``branch`` is computed from ``shortcut`` or from a term that ``shortcut`` carries unchanged."""
-    return any(flow.feeds(stem, branch) for stem in _stems(flow, shortcut))
+    return any(flow.fact(stem).active and flow.feeds(stem, branch) for stem in _stems(flow, shortcut))
 
 
 def _stems(flow: Flow, node: fx.Node) -> list[fx.Node]:
@@ -326,7 +326,7 @@ def _is_score(flow: Flow, node: fx.Node) -> bool:
             all(is_masking(op) for op in ops) and _is_score(flow, reader)
         )
 
-    readers = flow.users(node)
+    readers = [reader for reader in flow.users(node) if flow.feeds(node, reader)]  # not those of its shape
     return bool(readers) and all(weighs(reader) for reader in readers)
 
 
