@@ -180,3 +180,8 @@ def test_what_lies_inside_such_a_branch_is_nested() -> None:
     found = surgeon.find(timm.create_model("dla60_res2net"), torch.zeros(2, 3, 64, 64))
     assert len(found) == 16 and {r.code for r in found.refused} == {"nested"}  # 2 + 4 + 8 + 2 blocks
     assert {r.kind for r in found if ".tree1.add" in r.name} == {"identity", "projection"}
+
+
+def test_a_class_token_is_a_shortcut_before_it_has_seen_the_input() -> None:
+    """The first block with it adds to a weight: 2 x 2 residual adds, and 24 blocks of two before them."""
+    assert len(surgeon.find(timm.create_model("cait_xxs24_224"), torch.zeros(2, 3, 224, 224))) == 52

@@ -256,8 +256,12 @@ def _projection(flow: Flow, left: fx.Node, right: fx.Node) -> _Sides:
 
 
 def _carries(flow: Flow, shortcut: fx.Node, branch: fx.Node) -> bool:
-    """Whether ``branch`` is computed from ``shortcut`` or from a term that ``shortcut`` carries unchanged."""
-    return any(flow.fact(stem).active and flow.feeds(stem, branch) for stem in _stems(flow, shortcut))
+    """Whether ``branch`` is computed from ``shortcut`` or from a term that ``shortcut`` carries unchanged.
+
+    A shortcut may itself be a constant (a class token on its first block); a constant term makes none.
+    """
+    stems = [stem for stem in _stems(flow, shortcut) if stem is shortcut or flow.fact(stem).active]
+    return any(flow.feeds(stem, branch) for stem in stems)
 
 
 def _stems(flow: Flow, node: fx.Node) -> list[fx.Node]:
