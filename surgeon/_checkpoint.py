@@ -32,6 +32,7 @@ Path_ = str | os.PathLike[str]
 _NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 _EXTRA = "_extra_state"
+_STATISTICS = ("running_mean", "running_var")
 _SHOWN = 4
 
 
@@ -160,7 +161,7 @@ def check_state(
     trained: str | None = None,
     own: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Checks that a state fits a model: the same keys and shapes, all values finite; nothing is changed.
+    """Checks that a state fits a model: the same keys and shapes, no `non_finite` value; nothing is changed.
 
     Args:
         model: The model that the state is for.
@@ -170,7 +171,7 @@ def check_state(
         own: What to compare with in place of the model's whole state.
 
     Raises:
-        CheckpointError: Keys are missing or unexpected, shapes differ, or values are NaN or infinite.
+        CheckpointError: Keys are missing or unexpected, shapes differ, or values are NaN or wrongly infinite.
     """
     whole = model.state_dict() if own is None else own
     own = {key: value for key, value in whole.items() if isinstance(value, Tensor)}
@@ -187,16 +188,23 @@ def check_state(
     if faults:
         hint = _hint(own, state, missing, shapes, trained)
         raise CheckpointError(f"{path} does not fit {kind}: {'; '.join(faults)}. {hint}Nothing was loaded.")
-    if bad := non_finite(state):
+    if bad := non_finite(model, state):
         raise CheckpointError(f"{path} holds values that are not finite: {_some(bad)}. Nothing was loaded.")
 
 
-def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The tensors that hold NaN or infinite values, each with the count of them."""
+def non_finite(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """The tensors of a model's state with NaN, or infinities that cannot be meant, and how many they hold.
+
+    A buffer may be infinite on purpose, as masks and the bounds of a clamp are; running statistics may not.
+    """
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     found = []
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not (finite := torch.isfinite(tensor)).all():
-            found.append(f"{name} ({int((~finite).sum())} of {tensor.numel()})")
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            continue
+        meant = name in buffers and not name.endswith(_STATISTICS)
+        if count := int((tensor.isnan() if meant else ~tensor.isfinite()).sum()):
+            found.append(f"{name} ({count} of {tensor.numel()})")
     return found
 
 

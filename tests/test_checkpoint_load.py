@@ -196,6 +196,25 @@ def test_what_is_not_finite(tmp_path: Path) -> None:
     )
 
 
+def bounded(bound: float) -> nn.Module:
+    """A model with a bound that is learned by nobody."""
+    model = chain(1)
+    model.register_buffer("bound", torch.tensor([0.0, bound]))
+    return model
+
+
+def test_a_buffer_may_be_infinite_on_purpose(tmp_path: Path) -> None:
+    """Masks and bounds hold infinities; NaN is wrong there too, and infinity in any weight."""
+    path = by_torch(bounded(float("-inf")), tmp_path / "m")
+    model = bounded(0.0)
+    surgeon.load(model, path)
+    assert model.get_buffer("bound")[1] == float("-inf")
+    refused(bounded(0.0), by_torch(bounded(float("nan")), tmp_path / "n"), r"not finite: bound \(1 of 2\)")
+    trained = chain(1)
+    nn.init.constant_(trained[2].g[1].bias, float("inf"))  # type: ignore[arg-type, union-attr, index]
+    refused(chain(1), by_torch(trained, tmp_path / "o"), r"not finite: 2\.g\.1\.bias \(4 of 4\)")
+
+
 def test_another_architecture(tmp_path: Path) -> None:
     path = by_torch(nn.Linear(4, 4), tmp_path / "m")
     refused(gated(chain(2), "divided"), path, "does not fit Sequential.*It holds another architecture")

@@ -227,7 +227,7 @@ def _check_weights(model: nn.Module) -> None:
                 f"{type(model).__name__} holds {value.dtype} in {name}, too coarse for the comparison; "
                 "export model.float()"
             )
-    bad = non_finite(state)
+    bad = non_finite(model, state)
     if bad:
         more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
         raise ExportError(

@@ -8,7 +8,8 @@ Three things make it succeed, and its graphs smaller, on models where it otherwi
 * any other ``scaled_dot_product_attention`` takes PyTorch's plain mathematical path, which decomposes well;
 * the example has a batch of two at least, because a size of one is taken for a constant.
 
-What it makes is right; one pattern that ONNX Runtime gets wrong is written otherwise (`_onnx.padding`).
+Of what it makes, constants that it lost are put back (`_adopt`), and one pattern that ONNX Runtime gets wrong
+is written otherwise (`_onnx.padding`).
 """
 
 import ast
@@ -83,6 +84,7 @@ def to_onnx(
     graph = cast("torch.onnx.ONNXProgram", program).model  # It is None for the old exporter only.
     _check_opset(graph, model, opset)
     _check_axes(graph, model, axes)
+    _adopt(graph)
     _tidy(graph)
     keep_zeros(graph)
     return graph
@@ -168,6 +170,23 @@ def _check_axes(graph: ir.Model, model: nn.Module, axes: Sequence[Mapping[int, s
                     f"{kind} fixes its {name} to {given.shape[axis]} in {why}, so no dynamic {name} is "
                     f"possible; pass {_WITHOUT[name]} to export for that one"
                 )
+
+
+def _adopt(model: ir.Model) -> None:
+    """Makes initializers of constants that nodes read and no graph holds.
+
+    The exporter's rewriter names the bounds of a clip after the clipped value. Several clips of one value (as
+    before the three projections of an attention) give as many constants one name, and it keeps the last.
+    """
+    held = model.graph.initializers
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        for value in node.inputs:
+            if value is None or value.const_value is None or value.producer() is not None:
+                continue
+            if not (value.is_initializer() or value.is_graph_input()):
+                while value.name is None or value.name in held:
+                    value.name = f"{value.name}_"
+                model.graph.register_initializer(value)
 
 
 def _tidy(model: ir.Model) -> None:
