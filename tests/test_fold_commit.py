@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from test_fold import SCALE, Gated, SqueezeExcite, exponents, image, randomised, tokens
+from folds import SCALE, Gated, SqueezeExcite, exponents, image, randomised, tokens
 from torch import Tensor, nn
 
 from surgeon._folding.fold import FoldPlan, Kept, Step, commit, plan

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_fold import SCALE, Gated, exponents, folds, randomised, tokens
+from folds import SCALE, Gated, exponents, folds, randomised, tokens
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 

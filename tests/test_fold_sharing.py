@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_fold import (
+from folds import (
     SCALE,
     Gated,
     difference,
