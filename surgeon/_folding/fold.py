@@ -236,8 +236,9 @@ def _parameter(model: nn.Module, name: str) -> Tensor:
 
 
 def _scaled(parameter: Tensor, steps: list[Step], scales: Mapping[int, float]) -> Tensor:
-    """The parameter times its factors, in float64 (complex128 for a complex one)."""
-    exact = parameter.detach().to(torch.complex128 if parameter.is_complex() else torch.float64, copy=True)
+    """The parameter times its factors in float64 or complex128, on the CPU: not every device has them."""
+    wide = torch.complex128 if parameter.is_complex() else torch.float64
+    exact = parameter.detach().to("cpu").to(wide, copy=True)
     for step in steps:
         part = (
             exact if step.rows is None else exact.narrow(step.dim, step.rows[0], step.rows[1] - step.rows[0])
