@@ -5,8 +5,13 @@ each result that depends on the rows has that prime as a factor just once (a mea
 all, a product of rows with rows twice), if every operator is known to keep rows apart where shapes do not
 tell (`_gating.rowrules`), and if the result has one entry per row. The statistics of BatchNorm are the one
 exception, as they are the statistics of whatever batch there is.
+
+A branch may also compute with the number of its rows (a mean by hand, ``arange`` over the batch): on some of
+the rows it would be another number. So it runs a second time, on another number of rows, and every number
+that an operator gets has to be the same, those that only tell a shape excepted.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._mode_utils import no_dispatch
 
 from surgeon._gating.rowrules import PRIME, UNKNOWN, hazard
 from surgeon._tracing.example import generators_kept, no_autocast_cache, no_inference_mode, tensors, untouched
@@ -28,6 +34,11 @@ _NORMS = {
     *(aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_functional),
     *(aten._batch_norm_with_update, aten._batch_norm_with_update_functional, aten.cudnn_batch_norm),
 }
+_OTHER = 2 * PRIME - 1
+# Arguments by which operators are told a shape, whatever they are called with.
+_SIZES = {"size", "stride", "repeats", "N", "group", "groups"}
+_FEW = 1000
+_Numbers = list[tuple[Any, bool]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +56,20 @@ class Rowwise:
     mixes: bool = False
 
 
-class _RowLog(OpLog):
-    """Looks at each operator that depends on the rows."""
+class _NumberLog(OpLog):
+    """Notes the numbers that operators get."""
+
+    def __init__(self, fake: FakeTensorMode) -> None:
+        super().__init__(fake)
+        self.numbers: list[tuple[str, _Numbers]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.numbers.append((_spoken(func), _numbers(func, args, kwargs or {})))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class _RowLog(_NumberLog):
+    """Looks at each operator that depends on the rows, or on a tensor made with one entry per row."""
 
     def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__(fake)
@@ -55,25 +78,59 @@ class _RowLog(OpLog):
         self.mixes = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = tensors((args, kwargs))
+        of_rows, active = any(map(self._of_rows, read)), any(map(self.active, read))
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        made, packet = [t for t in tensors(out) if self.active(t)], func.overloadpacket
-        if not made:
+        made, packet = tensors(out), func.overloadpacket
+        if not of_rows or not made or _spoken(func).startswith("new_"):
             return out
         if packet in _NORMS:
             self.statistics |= "_with_update" in str(packet) or any(a is True for a in args)
             made = made[:1]
         else:
-            what = hazard(func, args, kwargs or {}, self.active)
+            what = hazard(func, args, kwargs or {}, self._of_rows)
             if what:
-                self._refuse(what, packet)
+                self._refuse(what, func, active)
         if any(t.numel() % PRIME or t.numel() // PRIME % PRIME == 0 for t in made):
-            self._refuse("mixes the rows of a batch", packet)
+            self._refuse("mixes the rows of a batch", func, active)
         return out
 
-    def _refuse(self, what: str, packet: Any) -> None:
-        self.mixes |= what != UNKNOWN
-        name = str(packet).rpartition(".")[2].strip("_")
-        self.reason = self.reason or f"the branch {what} ({name})"
+    def _of_rows(self, tensor: Tensor) -> bool:
+        return self.active(tensor) or (tensor.numel() > 0 and tensor.numel() % PRIME == 0)
+
+    def _refuse(self, what: str, func: Any, active: bool) -> None:
+        self.mixes |= active and what != UNKNOWN
+        self.reason = self.reason or f"the branch {what} ({_spoken(func)})"
+
+
+def _spoken(func: Any) -> str:
+    return str(func.overloadpacket).rpartition(".")[2].strip("_")
+
+
+def _numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Numbers:
+    """Every number among the arguments of an operator, and whether it tells a shape."""
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    found = [(v, name in _SIZES) for name, value in given.items() for v in pytree.tree_leaves(value)]
+    if func.overloadpacket is aten.lift_fresh:  # a tensor made of Python's numbers
+        with no_dispatch():
+            listed = args[0].flatten().tolist() if args[0].numel() < _FEW else []
+        found += [(number, False) for number in (*args[0].shape, *listed)]
+    return [(value, size) for value, size in found if not isinstance(value, Tensor)]
+
+
+def _counts(numbers: _Numbers, others: _Numbers) -> bool:
+    """Whether numbers on `PRIME` rows and on `_OTHER` differ, sizes in proportion to the rows excepted."""
+    return len(numbers) != len(others) or any(
+        a is not b and a != b and not (size and a * _OTHER == b * PRIME)
+        for (a, size), (b, _) in zip(numbers, others, strict=True)
+    )
+
+
+def _computed(log: _NumberLog, other: _NumberLog) -> str:
+    """The first operator that got another number on another number of rows; ``""`` if none did."""
+    end: tuple[str, _Numbers] = ("", [])
+    pairs = itertools.zip_longest(log.numbers, other.numbers, fillvalue=end)
+    return next((a or b for (a, given), (b, also) in pairs if a != b or _counts(given, also)), "")
 
 
 def rowwise(
@@ -88,8 +145,14 @@ def rowwise(
         rows: Which of them have one entry per row, by place.
         dim: The dimension along which rows lie.
     """
+    log = _RowLog(FakeTensorMode(allow_non_fake_inputs=True))
     try:
-        shape, log = _run(run, block, inputs, rows, dim)
+        shape = _run(log, PRIME, run, block, inputs, rows, dim)
+        if not log.reason:
+            other = _NumberLog(FakeTensorMode(allow_non_fake_inputs=True))
+            _run(other, _OTHER, run, block, inputs, rows, dim)
+            what = _computed(log, other)
+            log.reason = f"the branch computes with the number of its rows ({what})" if what else ""
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the reason
         text = str(error).splitlines()[0] if str(error) else ""
         return Rowwise(
@@ -102,17 +165,23 @@ def rowwise(
 
 
 def _run(
-    run: Callable[..., Tensor], block: nn.Module, inputs: Sequence[Any], rows: Sequence[int], dim: int
-) -> tuple[tuple[int, ...], _RowLog]:
-    log = _RowLog(FakeTensorMode(allow_non_fake_inputs=True))
+    log: OpLog,
+    count: int,
+    run: Callable[..., Tensor],
+    block: nn.Module,
+    inputs: Sequence[Any],
+    rows: Sequence[int],
+    dim: int,
+) -> tuple[int, ...]:
+    """Runs the branch on ``count`` rows under ``log``; the shape of what it gives."""
     with no_inference_mode(), untouched(block), held_open(), generators_kept(), no_autocast_cache(), quiet():
         given = pytree.tree_map_only(Tensor, lambda t: _blank(log.fake, t), list(inputs))
         for i in rows:
-            given[i] = _resized(log.fake, inputs[i], dim)
+            given[i] = _resized(log.fake, inputs[i], dim, count)
             log.root(given[i])
         with torch.no_grad(), log.fake, log:
             out = run(block, *given)
-    return tuple(out.shape), log
+    return tuple(out.shape)
 
 
 def _blank(fake: FakeTensorMode, like: Tensor) -> Tensor:
@@ -120,11 +189,11 @@ def _blank(fake: FakeTensorMode, like: Tensor) -> Tensor:
         return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
 
 
-def _resized(fake: FakeTensorMode, like: Tensor, dim: int) -> Tensor:
-    """A fake tensor of that many rows, its dimensions laid out in memory in the order of ``like``'s."""
+def _resized(fake: FakeTensorMode, like: Tensor, dim: int, count: int) -> Tensor:
+    """A fake tensor of ``count`` rows, its dimensions laid out in memory in the order of ``like``'s."""
     strides = like.stride()
     order = sorted(range(like.ndim), key=lambda d: (-strides[d], d))
-    sizes = [PRIME if d == dim else like.shape[d] for d in order]
+    sizes = [count if d == dim else like.shape[d] for d in order]
     with fake:
         flat = torch.empty(sizes, dtype=like.dtype, device=like.device)
         return flat.permute([order.index(d) for d in range(like.ndim)])
