@@ -11,19 +11,14 @@ from typing import Any
 
 from torch import fx, nn
 
+from surgeon._finding.addition import Addition
 from surgeon._finding.choice import Choice
+from surgeon._finding.drops import mask_nodes
 from surgeon._finding.findings import REASONS, Findings, Refusal, Residual, gate_name
 from surgeon._finding.flow import Flow
 from surgeon._finding.opgraph import adds_constant, count_sums, operators
-from surgeon._finding.residual import (
-    Addition,
-    additions,
-    arguments_of,
-    mask_nodes,
-    nest,
-    projected,
-    side,
-)
+from surgeon._finding.paths import side
+from surgeon._finding.residual import additions, arguments_of, nest, projected, within
 from surgeon._tracing.alike import likeness
 from surgeon._tracing.example import mode, no_inference_mode, tensors, untouched
 from surgeon._tracing.facts import is_size
@@ -130,6 +125,7 @@ class _Scan:
         self.nested: set[nn.Module] = set()
         adding = {call.module for call in recording.calls if call.additions}
         self.kinds = Counter(type(module) for module in adding)
+        self.steps: dict[nn.Module, int] = {}
         self.traced: dict[Hashable, list[_Traced]] = {}
 
     def visit(self, call: Call) -> None:
@@ -156,13 +152,27 @@ class _Scan:
             self._untraced(call, error)
             return
         block = Block(name, module, call, traced.flow)
-        for addition in self._told_by_caller(block, traced.additions):
+        found = self._told_by_caller(block, traced.additions)
+        for addition in nest(block.flow, found, lambda node: self._steps_in(module, node)):
             self._sort(block, addition)
         unseen = call.additions - sum(addition.code != "bias" for addition in traced.additions)
         self._refuse_all(module, unseen, "form", first=len(traced.additions))
         if block.found:
             _number(block)
             self.blocks.append(block)
+
+    def _steps_in(self, block: nn.Module, node: fx.Node) -> int:
+        """How many residual adds the module that a node calls holds, and the modules below it."""
+        module = block.get_submodule(str(node.target))
+        if module not in self.steps:
+            below = set(module.modules())
+            calls = {c.module: c for c in reversed(self.recording.calls) if c.module in below and c.additions}
+            self.steps[module] = 0
+            for call in calls.values():
+                with suppress(TraceError):
+                    traced = self._traced(call, self.recording.arguments(call))
+                    self.steps[module] += sum(a.code is None for a in traced.additions)
+        return self.steps[module]
 
     def _traced(self, call: Call, arguments: _Arguments) -> _Traced:
         """A block's graph and its additions; equal blocks share them."""
@@ -258,8 +268,7 @@ class _Scan:
         """The same additions; where two arguments meet, the caller knows whether one is a shortcut."""
         if self.recording.log.real:
             return found
-        told = [self._handed_in(block, a) if a.code == "no-shortcut" and a.kind else a for a in found]
-        return found if told == found else nest(block.flow, told)
+        return [self._handed_in(block, a) if a.code == "no-shortcut" and a.kind else a for a in found]
 
     def _handed_in(self, block: Block, addition: Addition) -> Addition:
         """An addition of a block's argument to what the block computes from other arguments.
@@ -280,7 +289,7 @@ class _Scan:
             gated = {found.module for found in self.blocks}
             owners = {step.owner for step in over if step.adds and step.owner >= 0}
             adding = {self.recording.calls[owner].module for owner in owners}
-            return replace(addition, code=None) if gated.isdisjoint(adding) else addition
+            return replace(addition, code=None if gated.isdisjoint(adding) else "long-skip")
         before = [step for a, b in ends for step in log.between(b, a)]
         plain = all(projects(log.ops[step.op]) and not step.adds for step in before)
         told = projected(block.flow, addition) if before and plain else None
@@ -288,7 +297,7 @@ class _Scan:
 
     def _mark_nested(self, block: Block, addition: Addition) -> None:
         """Everything that runs inside this branch is no residual add of its own."""
-        for node in side(block.flow, addition.branch, addition.shortcut):
+        for node in within(block.flow, addition):
             if node.op == "call_module":
                 self.nested.update(block.module.get_submodule(str(node.target)).modules())
 

@@ -10,9 +10,10 @@ from fnmatch import fnmatchcase
 
 from torch import fx
 
+from surgeon._finding.addition import Addition
 from surgeon._finding.findings import REASONS
 from surgeon._finding.flow import Flow
-from surgeon._finding.residual import Addition, told
+from surgeon._finding.residual import told
 from surgeon.errors import UsageError
 
 _SIDES = ("left", "right")

@@ -8,13 +8,15 @@ from surgeon._text import table
 
 REASONS = {
     "aliased": "writes in place to a tensor that is read again under another name",
-    "arithmetic": "adds two results of arithmetic on the same values; no layer to skip",
+    "arithmetic": "adds two results of arithmetic; no layer to skip",
     "bias": "adds a weight, mask or table that depends on no input",
+    "detached": "adds what no gradient flows through: it corrects a value and learns nothing",
     "broadcast": "the two sides differ in shape, so one of them is spread over the other",
     "form": "is made inside one operator or in a form that cannot take a gate",
     "fusion": "merges two branches with activations of their own; neither side is a shortcut",
-    "gating": "mixes two activations with weights computed from the input",
+    "gating": "mixes or modulates activations with weights computed from the input",
     "linear": "sums linear paths (a reparametrisation branch); no activation to skip",
+    "long-skip": "skips over several residual adds that follow on one another, and is no step itself",
     "nested": "lies inside the branch of another residual add",
     "no-shortcut": "the two sides come from different arguments, and neither of them is a shortcut",
     "position": "adds a position encoding, one depthwise convolution of the input",

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from surgeon._finding.addition import Addition
 from surgeon._finding.flow import Flow
-from surgeon._finding.residual import Addition
 from surgeon._tracing.facts import Fact, Trace
 from surgeon._tracing.oplog import Layout, Op, OpLog
 from surgeon._tracing.reads import Reads

@@ -15,60 +15,20 @@ Everything is read from the graph and from the ATen operators that each node ran
 or library is known by name.
 """
 
-import operator
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
+from surgeon._finding.addition import Addition
+from surgeon._finding.branch import unfit
+from surgeon._finding.drops import drops
 from surgeon._finding.findings import REASONS
 from surgeon._finding.flow import Flow
+from surgeon._finding.paths import PRODUCTS, carries, is_addition, layers, ops_of, side, stems, writes_to
 from surgeon._tracing.example import tensors
-from surgeon._tracing.fake import storage
-from surgeon._tracing.operators import (
-    drops_rows,
-    is_coin,
-    is_layer,
-    is_linear,
-    is_masking,
-    is_softmax,
-    pools,
-    projects,
-    scales,
-    sums,
-)
-from surgeon._tracing.oplog import Op
-
-_ADDS = {operator.add, operator.iadd}  # surgeon._tracing.canonical leaves no other spelling
-_PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
-
-
-@dataclass(frozen=True, slots=True)
-class Addition:
-    """One addition in one block's graph, as far as the graph alone can tell.
-
-    Attributes:
-        node: The addition.
-        ordinal: Its place among the additions of the block: 0, 1, ...
-        code: Why it is no residual add; ``None`` if it is one.
-        kind: ``"identity"`` or ``"projection"``, ``""`` if neither could be told, ``"left"`` or ``"right"``
-            if the user told that this side is the shortcut.
-        shortcut, branch: Its two sides; left and right as written with an empty kind.
-        drops: The nodes of stochastic depth already on the branch: calls of parameter-free modules, or
-            multiplications, that scale whole rows at random.
-        region: The nodes that run for the branch alone; empty if its result is also used elsewhere.
-    """
-
-    node: fx.Node
-    ordinal: int
-    code: str | None
-    kind: str
-    shortcut: fx.Node
-    branch: fx.Node
-    drops: tuple[fx.Node, ...] = ()
-    region: tuple[fx.Node, ...] = ()
-    flops: int = 0
+from surgeon._tracing.operators import projects
 
 
 def additions(flow: Flow, *, regions: bool = True) -> list[Addition]:
@@ -78,22 +38,88 @@ def additions(flow: Flow, *, regions: bool = True) -> list[Addition]:
         flow: The graph.
         regions: Whether to tell which nodes run for each branch alone.
     """
-    nodes = [node for node in flow.order if _is_addition(flow, node)]
-    found = nest(flow, [_classify(flow, node, i, regions) for i, node in enumerate(nodes)])
+    nodes = [node for node in flow.order if is_addition(flow, node)]
+    found = [_classify(flow, node, i, regions) for i, node in enumerate(nodes)]
     merged = _merged(flow, nodes)
     return [replace(a, code="fusion") if a.code is None and a.node in merged else a for a in found]
 
 
-def nest(flow: Flow, found: Sequence[Addition]) -> list[Addition]:
-    """The same additions, but refused where they lie inside the branch of a residual add among them."""
+def nest(flow: Flow, found: Sequence[Addition], steps_in: Callable[[fx.Node], int]) -> list[Addition]:
+    """The same additions, but of those inside one another only one is left, from the outside in.
+
+    Inside the branch of a residual add all others are refused. But where two or more of them follow on one
+    another from its shortcut to its end, they are the steps of the stream and it is a long skip over them.
+
+    Args:
+        flow: The graph.
+        found: What `additions` gives.
+        steps_in: How many residual adds the call of a module holds.
+    """
     inside: set[fx.Node] = set()
     nested: list[Addition] = []
-    for addition in reversed(found):
-        within = addition.node in inside and addition.code != "bias"
-        nested.append(replace(addition, code="nested") if within else addition)
-        if nested[-1].code is None:
-            inside.update(side(flow, addition.branch, addition.shortcut))
+    for place in reversed(range(len(found))):
+        addition = found[place]
+        if addition.node in inside and addition.code != "bias":
+            addition = replace(addition, code="nested")
+        elif (
+            addition.code is None and not addition.drops and _is_long(flow, addition, found[:place], steps_in)
+        ):
+            addition = replace(addition, code="long-skip")
+        if addition.code is None:
+            inside.update(within(flow, addition))
+        nested.append(addition)
     return nested[::-1]
+
+
+def within(flow: Flow, addition: Addition) -> list[fx.Node]:
+    """What runs for a branch alone and is computed from what its shortcut hands on, in order.
+
+    The encoder that a decoder's branch attends to is needed for it, but no part of it.
+    """
+    starts = _starts(flow, addition)
+    work = addition.region or side(flow, addition.branch, addition.shortcut)
+    # Where the caller made the one from the other, the graph does not show it.
+    return [node for node in work if not starts or any(flow.feeds(start, node) for start in starts)]
+
+
+def _starts(flow: Flow, addition: Addition) -> list[fx.Node]:
+    """The values that both the shortcut and the branch are computed from."""
+    shared = [node for node in stems(flow, addition.shortcut) if flow.feeds(node, addition.branch)]
+    if shared and addition.kind != "projection":
+        return shared
+    common = flow.sources(addition.shortcut, itself=True) & flow.sources(addition.branch, itself=True)
+    return [node for node in common if flow.fact(node).active]
+
+
+def _is_long(
+    flow: Flow, addition: Addition, before: Sequence[Addition], steps_in: Callable[[fx.Node], int]
+) -> bool:
+    """Whether a branch runs through two or more residual adds, each going on from the one before."""
+    residual = {a.node: a for a in before if a.code is None}
+    last, steps = None, 0
+    for node in within(flow, addition):
+        if node.op == "call_module":
+            here = steps_in(node)
+        else:
+            own = residual.get(node)
+            here = int(own is not None and (last in (None, own.shortcut) or flow.feeds(last, own.shortcut)))
+        if here and not _passes(flow, addition, node):
+            last, steps = node, steps + here
+    return steps > 1
+
+
+def _passes(flow: Flow, addition: Addition, gap: fx.Node) -> bool:
+    """Whether the shortcut's value reaches the branch's end by a way around one node, too."""
+    todo = list(_starts(flow, addition))
+    seen = {gap, *todo}
+    while todo:
+        node = todo.pop()
+        if node is addition.branch:
+            return True
+        new = {user for user in flow.users(node) if user not in seen and flow.feeds(node, user)}
+        seen |= new
+        todo.extend(new)
+    return False
 
 
 def told(flow: Flow, addition: Addition, kind: str) -> Addition | str:
@@ -120,8 +146,8 @@ def projected(flow: Flow, addition: Addition) -> Addition | None:
     As within a block, a branch that might be such a projection itself is no branch.
     """
     found = replace(addition, code=None, kind="projection")
-    linear = all(projects(op) for op in _ops(flow, side(flow, addition.branch, addition.shortcut)))
-    return None if linear or _unfit(flow, found) else found
+    linear = all(projects(op) for op in ops_of(flow, side(flow, addition.branch, addition.shortcut)))
+    return None if linear or unfit(flow, found) else found
 
 
 def meant(flow: Flow, addition: Addition | None, kind: str, shortcut: str | None) -> Addition | None:
@@ -141,11 +167,12 @@ def meant(flow: Flow, addition: Addition | None, kind: str, shortcut: str | None
 def _described(flow: Flow, addition: Addition, regions: bool = True) -> Addition:
     """The same with what belongs to its branch."""
     work = side(flow, addition.branch, addition.shortcut)
+    region = flow.region(addition.branch, addition.node) if regions else ()
     return replace(
         addition,
-        drops=tuple(_drops(flow, work)),
-        region=flow.region(addition.branch, addition.node) if regions else (),
-        flops=sum(flow.fact(n).flops for n in work),
+        drops=tuple(drops(flow, work)),
+        region=region,
+        flops=sum(flow.fact(n).flops for n in region or work),
     )
 
 
@@ -153,26 +180,11 @@ def _merged(flow: Flow, nodes: list[fx.Node]) -> set[fx.Node]:
     """Additions side by side whose sums are concatenated: paths of a cell, not steps of a residual stream."""
     merged: set[fx.Node] = set()
     for cat in (node for node in flow.order if node.target in (torch.cat, torch.concat)):
-        parts = {stem for source in cat.all_input_nodes for stem in _stems(flow, source)} & set(nodes)
+        parts = {stem for source in cat.all_input_nodes for stem in stems(flow, source)} & set(nodes)
         for a in parts:
             if any(a is not b and not flow.feeds(a, b) and not flow.feeds(b, a) for b in parts):
                 merged.add(a)
     return merged
-
-
-def writes_to(node: fx.Node) -> fx.Node | None:
-    """The operand that an addition writes its result to; ``None`` if it makes a new tensor."""
-    left = node.args[0] if node.target is operator.iadd else None
-    return left if isinstance(left, fx.Node) else None
-
-
-def _is_addition(flow: Flow, node: fx.Node) -> bool:
-    if node.target not in _ADDS:
-        return False
-    value = flow.fact(node).value
-    operands = [a for a in node.args if isinstance(a, fx.Node) and isinstance(flow.fact(a).value, Tensor)]
-    floating = isinstance(value, Tensor) and value.is_floating_point()
-    return floating and len(operands) == 2 and any(flow.fact(a).active for a in operands)
 
 
 def _classify(flow: Flow, node: fx.Node, ordinal: int, regions: bool) -> Addition:
@@ -183,7 +195,7 @@ def _classify(flow: Flow, node: fx.Node, ordinal: int, regions: bool) -> Additio
         return Addition(node, ordinal, refusal, "", shortcut, branch)
     found = _described(flow, Addition(node, ordinal, code, kind, shortcut, branch), regions)
     # Stochastic depth that is there says that its author took this for a branch.
-    return found if code or found.drops else replace(found, code=_unfit(flow, found))
+    return found if code or found.drops else replace(found, code=unfit(flow, found))
 
 
 def _misshapen(flow: Flow, node: fx.Node, shortcut: fx.Node, branch: fx.Node) -> str | None:
@@ -198,7 +210,7 @@ _Sides = tuple[str, fx.Node, fx.Node, str | None]
 
 def _sides(flow: Flow, left: fx.Node, right: fx.Node) -> _Sides:
     """Kind, shortcut, branch and reason code; without a kind the two operands as they are."""
-    forward, backward = _carries(flow, left, right), _carries(flow, right, left)
+    forward, backward = carries(flow, left, right), carries(flow, right, left)
     if forward != backward:
         return ("identity", left, right, None) if forward else ("identity", right, left, None)
     if forward:
@@ -213,7 +225,7 @@ def _sides(flow: Flow, left: fx.Node, right: fx.Node) -> _Sides:
 
 def _handed_in(flow: Flow, left: fx.Node, right: fx.Node) -> _Sides:
     """Two arguments meet; one that is added as it is may be a shortcut, which only the caller knows."""
-    given = [any(stem.op == "placeholder" for stem in _stems(flow, operand)) for operand in (left, right)]
+    given = [any(stem.op == "placeholder" for stem in stems(flow, operand)) for operand in (left, right)]
     if given[0] == given[1]:
         return "", left, right, "no-shortcut"
     return ("identity", *((left, right) if given[0] else (right, left)), "no-shortcut")
@@ -230,108 +242,44 @@ def arguments_of(flow: Flow, addition: Addition) -> tuple[set[int], set[int]]:
             end = count + len(tensors(flow.fact(node).value))
             places[node], count = range(count, end), end
     return (
-        {place for n in _stems(flow, addition.shortcut) for place in places.get(n, ())},
+        {place for n in stems(flow, addition.shortcut) for place in places.get(n, ())},
         {place for n in flow.sources(addition.branch) for place in places.get(n, ())},
     )
 
 
 def _projection(flow: Flow, left: fx.Node, right: fx.Node) -> _Sides:
     """The side without an activation, or of a single layer, is the shortcut; there must be just one such."""
-    if _is_mixture(flow, left, right):
+    if _is_mixture(flow, left, right) or _modulates(flow, left, right) or _modulates(flow, right, left):
         return "", left, right, "gating"
     sides = [side(flow, left, right), side(flow, right, left)]
-    ops = [_ops(flow, work) for work in sides]
+    ops = [ops_of(flow, work) for work in sides]
     plain = [all(projects(op) for op in mine) for mine in ops]
     if all(plain):  # then only stochastic depth that is there can tell the branch
-        plain = [not any(_drops(flow, work)) for work in sides]
+        plain = [not any(drops(flow, work)) for work in sides]
         if plain[0] == plain[1]:
             return "", left, right, "linear"
     if not any(plain):
         # A pre-activation projection has its norm and activation before its one layer.
-        layers = [sum(is_layer(op) for op in mine) for mine in ops]
-        plain = [layers[0] <= 1 < layers[1], layers[1] <= 1 < layers[0]]
+        most, least = layers(flow, left, right), layers(flow, right, left)
+        plain = [most[1] <= 1 < least[0], least[1] <= 1 < most[0]]
     if not any(plain):
         return "", left, right, "fusion"
     return ("projection", left, right, None) if plain[0] else ("projection", right, left, None)
 
 
-def _carries(flow: Flow, shortcut: fx.Node, branch: fx.Node) -> bool:
-    """Whether ``branch`` is computed from ``shortcut`` or from a term that ``shortcut`` carries unchanged.
-
-    A shortcut may itself be a constant (a class token on its first block); a constant term makes none.
-    """
-    stems = [stem for stem in _stems(flow, shortcut) if stem is shortcut or flow.fact(stem).active]
-    return any(flow.feeds(stem, branch) for stem in stems)
-
-
-def _stems(flow: Flow, node: fx.Node) -> list[fx.Node]:
-    """``node`` and the values it hands on: what it is a sum of, a view of its own shape of, a scaling of."""
-    found, todo = dict.fromkeys([node]), [node]
-    while todo:
-        one = todo.pop()
-        for source in one.all_input_nodes:
-            tensor = isinstance(flow.fact(source).value, Tensor)
-            if source not in found and tensor and (one.target in _ADDS or _hands_on(flow, source, one)):
-                found[source] = None
-                todo.append(source)
-    return list(found)
-
-
-def _hands_on(flow: Flow, source: fx.Node, node: fx.Node) -> bool:
-    before, after = flow.fact(source).value, flow.fact(node).value
-    if node.op == "get_attr" or not isinstance(after, Tensor) or before.shape != after.shape:
+def _modulates(flow: Flow, product: fx.Node, shift: fx.Node) -> bool:
+    """Whether ``product + shift`` scales and moves a value by two siblings that are computed without it."""
+    if product.target not in PRODUCTS or len(product.all_input_nodes) < 2:
         return False
-    scaled = all(scales(op) for op in flow.fact(node).ops)
-    # Without operators the node must return its argument, as nn.Identity does.
-    return scaled and (bool(flow.fact(node).ops) or storage(before) == storage(after))
-
-
-def side(flow: Flow, one: fx.Node, other: fx.Node) -> list[fx.Node]:
-    """The nodes that ``one`` needs and ``other`` does not, in order."""
-    mine = flow.ancestors(one, itself=True) - flow.ancestors(other, itself=True)
-    return [n for n in flow.order if n in mine and n.op != "placeholder"]
-
-
-def _unfit(flow: Flow, addition: Addition) -> str | None:
-    """Why a branch beside an identity or projection shortcut is none worth a gate."""
-    work = side(flow, addition.branch, addition.shortcut)
-    ops = _ops(flow, work)
-    weighted = [op for op in ops if op.weighted]
-    if addition.kind == "projection":
-        if not weighted:
-            return "arithmetic"
-        if _reads_stream(flow, work, addition.region):
-            return "fusion"
-    if weighted and all(op.depthwise for op in weighted):
-        return "position"
-    if all(is_linear(op) for op in ops) and not pools(ops):
-        return "linear"
-    return "scores" if addition.kind == "projection" and _is_score(flow, addition.node) else None
-
-
-def _reads_stream(flow: Flow, work: list[fx.Node], region: Collection[fx.Node]) -> bool:
-    """Whether a branch only reads, linearly, a stream with sums of its own that goes on elsewhere too.
-
-    So do heads at several depths of a network, whose results are added.
-    """
-    stream = [node for node in work if node not in region]
-    own = any(node.target in _ADDS for node in stream) or any(sums(op) for op in _ops(flow, stream))
-    return bool(region) and own and all(projects(op) for op in _ops(flow, region))
-
-
-def _is_score(flow: Flow, node: fx.Node) -> bool:
-    """Whether a softmax alone reads a value, as it is or behind masks, sums and scales."""
-
-    def weighs(reader: fx.Node) -> bool:
-        if reader.op == "output":
-            return False
-        ops = flow.fact(reader).ops
-        return any(is_softmax(op) for op in ops) or (
-            all(is_masking(op) for op in ops) and _is_score(flow, reader)
-        )
-
-    readers = [reader for reader in flow.users(node) if flow.feeds(node, reader)]  # not those of its shape
-    return bool(readers) and all(weighs(reader) for reader in readers)
+    own = flow.sources(shift, itself=True)
+    apart, along = list[fx.Node](), list[fx.Node]()
+    for factor in product.all_input_nodes:
+        common = flow.sources(factor, itself=True) & own
+        related = any(flow.fact(n).active and tensors(flow.fact(n).value) for n in common)
+        (along if related else apart).append(factor)
+    if len(along) != 1 or not any(flow.fact(factor).active for factor in apart):
+        return False
+    return layers(flow, along[0], shift)[1] <= layers(flow, shift, along[0])[1]
 
 
 def _seen_elsewhere(flow: Flow, node: fx.Node) -> bool:
@@ -346,7 +294,7 @@ def _seen_elsewhere(flow: Flow, node: fx.Node) -> bool:
 
 def _is_mixture(flow: Flow, *sides: fx.Node) -> bool:
     def gated(node: fx.Node) -> bool:
-        product = node.target in _PRODUCTS
+        product = node.target in PRODUCTS
         return (
             product
             and all(flow.fact(a).active for a in node.all_input_nodes)
@@ -354,46 +302,3 @@ def _is_mixture(flow: Flow, *sides: fx.Node) -> bool:
         )
 
     return all(gated(side) for side in sides)
-
-
-def _drops(flow: Flow, work: Iterable[fx.Node]) -> Iterator[fx.Node]:
-    """The nodes that multiply whole rows by coins: stochastic depth that is already there."""
-    for node in work:
-        value = flow.fact(node).value
-        if not isinstance(value, Tensor) or not value.ndim or value.numel() <= value.shape[0]:
-            continue
-        if node.op == "call_module":
-            if drops_rows(flow.fact(node).ops, value.shape[0]):
-                yield node
-        elif node.target in _PRODUCTS and row_mask(flow, node) is not None:
-            yield node
-
-
-def row_mask(flow: Flow, product: fx.Node) -> fx.Node | None:
-    """The operand of a multiplication that is a coin per row or batch; ``None`` if there is none."""
-    for operand in product.all_input_nodes:
-        fact = flow.fact(operand)
-        if fact.active or not isinstance(fact.value, Tensor):
-            continue
-        made_by = [op for n in _makers(flow, operand, product) for op in flow.fact(n).ops]
-        if is_coin(made_by) and fact.value.numel() in (1, flow.fact(product).value.shape[0]):
-            return operand
-    return None
-
-
-def _makers(flow: Flow, operand: fx.Node, reader: fx.Node) -> set[fx.Node]:
-    """The nodes that made what ``reader`` finds in ``operand``, later writes in place included."""
-    memory = flow.storages(operand)
-    before = flow.order[: flow.position(reader)]
-    last = {operand, *(n for n in before if flow.feeds(operand, n) and flow.fact(n).writes & memory)}
-    return {maker for n in last for maker in flow.sources(n, itself=True)}
-
-
-def mask_nodes(flow: Flow, drop: fx.Node) -> set[fx.Node]:
-    """A node of `Addition.drops` and the nodes that make its coins."""
-    mask = None if drop.op == "call_module" else row_mask(flow, drop)
-    return {drop} if mask is None else {drop, *flow.region(mask, drop)}
-
-
-def _ops(flow: Flow, nodes: Iterable[fx.Node]) -> list[Op]:
-    return [op for node in nodes for op in flow.fact(node).ops if op.active]

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from surgeon._finding.addition import Addition
 from surgeon._finding.flow import Flow
-from surgeon._finding.residual import Addition, additions, meant
+from surgeon._finding.residual import additions, meant
 from surgeon._gating.gate import NOTE, Gate
 from surgeon._gating.splice import Run, Spliced, splice
 from surgeon._tracing.example import no_inference_mode, untouched

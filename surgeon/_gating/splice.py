@@ -15,8 +15,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from surgeon._finding.addition import Addition
+from surgeon._finding.drops import row_mask
 from surgeon._finding.flow import Flow
-from surgeon._finding.residual import Addition, row_mask, writes_to
+from surgeon._finding.paths import writes_to
 from surgeon._gating.gate import Gate, evaluating_add, masked_add
 from surgeon._gating.rowwise import Rowwise, nested, rowwise
 from surgeon._gating.samples import Samples

@@ -31,6 +31,16 @@ def sums(op: Op) -> bool:
     return op.func.overloadpacket in (aten.add, aten.add_) and op.active > 1
 
 
+def is_pointwise(op: Op) -> bool:
+    """Whether the operator treats every number by itself, or only shows or copies numbers."""
+    return op.func.is_view or torch.Tag.pointwise in op.func.tags or op.func.overloadpacket in _COPIES
+
+
+def enlarges(op: Op) -> bool:
+    """Whether the operator resizes an image or sequence."""
+    return op.func.overloadpacket in _UPSAMPLES
+
+
 def is_layer(op: Op) -> bool:
     """Whether the operator is a convolution or a matrix product with a Parameter."""
     return op.weighted and op.func.overloadpacket in _LAYERS
@@ -84,6 +94,12 @@ _COINS = {
 }
 _LAYERS = {aten.convolution, aten.addmm, aten.mm, aten.bmm, aten.baddbmm}
 _MASKS = {aten.masked_fill, aten.masked_fill_, aten.where}
+_COPIES = {aten.clone, aten._to_copy, aten.contiguous, aten.copy_}
+_UPSAMPLES = {
+    *(aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d, aten.upsample_linear1d),
+    *(aten.upsample_bilinear2d, aten.upsample_trilinear3d, aten.upsample_bicubic2d),
+    *(aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa),
+}
 _POOLS = {aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d}
 _SCALES = {aten.mul, aten.div, aten.alias, aten.detach, aten.clone, aten.view, aten.unsqueeze, aten._to_copy}
 _ADDITIVE = {

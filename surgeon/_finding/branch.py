@@ -1,0 +1,144 @@
+"""Whether what stands beside a shortcut is a branch worth a gate, and if not, why not.
+
+A gate leaves its branch out. That is stochastic depth where the branch is a step that a network can do
+without for once; it is a mistake where the sum rounds a value, is an activation function, a loss, a score, a
+position encoding, the next state of a recurrence or the fusion of two levels of a pyramid.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+
+import torch
+from torch import fx
+
+from surgeon._finding.addition import Addition
+from surgeon._finding.flow import Flow
+from surgeon._finding.paths import ADDS, layers, ops_of, side
+from surgeon._tracing.example import tensors
+from surgeon._tracing.operators import (
+    enlarges,
+    is_linear,
+    is_masking,
+    is_pointwise,
+    is_softmax,
+    pools,
+    projects,
+    sums,
+)
+from surgeon._tracing.oplog import Op
+
+_DETACHES = {"detach", "detach_", torch.detach, torch.detach_}
+
+
+def unfit(flow: Flow, addition: Addition) -> str | None:
+    """Why a branch beside an identity or projection shortcut is none worth a gate."""
+    work = side(flow, addition.branch, addition.shortcut)
+    ops = ops_of(flow, work)
+    weighted = [op for op in ops if op.weighted]
+    if not _learns(flow, addition):
+        return "detached"
+    if _is_measure(flow, addition.node) or all(is_pointwise(op) for op in ops):
+        return "arithmetic"
+    if weighted and all(op.depthwise for op in weighted):
+        return "position"
+    if addition.kind == "projection":
+        return _no_partner(flow, addition, work)
+    return _linear(ops)
+
+
+def _linear(ops: Sequence[Op]) -> str | None:
+    return "linear" if all(is_linear(op) for op in ops) and not pools(ops) else None
+
+
+def _no_partner(flow: Flow, addition: Addition, work: Sequence[fx.Node]) -> str | None:
+    """Why what stands beside a projection is no branch."""
+    ops = ops_of(flow, work)
+    if not any(op.weighted for op in ops):
+        return "arithmetic"
+    if _linear(ops):
+        return "linear"
+    if _is_score(flow, addition.node):
+        return "scores"
+    return "fusion" if _merges(flow, addition, work) else None
+
+
+def _is_measure(flow: Flow, node: fx.Node) -> bool:
+    """Whether a sum has no features left, as losses have none: a number, or one for each row of an input."""
+    value = flow.fact(node).value
+    given = [t for n in flow.order if n.op == "placeholder" for t in tensors(flow.fact(n).value)]
+    return value.ndim == 0 or (value.ndim == 1 and bool(given) and all(t.ndim > 1 for t in given))
+
+
+def _learns(flow: Flow, addition: Addition) -> bool:
+    """Whether a gradient that comes to the sum goes on into its branch."""
+    inside = set(side(flow, addition.branch, addition.shortcut))
+    todo, seen = [addition.branch], set[fx.Node]()
+    while todo:
+        node = todo.pop()
+        value = flow.fact(node).value
+        if node in seen or node.target in _DETACHES:
+            continue
+        seen.add(node)
+        if not any(t.is_floating_point() or t.is_complex() for t in tensors(value)):
+            continue
+        if node not in inside or any(op.weighted for op in flow.fact(node).ops):
+            return True
+        todo.extend(source for source in node.all_input_nodes if flow.feeds(source, node))
+    return False
+
+
+def _merges(flow: Flow, addition: Addition, work: Sequence[fx.Node]) -> bool:
+    """Whether what stands beside a projection is no branch that was computed from the same value.
+
+    It may be no deeper than the projection, as two heads on one value are; a recurrence, whose steps read
+    other parts of the value; or the coarser level of a pyramid, resized.
+    """
+    one, other = addition.shortcut, addition.branch
+    own = side(flow, one, other)
+    deeper = layers(flow, other, one)[0] > layers(flow, one, other)[1]
+    resized = [any(enlarges(op) for op in ops_of(flow, nodes)) for nodes in (own, work)]
+    return (
+        not deeper
+        or resized == [False, True]
+        or _repeats(flow, own, work)
+        or _reads_stream(flow, work, addition.region)
+    )
+
+
+def _repeats(flow: Flow, one: Iterable[fx.Node], other: Iterable[fx.Node]) -> bool:
+    """Whether two sides run the same weights, as the steps of a recurrence do."""
+    weights = [
+        {
+            str(held.target)
+            for node in nodes
+            for held in ([node] if node.op == "call_module" else node.all_input_nodes)
+            if held.op == "get_attr"
+            or (held.op == "call_module" and any(op.weighted for op in flow.fact(held).ops))
+        }
+        for nodes in (one, other)
+    ]
+    return bool(weights[0] & weights[1])
+
+
+def _reads_stream(flow: Flow, work: Sequence[fx.Node], region: Collection[fx.Node]) -> bool:
+    """Whether a branch only reads, linearly, a stream with sums of its own that goes on elsewhere too.
+
+    So do heads at several depths of a network, whose results are added.
+    """
+    stream = [node for node in work if node not in region]
+    own = any(node.target in ADDS for node in stream) or any(sums(op) for op in ops_of(flow, stream))
+    return bool(region) and own and all(projects(op) for op in ops_of(flow, region))
+
+
+def _is_score(flow: Flow, node: fx.Node) -> bool:
+    """Whether a softmax alone reads a value, as it is or behind masks, sums and scales."""
+
+    def weighs(reader: fx.Node) -> bool:
+        if reader.op == "output":
+            return False
+        ops = flow.fact(reader).ops
+        return any(is_softmax(op) for op in ops) or (
+            all(is_masking(op) for op in ops) and _is_score(flow, reader)
+        )
+
+    readers = [reader for reader in flow.users(node) if flow.feeds(node, reader)]  # not those of its shape
+    return bool(readers) and all(weighs(reader) for reader in readers)

@@ -1,0 +1,199 @@
+"""Sums that look like residual adds and are none: noise, losses, rounding, activations, recurrences.
+
+Each comes with one that differs in the decisive point alone and is a residual add.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import surgeon
+
+ROWS = torch.zeros(4, 8)
+STEPS = torch.zeros(4, 5, 8)
+IMAGES = torch.zeros(2, 4, 16, 16)
+
+
+class Net(nn.Module):
+    """A forward written as a function of its own module."""
+
+    def __init__(self, forward: Callable[..., Any], **parts: nn.Module | Tensor) -> None:
+        super().__init__()
+        self.run = forward
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
+
+    def forward(self, *args: Any) -> Any:
+        return self.run(self, *args)
+
+
+def layers(*names: str, width: int = 8) -> dict[str, nn.Module]:
+    return {name: nn.Linear(width, width) for name in names}
+
+
+def convs(*names: str) -> dict[str, nn.Module]:
+    return {name: nn.Conv2d(4, 4, 3, padding=1) for name in names}
+
+
+def loss(m: Any, x: Tensor, to: Tensor) -> Tensor:
+    hidden = m.a(x).relu()
+    return F.mse_loss(m.c(m.b(hidden).relu()), to) + 0.4 * F.mse_loss(m.d(hidden), to)
+
+
+def of_rows(m: Any, x: Tensor) -> Tensor:
+    hidden = m.a(x)
+    return m.c(m.b(hidden).relu()).square().mean(-1) + m.d(hidden).mean(-1)
+
+
+def quantised(m: Any, x: Tensor) -> Tensor:
+    z = m.a(x)
+    codes = m.codes[torch.cdist(z, m.codes).argmin(-1)]
+    return m.b(z + (codes - z).detach())
+
+
+def straight_through(m: Any, x: Tensor) -> Tensor:
+    soft = m.a(x).softmax(-1)
+    hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
+    return m.b(hard - soft.detach() + soft)
+
+
+def recurrent(m: Any, x: Tensor) -> Tensor:
+    state = torch.zeros_like(x[:, 0])
+    for step in range(x.shape[1]):
+        state = torch.tanh(m.a(x[:, step]) + m.b(state))
+    return m.c(state)
+
+
+def leaky(m: Any, x: Tensor) -> Tensor:
+    state = torch.zeros_like(x[:, 0])
+    for step in range(x.shape[1]):
+        state = 0.9 * state + 0.1 * torch.tanh(m.a(x[:, step]))
+    return m.b(state)
+
+
+def experts(m: Any, x: Tensor) -> Tensor:
+    weights = m.gate(x).softmax(-1)
+    return sum(weights[:, i : i + 1] * one(x) for i, one in enumerate((m.a, m.b, m.c, m.d)))
+
+
+def pyramid(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    fine = m.a(x).relu()
+    coarse = m.b(F.max_pool2d(fine, 2)).relu()
+    top = m.c(coarse)
+    return m.d(fine) + F.interpolate(top, scale_factor=2.0), top
+
+
+NONE: dict[str, tuple[nn.Module, tuple[Tensor, ...], set[str]]] = {
+    "drawn from a mean and a spread": (
+        Net(lambda m, x: m.a(x) + torch.randn_like(x) * (0.5 * m.b(x)).exp(), **layers("a", "b")),
+        (ROWS,),
+        {"fusion"},
+    ),
+    "two losses": (Net(loss, **layers("a", "b", "c", "d")), (ROWS, ROWS), {"arithmetic"}),
+    "two losses of each row": (Net(of_rows, **layers("a", "b", "c", "d")), (ROWS,), {"arithmetic"}),
+    "nearest code": (Net(quantised, **layers("a", "b"), codes=torch.randn(5, 8)), (ROWS,), {"detached"}),
+    "rounded": (
+        Net(lambda m, x: m.b((z := m.a(x)) + (z.round() - z).detach()), **layers("a", "b")),
+        (ROWS,),
+        {"detached"},
+    ),
+    "straight through": (Net(straight_through, **layers("a", "b")), (ROWS,), {"detached"}),
+    "activation with a weight": (
+        Net(lambda m, x: x + (m.a * x).sin().square() / m.a, a=torch.ones(8)),
+        (ROWS,),
+        {"arithmetic"},
+    ),
+    "polynomial": (Net(lambda m, x: x + 0.04 * x**3, **layers("a")), (ROWS,), {"arithmetic"}),
+    "modulation": (
+        Net(lambda m, x, c: m.n(x) * (1 + m.g(h := m.a(c).relu())) + m.b(h), **layers("a", "g", "b", "n")),
+        (ROWS, ROWS),
+        {"gating"},
+    ),
+    "modulation by halves": (
+        Net(
+            lambda m, x, c: m.n(x) * (both := m.a(c).chunk(2, -1))[0] + both[1],
+            n=nn.Linear(8, 4),
+            a=nn.Linear(8, 8),
+        ),
+        (ROWS, ROWS),
+        {"gating"},
+    ),
+    "recurrence": (Net(recurrent, **layers("a", "b", "c")), (STEPS,), {"fusion", "bias"}),
+    "leaky integration": (Net(leaky, **layers("a", "b")), (STEPS,), {"fusion", "bias"}),
+    "linear experts": (Net(experts, **layers("a", "b", "c", "d"), gate=nn.Linear(8, 4)), (ROWS,), {"fusion"}),
+    "like terms": (
+        Net(lambda m, x: m.a(x).relu() + m.b(x).relu() + m.c(x).relu(), **convs("a", "b", "c")),
+        (IMAGES,),
+        {"fusion"},
+    ),
+    "pyramid": (Net(pyramid, **convs("a", "b", "c", "d")), (IMAGES,), {"fusion"}),
+}
+
+
+@pytest.mark.parametrize("case", NONE)
+def test_no_branch(case: str) -> None:
+    model, example, codes = NONE[case]
+    found = surgeon.find(model, example)
+    assert not list(found)
+    assert found.refused and {r.code for r in found.refused} <= codes
+
+
+RESIDUAL: dict[str, tuple[nn.Module, tuple[Tensor, ...], str]] = {
+    "a deeper branch": (
+        Net(lambda m, x: m.a(x) + m.c((0.5 * m.b(x)).exp()), **layers("a", "b", "c")),
+        (ROWS,),
+        "projection",
+    ),
+    "a correction that learns": (
+        Net(lambda m, x: m.b((z := m.a(x)) + m.c(z).round() - z.detach()), **layers("a", "b", "c")),
+        (ROWS,),
+        "identity",
+    ),
+    "mixing without a weight": (
+        Net(lambda m, x: x + torch.fft.fft(x).real, **layers("a")),
+        (ROWS,),
+        "identity",
+    ),
+    "a branch gated by a condition": (
+        Net(lambda m, x, c: m.a(x) + m.c(m.b(x).relu()) * m.g(c), **layers("a", "b", "c", "g")),
+        (ROWS, ROWS),
+        "projection",
+    ),
+    "two branches on a projection": (
+        Net(lambda m, x: m.a(x) + m.c(m.b(x).relu()), **convs("a", "b", "c")),
+        (IMAGES,),
+        "projection",
+    ),
+    "both sides resized": (
+        Net(
+            lambda m, x: (
+                m.a(F.interpolate(x, scale_factor=2.0)) + m.c(F.interpolate(m.b(x).relu(), scale_factor=2.0))
+            ),
+            **convs("a", "b", "c"),
+        ),
+        (IMAGES,),
+        "projection",
+    ),
+    "a vector without a batch": (
+        Net(lambda m, x: x + m.b(m.a(x).relu()), **layers("a", "b")),
+        (torch.zeros(8),),
+        "identity",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RESIDUAL)
+def test_a_branch(case: str) -> None:
+    model, example, kind = RESIDUAL[case]
+    assert [r.kind for r in surgeon.find(model, example)] == [kind]
+
+
+def test_the_user_has_the_last_word() -> None:
+    """What is refused for its branch comes in by name."""
+    model, example, _ = NONE["rounded"]
+    [refused] = surgeon.find(model, example).refused
+    assert [r.kind for r in surgeon.find(model, example, include=[refused.name])] == ["identity"]
