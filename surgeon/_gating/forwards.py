@@ -9,7 +9,7 @@ class back.
 import copy
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,10 +22,12 @@ from surgeon._finding.flow import Flow
 from surgeon._finding.residual import additions, meant
 from surgeon._gating.gate import NOTE, Gate
 from surgeon._gating.splice import Run, Spliced, splice
-from surgeon._tracing.example import no_inference_mode, untouched
+from surgeon._tracing.example import no_inference_mode, tensors, untouched
 from surgeon._tracing.fake import held_open, to_fake
+from surgeon._tracing.given import Path, kinds
 from surgeon._tracing.oplog import OpLog
-from surgeon._tracing.reads import CONSTANTS, attribute
+from surgeon._tracing.reads import attribute
+from surgeon._tracing.state import kind, state
 from surgeon._tracing.trace import trace
 from surgeon.errors import CheckpointError, TraceError, UnseenCallError
 
@@ -52,6 +54,7 @@ class Gating:
         self.opened: frozenset[str] = frozenset()
         self.sides: dict[int, str] = {}  # for each gate, by ordinal, which operand was its shortcut
         self.attributes: tuple[str, ...] = ()
+        self.given: dict[Path, bool] = {}
         self.active: dict[str, bool] = {}
         self.runs: dict[Any, Run] = {}
 
@@ -86,6 +89,7 @@ class Gating:
         self.ambient |= found.ambient
         self.opened |= found.opened
         self.attributes = tuple(sorted({*self.attributes, *found.attributes}))
+        self.given |= {path: whole or self.given.get(path, False) for path, whole in found.given.items()}
         self.runs[self._key(block, args, kwargs)] = spliced.run
         return spliced
 
@@ -119,6 +123,10 @@ class Gating:
                 for path, tensor in _leaves(fake_args, fake_kwargs):
                     if self.active.get(path, tensor.is_floating_point()):
                         log.root(tensor)
+                for real, fake in zip(
+                    tensors((args, kwargs)), tensors((fake_args, fake_kwargs)), strict=True
+                ):
+                    fake.requires_grad_(real.requires_grad)
                 flow = Flow(trace(block, fake_args, fake_kwargs, log, opened=self.opened))
             self.prepare(block, flow, args, kwargs)
         except TraceError as error:
@@ -152,14 +160,15 @@ class Gating:
         """Everything that decides which code the block's forward runs."""
         return (
             block.training,
-            tuple([_kind(value, self.exact) for value in args]),
-            tuple([(name, _kind(value, self.exact)) for name, value in kwargs.items()]),
-            tuple([attribute(block, name) for name in self.attributes]),
+            tuple([kind(value, self.exact) for value in args]),
+            tuple([(name, kind(value, self.exact)) for name, value in kwargs.items()]),
+            tuple([state(attribute(block, name)) for name in self.attributes]),
+            kinds(self.given, args, kwargs, self.exact) if self.given else (),
             (torch.is_grad_enabled(), torch.is_autocast_enabled()) if self.ambient else None,
         )
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        pattern = [str(_kind(a, True)) for a in args] + [f"{k}={_kind(v, True)}" for k, v in kwargs.items()]
+        pattern = [str(kind(a, True)) for a in args] + [f"{k}={kind(v, True)}" for k, v in kwargs.items()]
         return (
             f"{self.name or 'the model'} is called in a way not seen on the example: ({', '.join(pattern)})"
         )
@@ -168,7 +177,7 @@ class Gating:
         twin = Gating(self.name, copy.deepcopy(self.gates, memo), self.rewritten, self.kept)
         twin.complete = self.complete
         twin.exact, twin.ambient, twin.attributes = self.exact, self.ambient, self.attributes
-        twin.opened, twin.sides = self.opened, dict(self.sides)
+        twin.given, twin.opened, twin.sides = dict(self.given), self.opened, dict(self.sides)
         twin.active, twin.runs = dict(self.active), dict(self.runs)
         return twin
 
@@ -185,21 +194,6 @@ def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str
 
 # What the decorator torch.compiler.disable does, which would import the whole compiler with surgeon.
 Gating._extend._torchdynamo_disable = True  # type: ignore[attr-defined]
-
-
-def _kind(value: Any, exact: bool) -> Any:
-    """What of an argument decides which code runs: for tensors the rank, or the whole shape if exact."""
-    if isinstance(value, Tensor):
-        return (tuple(value.shape), value.dtype, value.device.type) if exact else value.ndim
-    if isinstance(value, CONSTANTS):
-        return value
-    if is_dataclass(value) and not isinstance(value, type):
-        return type(value), tuple([_kind(getattr(value, f.name), exact) for f in fields(value)])
-    if isinstance(value, (list, tuple)):
-        return type(value), tuple([_kind(item, exact) for item in value])
-    if isinstance(value, dict):
-        return dict, tuple([(name, _kind(item, exact)) for name, item in value.items()])
-    return value if exact and isinstance(value, (int, float)) else type(value)
 
 
 class GatedBlock(nn.Module):

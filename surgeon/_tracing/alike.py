@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from surgeon._tracing.example import tensors
 from surgeon._tracing.fake import storage
 from surgeon._tracing.oplog import OpLog
-from surgeon._tracing.reads import PLAIN
 from surgeon._tracing.record import Call
+from surgeon._tracing.state import PLAIN
 
 
 def likeness(

@@ -1,12 +1,14 @@
 """What a trace is: a graph, and for each of its nodes what is known from running it on fake values."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
 from surgeon._tracing.example import tensors
+from surgeon._tracing.given import Path
 from surgeon._tracing.oplog import Op
 from surgeon._tracing.reads import Reads
 
@@ -45,8 +47,9 @@ class Trace:
         facts: What each node is.
         exact: Python control flow consumed a size or a number, so the graph holds for these shapes only.
         ambient: The forward asked for the grad or autocast mode, so the graph holds for this mode only.
-        reads: The plain attributes (numbers, flags, strings) of the block and its children that were read.
+        reads: The attributes of the block and its children that were read.
         opened: The modules below the block that were traced through instead of being called as a whole.
+        given: The parts of the arguments that were read beside their kind, as `Given.read`.
     """
 
     graph: fx.Graph
@@ -55,10 +58,11 @@ class Trace:
     ambient: bool
     reads: Reads
     opened: frozenset[str] = frozenset()
+    given: Mapping[Path, bool] = field(default_factory=dict)
 
     @property
     def attributes(self) -> tuple[str, ...]:
-        """Names of the plain attributes that the graph holds as constants, dotted where they are a child's.
+        """Names of the attributes that the graph holds as constants, dotted where they are a child's.
 
         The block's own mode is not among them.
         """
@@ -69,3 +73,19 @@ def is_size(node: fx.Node, fact: Fact) -> bool:
     """Whether a node only computes sizes, indices or flags: no tensor in its value and nothing written."""
     pure = node.op in ("call_function", "call_method", "get_attr")
     return pure and not tensors(fact.value) and not fact.writes and node.target is not torch._assert
+
+
+def drop_unused(graph: fx.Graph, facts: dict[fx.Node, Fact]) -> None:
+    """Erases what nothing uses; fx's own dead-code elimination is unsound on in-place graphs."""
+    for node in reversed(graph.nodes):
+        fact = facts.get(node)
+        if fact is None or node.users or node.op == "placeholder":
+            continue
+        if is_size(node, fact) or _is_pure(node, fact):
+            graph.erase_node(node)
+
+
+def _is_pure(node: fx.Node, fact: Fact) -> bool:
+    """Whether a node only computes tensors: no write, no draw, no module that may keep a state."""
+    computes = node.op in ("call_function", "call_method") and bool(fact.ops)
+    return computes and not fact.writes and not any(op.random for op in fact.ops)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
+from surgeon.errors import TraceError
+
 if TYPE_CHECKING:
     from surgeon._tracing.trace import BlockTracer
 
@@ -25,10 +27,19 @@ class ValueProxy(fx.Proxy):
 
     def __getattr__(self, name: str) -> Any:
         tracer, value = self.tracer, self.__dict__["value"]
-        if isinstance(value, Tensor) and name == "ndim":
-            return value.ndim
+        if isinstance(value, Tensor):
+            if name == "ndim":
+                return value.ndim
+            if name == "requires_grad":
+                return tracer.requires_grad(self)
+            if name in _UNKNOWN:
+                raise TraceError(f"its forward asks for the {name} of a tensor")
         with tracer.deaf():
-            is_method = callable(getattr(value, name))
+            try:
+                is_method = callable(getattr(value, name))
+            except AttributeError:
+                tracer.given.asked(self.node, name)
+                raise
         if not is_method:
             return tracer.create_proxy("call_function", getattr, (self, name), {})
 
@@ -75,9 +86,26 @@ class ValueProxy(fx.Proxy):
         """The keys of a dict value, so that ``**proxy`` works."""
         return self.__dict__["value"].keys()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("tracer", "node"):  # fx's own
+            return super().__setattr__(name, value)
+        raise TraceError(f"its forward assigns an attribute {name} of a {self._described()}")
+
+    def __delattr__(self, name: str) -> None:
+        raise TraceError(f"its forward deletes an attribute {name} of a {self._described()}")
+
+    def __delitem__(self, key: Any) -> None:
+        raise TraceError(f"its forward deletes an entry of a {self._described()}")
+
+    def _described(self) -> str:
+        return type(self.__dict__["value"]).__name__
+
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
+
+# What no fake tensor knows.
+_UNKNOWN = ("grad", "grad_fn", "is_leaf", "retains_grad")
 
 isinstance_ = isinstance
 

@@ -26,14 +26,19 @@ from torch.overrides import TorchFunctionMode
 
 from surgeon._tracing.canonical import canonical
 from surgeon._tracing.example import generators_kept, no_autocast_cache, tensors, untouched
-from surgeon._tracing.facts import Fact, Trace, is_size
+from surgeon._tracing.facts import Fact, Trace, drop_unused
 from surgeon._tracing.fake import storage
+from surgeon._tracing.given import Given
 from surgeon._tracing.guards import guarded
+from surgeon._tracing.leftovers import contents, draws, held_elsewhere, kept, same_items
 from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.proxy import ValueProxy, isinstance_, sees
-from surgeon._tracing.reads import CONSTANTS, Reads, noted
+from surgeon._tracing.reads import Reads, attribute, noted
 from surgeon._tracing.record import Call
+from surgeon._tracing.state import CONSTANTS, PLAIN
 from surgeon.errors import TraceError
+
+_DRAWS = "its forward draws random numbers from Python's or NumPy's generator"
 
 
 def trace(
@@ -73,13 +78,16 @@ def trace(
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             ) from error
         changed = [name for name, value in block.__dict__.items() if before.get(name, block) is not value]
-        kept = _kept(block)
+        left, elsewhere = kept(block), held_elsewhere(tracer.proxies)
     if changed:
         raise TraceError(f"its forward assigns self.{changed[0]}")
-    if kept:
-        raise TraceError(f"its forward keeps a value in self.{kept}")
-    _drop_unused(graph, tracer.facts)
-    return Trace(graph, tracer.facts, tracer.exact, tracer.ambient, reads, opened)
+    if left:
+        raise TraceError(f"its forward keeps a value in self.{left}")
+    if elsewhere:
+        raise TraceError(f"its forward keeps a value in a {elsewhere} that is not its own")
+    reads.walked({str(node.target) for node in graph.nodes if node.op == "call_module"})
+    drop_unused(graph, tracer.facts)
+    return Trace(graph, tracer.facts, tracer.exact, tracer.ambient, reads, opened, tracer.given.read)
 
 
 def _check_class(cls: type[nn.Module]) -> None:
@@ -112,7 +120,8 @@ class BlockTracer(fx.Tracer):
         self.facts: dict[fx.Node, Fact] = {}
         self.exact = False
         self.ambient = False
-        self._proxies: dict[fx.Node, ValueProxy] = {}
+        self.given = Given(self.facts)
+        self.proxies: dict[fx.Node, ValueProxy] = {}
         self.listening = False
         self._state = _global_state()
 
@@ -123,6 +132,7 @@ class BlockTracer(fx.Tracer):
     def pin(self, proxy: ValueProxy) -> Any:
         """The value of ``proxy`` for use in Python; the trace then holds for this value only."""
         self.exact = True
+        self.given.decides(proxy.node)
         return proxy.__dict__["value"]
 
     def counts_pieces(self, node: fx.Node) -> bool:
@@ -135,22 +145,27 @@ class BlockTracer(fx.Tracer):
     def create_args_for_root(self, root_fn: Any, _is_module: bool, _concrete_args: Any = None) -> Any:
         names = _argument_names(root_fn, self.args, self.kwargs)
         values = [*self.args, *self.kwargs.values()]
-        given = [self._placeholder(name, value) for name, value in zip(names, values, strict=True)]
+        given = [self._placeholder(*one) for one in zip(range(len(names)), names, values, strict=True)]
         split = len(self.args)
         keywords = dict(zip(self.kwargs, given[split:], strict=True))
 
         def call() -> Any:
             with noted(self.root, self._reads, lambda: self.listening):
+                drawn = draws()
                 self.listening, builtins.isinstance = True, sees
                 try:
-                    return root_fn(self.root, *given[:split], **keywords)
+                    result = root_fn(self.root, *given[:split], **keywords)
                 finally:
                     self.listening, builtins.isinstance = False, isinstance_
+            if draws() != drawn:
+                raise TraceError(_DRAWS)
+            return result
 
         return call, []
 
-    def _placeholder(self, name: str, value: Any) -> Any:
+    def _placeholder(self, place: int, name: str, value: Any) -> Any:
         node = self.create_node("placeholder", name, (), {})
+        self.given.argument(node, place)
         active = any(self.log.active(t) for t in tensors(value))
         self.facts[node] = Fact(value, frozenset(), frozenset(), (), active)
         # Optional and flag arguments decide which code runs: the forward must see the value itself.
@@ -158,12 +173,12 @@ class BlockTracer(fx.Tracer):
 
     def _wrap(self, node: fx.Node, value: Any) -> "ValueProxy":
         proxy = ValueProxy(node, self, value)
-        self._proxies[node] = proxy
+        self.proxies[node] = proxy
         return proxy
 
     def proxy_of(self, node: fx.Node) -> "ValueProxy":
         """The proxy that was made for ``node``."""
-        return self._proxies[node]
+        return self.proxies[node]
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Node:
         if _global_state() != self._state:
@@ -195,22 +210,26 @@ class BlockTracer(fx.Tracer):
     def _emit(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
         value = self._execute(node)
+        part = self.given.takes(node)
         # The forward must see None itself, and flags that came in inside a nest of arguments.
-        if value is None or (isinstance(value, CONSTANTS) and self._is_part_of_argument(node)):
+        if part and isinstance(value, CONSTANTS):
             return value
+        if value is None:
+            self.given.decides(node)
+            return None
         return self._wrap(node, value)
 
-    def _is_part_of_argument(self, node: fx.Node) -> bool:
-        """Whether ``node`` only takes a nest of arguments apart (tensors excepted)."""
-        if node.op == "placeholder":
-            return True
-        takes = node.target in (operator.getitem, getattr, "get")
-        nest = node.args[0] if takes and isinstance(node.args[0], fx.Node) else None
-        return (
-            nest is not None
-            and not isinstance(self.facts[nest].value, Tensor)
-            and self._is_part_of_argument(nest)
-        )
+    def requires_grad(self, proxy: ValueProxy) -> bool:
+        """Whether a tensor that was there before the forward requires a gradient; noted."""
+        node = proxy.node
+        if node.op == "get_attr":
+            with self.deaf():
+                asks = bool(attribute(self.root, str(node.target)).requires_grad)
+            self._reads.note(f"{node.target}.requires_grad", asks, own=True)
+            return asks
+        if not self.given.asked(node, "requires_grad"):
+            raise TraceError("its forward asks whether a value of its own requires a gradient")
+        return bool(proxy.__dict__["value"].requires_grad)
 
     @contextmanager
     def deaf(self) -> Iterator[None]:
@@ -255,13 +274,14 @@ class BlockTracer(fx.Tracer):
             )
             return recorded.output
         versions = [t._version for t in read]
-        held = [(v, _items(v)) for v in (self.facts[n].value for n in node.all_input_nodes) if _holds(v)]
+        held = self._held(node)
         start = len(self.log.ops)
         self.log.touched.clear()
         with torch.no_grad(), self.log.fake, self.log:
             value = self._call(node, args, kwargs)
+        child = node.op == "call_module"
         for given, items in held:  # later readers of it would not be known to depend on this node
-            if not _same_items(_items(given), items):
+            if not same_items(contents(given, deep=not child), items):
                 raise TraceError(f"its forward changes a {type(given).__name__} that it was given")
         written = (t for t, version in zip(read, versions, strict=True) if t._version != version)
         self.facts[node] = Fact(
@@ -292,35 +312,30 @@ class BlockTracer(fx.Tracer):
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         if node.op == "call_module":
-            return self.root.get_submodule(str(node.target))(*args, **kwargs)
+            return self._call_child(self.root.get_submodule(str(node.target)), args, kwargs)
         value: Any = self.root
         for part in str(node.target).split("."):
             value = getattr(value, part)
         return self.log.shadow(value) if isinstance(value, Tensor) else value
 
+    def _call_child(self, child: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Runs a child, whose random numbers are its own affair unless it hands them to the forward."""
+        drawn = draws()
+        with generators_kept():
+            value = child(*args, **kwargs)
+            if not tensors(value) and draws() != drawn:
+                raise TraceError(_DRAWS)
+        return value
 
-def _holds(value: Any) -> bool:
-    return isinstance(value, (list, dict, set))
-
-
-def _items(held: Any) -> list[Any]:
-    """What a list, dict or set holds, names and values."""
-    return [part for item in held.items() for part in item] if isinstance(held, dict) else list(held)
-
-
-def _same_items(now: list[Any], before: list[Any]) -> bool:
-    return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
-
-
-def _kept(block: nn.Module) -> str:
-    """Where the traced code left a value of its own on the block or a child; ``""`` if nowhere."""
-    for path, module in block.named_modules():
-        for name, value in module.__dict__.items():
-            if any(type(item) is ValueProxy for item in (_items(value) if _holds(value) else [value])):
-                inner = name in ("_buffers", "_parameters")
-                names = [key for key, item in value.items() if type(item) is ValueProxy] if inner else [name]
-                return ".".join(part for part in (path, *names[:1]) if part)
-    return ""
+    def _held(self, node: fx.Node) -> list[tuple[Any, list[Any]]]:
+        """The nests and objects that a node gets and must not change, with what they hold; a child may."""
+        if node.target in (getattr, operator.getitem):
+            return []
+        child = node.op == "call_module"
+        kinds = (list, dict, set) if child else object
+        given = (self.facts[n].value for n in node.all_input_nodes)
+        nests = [v for v in given if isinstance(v, kinds) and not isinstance(v, (Tensor, *PLAIN))]
+        return [(nest, contents(nest, deep=not child)) for nest in nests]
 
 
 class _Capture(TorchFunctionMode):
@@ -375,19 +390,3 @@ def _argument_names(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         plain = i < len(parameters) and parameters[i].kind is not inspect.Parameter.VAR_POSITIONAL
         names.append(parameters[i].name if plain else f"arg_{i}")
     return names + list(kwargs)
-
-
-def _drop_unused(graph: fx.Graph, facts: dict[fx.Node, Fact]) -> None:
-    """Erases what nothing uses; fx's own dead-code elimination is unsound on in-place graphs."""
-    for node in reversed(graph.nodes):
-        fact = facts.get(node)
-        if fact is None or node.users or node.op == "placeholder":
-            continue
-        if is_size(node, fact) or _is_pure(node, fact):
-            graph.erase_node(node)
-
-
-def _is_pure(node: fx.Node, fact: Fact) -> bool:
-    """Whether a node only computes tensors: no write, no draw, no module that may keep a state."""
-    computes = node.op in ("call_function", "call_method") and bool(fact.ops)
-    return computes and not fact.writes and not any(op.random for op in fact.ops)

@@ -1,0 +1,111 @@
+"""What of a value decides which code runs: its plain parts, in a form that can be compared and hashed."""
+
+import random
+import types
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CONSTANTS = (type(None), bool, str, Enum, torch.dtype, torch.device, torch.memory_format, torch.layout)
+PLAIN = (*CONSTANTS, int, float)
+_ATOMS = frozenset({type(None), bool, str, int, float, torch.dtype, torch.device, torch.Size})
+
+
+def kind(value: Any, exact: bool) -> Any:  # noqa: PLR0911 - one for each make of value
+    """What of an argument decides which code runs, objects aside.
+
+    Args:
+        value: The argument.
+        exact: Numbers count too, and of tensors the whole shape instead of the rank.
+    """
+    if isinstance(value, Tensor):
+        return (tuple(value.shape), value.dtype, value.device.type) if exact else value.ndim
+    if isinstance(value, CONSTANTS):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value), tuple([kind(getattr(value, f.name), exact) for f in fields(value)])
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple([kind(item, exact) for item in value])
+    if isinstance(value, dict):
+        return dict, tuple([(name, kind(item, exact)) for name, item in value.items()])
+    if isinstance(value, (set, frozenset, range)):
+        return state(value)
+    return value if exact and isinstance(value, (int, float)) else type(value)
+
+
+def state(value: Any) -> Any:
+    """The plain parts of anything, those of nests and objects included, numbers as well.
+
+    A tensor counts by its rank, a module by its class, a function as itself.
+    """
+    return value if type(value) in _ATOMS else _state(value, ())
+
+
+def _state(value: Any, above: tuple[int, ...]) -> Any:
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, Tensor):
+        return Tensor, value.ndim
+    if isinstance(value, nn.Module):
+        return type(value)
+    if id(value) in above:
+        return "again", above.index(id(value))
+    if isinstance(value, types.MethodType):
+        return value.__func__, type(value.__self__)
+    return _parts(value, (*above, id(value)))
+
+
+def _parts(value: Any, above: tuple[int, ...]) -> Any:
+    def each(items: Any) -> tuple[Any, ...]:
+        found = tuple(
+            items
+        )  # at once where there is nothing to take apart, as in a table of a thousand names
+        plain = _ATOMS.issuperset(map(type, found))
+        return found if plain else tuple([_state(item, above) for item in found])
+
+    if isinstance(value, (list, tuple)):
+        return type(value), each(value)
+    if isinstance(value, Mapping):
+        return type(value), each(value), each(value.values())
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(each(value))
+    held = None if callable(value) or isinstance(value, types.ModuleType) else held_by(value)
+    if held:
+        return type(value), each(held), each(held.values())
+    return _opaque(value)
+
+
+def _opaque(value: Any) -> Any:
+    try:
+        hash(value)
+    except TypeError:
+        return type(value), _numbers(value)
+    return value  # a function, a class, an object that holds nothing: the very same one, or an equal one
+
+
+def _numbers(value: Any) -> bytes:
+    """What an array holds; nothing of what is none."""
+    try:
+        return bytes(memoryview(value))
+    except TypeError:
+        return b""
+
+
+def draws_numbers(value: Any) -> bool:
+    """Whether a value is a random number generator of Python or NumPy: what it draws, no state foretells."""
+    return isinstance(value, random.Random) or type(value).__module__.startswith("numpy.random")
+
+
+def held_by(value: Any) -> dict[str, Any]:
+    """The attributes that an object itself holds, in slots too; empty if it cannot be looked into."""
+    slots = [s for cls in type(value).__mro__ for s in _listed(cls.__dict__.get("__slots__", ()))]
+    held = {name: getattr(value, name) for name in slots if name[:2] != "__" and hasattr(value, name)}
+    return {**held, **getattr(value, "__dict__", {})}
+
+
+def _listed(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
