@@ -16,8 +16,10 @@ import torchvision
 from torch import Tensor, nn
 
 from surgeon._folding import algebra as _algebra
-from surgeon._folding.algebra import Law, laws
-from surgeon._folding.flat import Flat, Value, flatten
+from surgeon._folding.algebra import Law
+from surgeon._folding.flat import Flat, flatten
+from surgeon._folding.operators import RULES, laws
+from surgeon._folding.recorder import Value
 
 SCALE = 0.7
 Function = Callable[..., Tensor]
@@ -253,7 +255,7 @@ def _error(function: Function, tensors: tuple[Tensor, ...], exponents: tuple[int
 
 
 def test_every_rule_names_an_operator_that_exists() -> None:
-    for name in _algebra._RULES:
+    for name in RULES:
         space, operator = name.split(".")
         if space != "surgeon":  # a law of its own for an operator in a certain place
             assert hasattr(getattr(torch.ops, space), operator), name
@@ -266,5 +268,5 @@ def test_an_unknown_operator_lets_nothing_through() -> None:
 
 
 def test_infinity_and_zero_are_the_only_numbers_a_scale_leaves_alone() -> None:
-    assert all(_algebra._is_scale_free(number) for number in (0, 0.0, -0.0, math.inf, -math.inf, None))
-    assert not any(_algebra._is_scale_free(number) for number in (1, -1.0, 1e-30, math.nan))
+    assert all(_algebra.is_scale_free(number) for number in (0, 0.0, -0.0, math.inf, -math.inf, None))
+    assert not any(_algebra.is_scale_free(number) for number in (1, -1.0, 1e-30, math.nan))

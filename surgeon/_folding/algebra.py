@@ -35,15 +35,17 @@ asks for ``s ** -1`` on the first weight of ``f``. In a ghost module the cheap c
 primary features and its norm wants exponent 0, so its weight takes ``s ** -1``. In ``w = g v / |v|`` only
 ``g`` can take it, and in spectral normalisation ``w / sigma(w)`` nothing can.
 
-Each rule below is a pure function from one call to its laws. ``surgeon._folding.search`` solves them.
+Each rule below is a pure function from one call to its laws; ``surgeon._folding.operators`` says whose laws
+they are, and ``surgeon._folding.search`` solves them.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from fractions import Fraction
+from numbers import Number
 from typing import Any, NamedTuple
 
-from surgeon._folding.flat import Call, Value
+from surgeon._folding.recorder import Call, Value
 
 NO_SCALE = "does not commute with a scale"
 
@@ -57,11 +59,6 @@ class Law(NamedTuple):
 
 Laws = Iterable[Law]
 Rule = Callable[[Call], Laws]
-
-
-def laws(call: Call) -> Laws:
-    """The laws of one call; an unknown operator lets no scale through."""
-    return _RULES.get(call.name, nothing)(call)
 
 
 # The forms a law can take.
@@ -128,7 +125,7 @@ def adds(call: Call) -> Laws:
 def selects(call: Call) -> Laws:
     """``where``: entries of two sides, either of which may be zeros."""
     sides = call.arguments["self"], call.arguments["other"]
-    if not all(isinstance(side, Value) or _is_scale_free(side) for side in sides):
+    if not all(isinstance(side, Value) or is_scale_free(side) for side in sides):
         return nothing(call)
     return equal((call.outputs[0], *sides))
 
@@ -137,7 +134,7 @@ def writes(call: Call) -> Laws:
     """Entries of one tensor replaced by, or summed with, those of another or a number."""
     held = call.arguments
     new = next(held[name] for name in ("src", "source", "values", "value") if name in held)
-    if held.get("reduce") is not None or not (isinstance(new, Value) or _is_scale_free(new)):
+    if held.get("reduce") is not None or not (isinstance(new, Value) or is_scale_free(new)):
         return nothing(call)
     return equal((call.outputs[0], held["self"], new))
 
@@ -214,7 +211,7 @@ def adds_product(sign: int) -> Rule:
 def raises(call: Call) -> Laws:
     """A power with a constant rational exponent."""
     base, exponent = call.arguments["self"], call.arguments["exponent"]
-    if not (isinstance(base, Value) and _is_number(exponent) and math.isfinite(exponent)):
+    if not (isinstance(base, Value) and isinstance(exponent, int | float) and math.isfinite(exponent)):
         return nothing(call)
     exact = Fraction(exponent).limit_denominator(8)
     return power(call.outputs[0], base, exact) if exact == exponent else nothing(call)
@@ -229,6 +226,11 @@ def variance(call: Call) -> Laws:
     """The variance, alone or before the mean."""
     spread, *mean = call.outputs
     return [*power(spread, call.inputs[0], Fraction(2)), *equal((call.inputs[0], *mean))]
+
+
+def views(call: Call) -> Laws:
+    """The same numbers in another form, unless their bits are taken for another type."""
+    return carries(call) if call.arguments.get("dtype") is None else nothing(call)
 
 
 def compares(call: Call) -> Laws:
@@ -252,12 +254,12 @@ def makes_free(_: Call) -> Laws:
 def fills(call: Call) -> Laws:
     """A new tensor of one number; zeros carry any scale."""
     number = call.arguments.get("fill_value", call.arguments.get("value", call.arguments.get("s")))
-    return [] if _is_scale_free(number) else zero(call.outputs, "is a constant")
+    return [] if is_scale_free(number) else zero((*call.outputs, number), "is a constant")
 
 
 def pads(call: Call) -> Laws:
     """Padding by 0 or infinity carries a scale, by another number not."""
-    return carries(call) if _is_scale_free(call.arguments.get("value", 0)) else nothing(call)
+    return carries(call) if is_scale_free(call.arguments.get("value", 0)) else nothing(call)
 
 
 def clamps(*bounds: str) -> Rule:
@@ -265,7 +267,7 @@ def clamps(*bounds: str) -> Rule:
 
     def rule(call: Call) -> Laws:
         limits = [call.arguments.get(bound) for bound in bounds]
-        if any(_is_number(limit) and not _is_scale_free(limit) for limit in limits):
+        if any(_is_number(limit) and not is_scale_free(limit) for limit in limits):
             return nothing(call)
         return joins(call)
 
@@ -295,103 +297,9 @@ def norm_of(call: Call) -> Laws:
 
 
 def _is_number(argument: Any) -> bool:
-    return isinstance(argument, int | float)
+    return isinstance(argument, Number)
 
 
-def _is_scale_free(number: Any) -> bool:
+def is_scale_free(number: Any) -> bool:
     """Numbers that a positive scale leaves as they are."""
-    return number is None or (_is_number(number) and (number == 0 or math.isinf(number)))
-
-
-def _aten(names: str, rule: Rule) -> dict[str, Rule]:
-    return {f"aten.{name}": rule for name in names.split()}
-
-
-_RULES: dict[str, Rule] = {
-    # Same numbers in another form or order, or a homogeneous function of one tensor.
-    **_aten(
-        "view _unsafe_view _reshape_alias permute transpose t expand squeeze unsqueeze slice select split"
-        " split_with_sizes unbind diagonal unfold alias detach clone lift lift_fresh lift_fresh_copy"
-        " _to_copy repeat repeat_interleave roll flip rot90 pixel_shuffle pixel_unshuffle channel_shuffle"
-        " native_channel_shuffle index index_select gather take max_unpool2d max_unpool3d"
-        " tril triu im2col col2im view_as_real view_as_complex _conj _conj_physical real imag neg",
-        carries,
-    ),
-    # Metadata changes in place are all that functionalisation leaves in place: the value stays the same one.
-    **_aten("squeeze_ unsqueeze_ t_ transpose_ swapdims_ swapaxes_ detach_", carries),
-    **_aten("relu leaky_relu _prelu_kernel abs mean sum nansum cumsum amax amin nanmean std", carries),
-    **_aten("max min median sort topk kthvalue", joins),
-    **_aten(
-        "max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d"
-        " fractional_max_pool2d fractional_max_pool3d"
-        " avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"
-        " _adaptive_avg_pool2d _adaptive_avg_pool3d reflection_pad1d reflection_pad2d reflection_pad3d"
-        " replication_pad1d replication_pad2d replication_pad3d upsample_nearest1d upsample_nearest2d"
-        " upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d"
-        " upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d"
-        " _upsample_bilinear2d_aa _upsample_bicubic2d_aa"
-        " _fft_r2c _fft_c2r _fft_c2c",
-        carries,
-    ),
-    **_aten("rrelu rrelu_with_noise", leaks),
-    **_aten("linalg_vector_norm norm", norm_of),
-    **_aten("constant_pad_nd", pads),
-    **_aten("hardtanh", clamps("min_val", "max_val")),
-    **_aten("clamp clamp_min clamp_max", clamps("min", "max")),
-    **_aten("threshold", clamps("threshold", "value")),
-    **_aten("masked_fill index_fill", writes),
-    # Sums.
-    **_aten("add sub rsub", adds),
-    **_aten(
-        "slice_scatter select_scatter diagonal_scatter index_put _unsafe_index_put"
-        " scatter scatter_add index_add index_copy masked_scatter",
-        writes,
-    ),
-    **_aten("cat stack maximum minimum fmax fmin complex hypot", joins),
-    **_aten("where", selects),
-    **_aten("lerp", interpolates),
-    **_aten("copy", copies),
-    **_aten("embedding", looks_up),
-    # Products.
-    **_aten("mul mm bmm matmul mv dot vdot outer ger kron cross linalg_cross", multiplies),
-    **_aten("div divide true_divide", divides),
-    **_aten("convolution _convolution", affine("input", "weight", "bias")),
-    **_aten("addmm", affine("mat1", "mat2", "self")),
-    **_aten("addmv", affine("mat", "vec", "self")),
-    **_aten("addr", affine("vec1", "vec2", "self")),
-    **_aten("baddbmm addbmm", affine("batch1", "batch2", "self")),
-    **_aten("addcmul", adds_product(1)),
-    **_aten("addcdiv", adds_product(-1)),
-    **_aten("grid_sampler_2d grid_sampler_3d cudnn_grid_sampler", carries),
-    "torchvision.deform_conv2d": deforms,
-    "torchvision.roi_align": carries,
-    "torchvision.ps_roi_align": carries,
-    # Powers.
-    **_aten("pow", raises),
-    **_aten("sqrt", power_of(Fraction(1, 2))),
-    **_aten("rsqrt", power_of(Fraction(-1, 2))),
-    **_aten("reciprocal", power_of(Fraction(-1))),
-    **_aten("square", power_of(Fraction(2))),
-    **_aten("var var_mean", variance),
-    # Normalisations and attention.
-    **_aten(
-        "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm"
-        " miopen_batch_norm _batch_norm_no_update _batch_norm_with_update native_layer_norm native_group_norm"
-        " _fused_rms_norm",
-        normalises,
-    ),
-    "surgeon.batch_norm": normalises_by_buffers,
-    **_aten("_weight_norm_interface", weight_norm),
-    **_aten(
-        "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu"
-        " _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
-        " _scaled_dot_product_fused_attention_overrideable",
-        attends,
-    ),
-    # Blind to a scale, or without content.
-    **_aten("eq ne lt le gt ge", compares),
-    **_aten("argmax argmin argsort sign sgn isnan logical_not signbit count_nonzero", ignores),
-    **_aten("empty empty_like new_empty empty_strided new_empty_strided empty_permuted", makes_free),
-    **_aten("zeros zeros_like new_zeros", makes_free),
-    **_aten("full full_like new_full scalar_tensor fill", fills),
-}
+    return number is None or (_is_number(number) and number in (0, math.inf, -math.inf))

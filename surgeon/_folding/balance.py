@@ -8,8 +8,10 @@ which call made a value stay, so that a refusal can name the nearest obstacle.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from surgeon._folding.algebra import Law, laws
-from surgeon._folding.flat import Call, Flat, Value
+from surgeon._folding.algebra import Law
+from surgeon._folding.flat import Flat
+from surgeon._folding.operators import laws
+from surgeon._folding.recorder import Call, Value
 
 MARK = "surgeon.mark"
 STAYS = -1
@@ -37,8 +39,11 @@ class Balance:
         self.fixed = _independent_of_inputs(flat)
         self.readers: dict[Value, list[Call]] = {}
         self.producer: dict[Value, Call] = {}
+        known = {*flat.parameters, *flat.buffers}
         for call in flat.calls:
-            self.producer.update(dict.fromkeys(call.outputs, call))
+            known.update(call.inputs)
+            self.producer.update({value: call for value in call.outputs if value not in known})
+            known.update(call.outputs)
             for value in dict.fromkeys(call.inputs):
                 self.readers.setdefault(value, []).append(call)
         self.pins: dict[Value, Pin] = {}
@@ -74,7 +79,8 @@ class Balance:
     def _laws(self) -> Iterator[tuple[Law, Call]]:
         """Every law between values that matter; pins are noted on the way."""
         for call in self.flat.calls:
-            if call.name == MARK or not any(self.reach.get(value) for value in call.outputs):
+            idle = call.outputs and not any(self.reach.get(value) for value in call.outputs)
+            if call.name == MARK or idle:
                 continue
             for law in laws(call):
                 if not all(self.reach.get(value) for value, _ in law.terms):
@@ -143,7 +149,7 @@ def _reach(flat: Flat) -> dict[Value, int]:
     """For each value that matters a set of bits: 1 an output of the model, ``2 << gate`` that gate."""
     reach = dict.fromkeys(flat.outputs, 1)
     for call in reversed(flat.calls):
-        bits = 0
+        bits = 0 if call.outputs else 1  # what Python looked at may decide anything
         for value in call.outputs:
             bits |= reach.get(value, 0)
         if call.name == MARK:

@@ -16,7 +16,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from surgeon._folding.flat import Call, Flat, Source, Value
+from surgeon._folding.flat import Flat, Source
+from surgeon._folding.recorder import Call, Value
 
 Function = Callable[[Tensor], Tensor]
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from surgeon._folding.flat import Call, Flat, Source, Value
+from surgeon._folding.flat import Flat, Source
+from surgeon._folding.recorder import Call, Value
 
 Span = tuple[int, int]
 Owners = Mapping[str, int]
@@ -63,6 +64,9 @@ class _Splitter:
 
     def _visit(self, call: Call) -> None:
         """Emit a call, as it is or in parts; a call that only reads rows waits for what it reads."""
+        if not call.outputs:
+            self._emit(call)
+            return
         out, *others = call.outputs
         if not any(map(self._needed, call.outputs)):
             return

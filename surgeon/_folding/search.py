@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 from surgeon._folding.algebra import Law
 from surgeon._folding.balance import STAYS, Balance
-from surgeon._folding.flat import Call, Source, Value
+from surgeon._folding.flat import Source
+from surgeon._folding.recorder import Call, Value
 
 _MOST = 4  # the largest power of a scale worth writing into a weight
 _REACHES_SHORTCUT = (
@@ -265,6 +266,9 @@ _SPOKEN = {
     "mm": "matmul",
     "bmm": "matmul",
     "addmm": "linear",
+    "copy_": "copy",
+    "written": "a write in place",
+    "_local_scalar_dense": "item",
 }
 
 
