@@ -124,6 +124,30 @@ def test_lost_constants_are_put_back_under_names_of_their_own():
     assert len(graph.initializers) == 3 and list(graph.inputs) == [x]
 
 
+class Sided(nn.Module):
+    """Another layer for large inputs."""
+
+    def __init__(self, dimension):
+        super().__init__()
+        self.dimension = dimension
+        self.small, self.large = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        return self.small(x) if x.shape[self.dimension] <= 20 else self.large(x)
+
+
+@pytest.mark.parametrize(("dimension", "axis"), [(0, "batch"), (3, "width")])
+def test_a_graph_that_holds_up_to_some_size_is_refused(dimension, axis, tmp_path):
+    size = {"dynamic_size": dimension > 0}
+    with pytest.raises(
+        ExportError, match=rf"fails or does something else where {axis} is above 20; pass dynamic_"
+    ):
+        export(Sided(dimension), tmp_path / "m.onnx", example=torch.zeros(2, 3, 8, 8), **size)
+    assert list(tmp_path.iterdir()) == []
+    report = export(Sided(1), tmp_path / "m.onnx", example=torch.zeros(2, 3, 8, 8), dynamic_size=True)
+    assert report.inputs["input"] == ("batch", 3, "height", "width")
+
+
 @pytest.mark.slow
 def test_opset_that_cannot_be_reached(tmp_path):
     model = nn.Sequential(nn.LayerNorm(4), nn.GELU())

@@ -23,6 +23,7 @@ from typing import Any, cast
 import onnx_ir as ir
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from surgeon._onnx.padding import keep_zeros
@@ -81,9 +82,11 @@ def to_onnx(
         raise ExportError(_failure(model, error, {name for one in axes for name in one.values()})) from error
     finally:
         drop_caches(model)
-    graph = cast("torch.onnx.ONNXProgram", program).model  # It is None for the old exporter only.
+    made = cast("torch.onnx.ONNXProgram", program)  # It is None for the old exporter only.
+    graph = made.model
     _check_opset(graph, model, opset)
     _check_axes(graph, model, axes)
+    _check_ranges(made.exported_program, model, axes)
     _adopt(graph)
     _tidy(graph)
     keep_zeros(graph)
@@ -169,6 +172,28 @@ def _check_axes(graph: ir.Model, model: nn.Module, axes: Sequence[Mapping[int, s
                 raise ExportError(
                     f"{kind} fixes its {name} to {given.shape[axis]} in {why}, so no dynamic {name} is "
                     f"possible; pass {_WITHOUT[name]} to export for that one"
+                )
+
+
+def _check_ranges(
+    program: ExportedProgram | None, model: nn.Module, axes: Sequence[Mapping[int, str]]
+) -> None:
+    """Checks that no branch on a size in the model's Python holds for sizes up to some limit alone.
+
+    The graph has the side that the example took, for any size. A limit from below need not be one: tracing
+    makes some up. At batch 1 and at a size of its own the comparison sees what it is worth.
+    """
+    if program is None:
+        return
+    given = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    for node, names in zip(given, axes, strict=True):
+        for axis, name in names.items():
+            size = node.meta["val"].shape[axis]
+            found = program.range_constraints.get(getattr(getattr(size, "node", None), "expr", None))
+            if found is not None and found.upper.is_Integer:
+                raise ExportError(
+                    f"the forward of {type(model).__name__} fails or does something else where {name} is above "
+                    f"{found.upper}; pass {_WITHOUT[name]} to export for the example's {name} alone"
                 )
 
 
