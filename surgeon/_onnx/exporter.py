@@ -192,8 +192,8 @@ def _check_ranges(
             found = program.range_constraints.get(getattr(getattr(size, "node", None), "expr", None))
             if found is not None and found.upper.is_Integer:
                 raise ExportError(
-                    f"the forward of {type(model).__name__} fails or does something else where {name} is above "
-                    f"{found.upper}; pass {_WITHOUT[name]} to export for the example's {name} alone"
+                    f"the forward of {type(model).__name__} fails or does something else where {name} is "
+                    f"above {found.upper}; pass {_WITHOUT[name]} to export for the example's {name} alone"
                 )
 
 
