@@ -29,7 +29,7 @@ _SHOWN = _words("""
     addbmm addmm addmv addr all amax amin aminmax any argmax argmin baddbmm bmm dot linear linalg_vector_norm
     logsumexp max mean min mm mv nansum norm prod std std_mean sum trilinear var var_mean
     hardswish log_sigmoid_forward prelu_kernel rsub complex polar masked_fill
-    bernoulli embedding exponential fused_dropout native_dropout normal uniform prelu rrelu_with_noise
+    bernoulli exponential fused_dropout native_dropout normal uniform prelu rrelu_with_noise
 """)
 _VIEWS = _words("view unsafe_view reshape reshape_alias")
 # These work along the dimension that an argument names,
@@ -132,6 +132,10 @@ def _index(call: _Call) -> bool:
     return call.active(picked) and any(_rows(picked.shape[d]) for d in named)
 
 
+def _table(call: _Call) -> bool:
+    return call.active(call["weight"])
+
+
 def _matrix(call: _Call) -> bool:
     return any(_rows(size) for size in call.first.shape[-2:])
 
@@ -168,6 +172,7 @@ _RULES: dict[str, Callable[[_Call], bool]] = {
     **dict.fromkeys(("native_layer_norm", "fused_rms_norm"), _layer_norm),
     **dict.fromkeys(("index", "index_put", "unsafe_index"), _index),
     **dict.fromkeys(("tril", "triu"), _matrix),
+    "embedding": _table,
     **dict.fromkeys(
         (
             *("scaled_dot_product_flash_attention_for_cpu", "scaled_dot_product_flash_attention"),

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from surgeon._gating.gate import Branch, Gate, combine, masked_add
 from surgeon._gating.rowops import Join, Part, take
 from surgeon._gating.saved import hooks_allowed, saved_once
+from surgeon._tracing.example import tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +28,11 @@ class Lifted:
 
     Attributes:
         run: ``run(block, *inputs)``.
-        rows: Which inputs have one entry per sample, by place; the others go in whole.
+        rows: Which inputs have one entry per sample, or one for all, by place; the others go in whole.
         owns: Submodules and parameters of the block that it uses.
         feeds: Which inputs reach the result through the branch alone, by place.
         kept: Which of ``rows`` autograd keeps whole anyway, see `surgeon._gating.saved`.
+        single: Tensors that have one entry for all and must have, by the input's place and theirs in it.
     """
 
     run: Branch
@@ -38,6 +40,7 @@ class Lifted:
     owns: tuple[str, ...]
     feeds: tuple[int, ...]
     kept: tuple[int, ...] = ()
+    single: tuple[tuple[int, int], ...] = ()
 
 
 Form = Callable[..., Tensor]
@@ -87,8 +90,11 @@ def _masks(lifted: Lifted, gate: Gate, shortcut: Tensor, inputs: Sequence[Any]) 
     if gate.drop_rate == 0:
         return False
     known = (1, shortcut.shape[0])
-    skips = gate.skipping(shortcut.device.type, shortcut.shape[0])
-    return not skips or any(inputs[i].shape[0] not in known for i in lifted.rows)
+    if not gate.skipping(shortcut.device.type, shortcut.shape[0]):
+        return True
+    if any(inputs[i].shape[0] not in known for i in lifted.rows):
+        return True
+    return any(tensors(inputs[i])[place].shape[0] != 1 for i, place in lifted.single)
 
 
 def _whole(

@@ -20,9 +20,8 @@ from surgeon._finding.drops import row_mask
 from surgeon._finding.flow import Flow
 from surgeon._finding.paths import writes_to
 from surgeon._gating.gate import Gate, evaluating_add, masked_add
-from surgeon._gating.rowwise import Rowwise, nested, rowwise
-from surgeon._gating.samples import Samples
 from surgeon._gating.skip import Form, Lifted, batch_add, rows_add
+from surgeon._gating.subsets import Subset, look
 from surgeon._tracing.facts import is_size
 from surgeon._tracing.fake import storage
 
@@ -43,24 +42,7 @@ class Spliced:
     run: Run
     exact: bool
     kept_whole: Mapping[int, str]
-    subsets: Mapping[int, "Subset"]
-
-
-@dataclass(frozen=True, slots=True)
-class Subset:
-    """The branch of one gate on some of the rows.
-
-    Attributes:
-        statistics: It computes statistics over its rows.
-        flops: FLOPs of its forward on one row.
-        moved: Bytes of one row of the tensors that gathering and adding back touch.
-        samples: What the sum tells about where the samples lie.
-    """
-
-    statistics: bool
-    flops: int
-    moved: int
-    samples: Samples
+    subsets: Mapping[int, Subset]
 
 
 def splice(
@@ -92,65 +74,19 @@ def splice(
             writer.add(index, addition, evaluating_add)
             continue
         wanted, reason = addition.ordinal in skip, unliftable(flow, addition)
-        if by_rows and (wanted or batch is not None):
-            found, subsets[addition.ordinal] = _look(writer, addition, block, batch, reason)
-            reason = found.reason
-        if reason or not wanted:
+        looked_at = by_rows and (wanted or batch is not None)
+        part = writer.lifted(addition) if not reason and (wanted or looked_at) else None
+        if looked_at:
+            subsets[addition.ordinal] = subset = look(flow, addition, block, batch, part)
+            reason = reason or subset.reason
+            part = (subset.lifted, part[1]) if part and subset.lifted else part
+        if part is None or reason or not wanted:
             writer.add(index, addition, masked_add)
         else:
-            writer.lift(index, addition, rows_add if by_rows else batch_add)
+            writer.lift(index, addition, rows_add if by_rows else batch_add, *part)
         if reason and wanted:
             whole[addition.ordinal] = reason
     return Spliced(writer.write(), flow.trace.exact, whole, subsets)
-
-
-def _look(
-    writer: "_Writer", addition: Addition, block: nn.Module, batch: int | None, reason: str
-) -> tuple[Rowwise, Subset]:
-    """Whether a branch may run on some rows only, and what that involves; ``reason`` speaks against it."""
-    flow = writer.flow
-    if reason:
-        shape = tuple(flow.fact(addition.shortcut).value.shape)
-        return Rowwise(reason), Subset(False, 0, 0, Samples(shape, mixes=False, apart=lambda _: True))
-    lifted, reads = writer.lifted(addition)
-    values = [flow.fact(node).value for node in reads]
-    active = [flow.fact(node).active for node in reads]
-    shortcut = flow.fact(addition.shortcut).value
-    if batch is not None and shortcut.shape[:1] != (batch,):
-        found = Rowwise(f"its result has the shape {list(shortcut.shape)}, the batch {batch} entries")
-    else:
-        found = _rowwise(lifted, block, values, active, shortcut)
-
-    def apart(dim: int) -> bool:
-        size = shortcut.shape[dim]
-        along = [
-            i
-            for i, (value, on) in enumerate(zip(values, active, strict=True))
-            if on and isinstance(value, Tensor) and value.ndim > dim and value.shape[dim] == size
-        ]
-        return bool(along) and not rowwise(lifted.run, block, values, along, dim).reason
-
-    rows = shortcut.shape[0] if shortcut.ndim else 1
-    moved = sum(_bytes(flow, node) for node in (*(reads[i] for i in lifted.rows), addition.shortcut))
-    samples = Samples(tuple(shortcut.shape), found.mixes, apart)
-    return found, Subset(found.statistics, addition.flops // max(rows, 1), moved // max(rows, 1), samples)
-
-
-def _bytes(flow: Flow, node: fx.Node | None) -> int:
-    value = flow.fact(node).value if node is not None else None
-    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
-
-
-def _rowwise(
-    lifted: Lifted, block: nn.Module, values: Sequence[Any], active: Sequence[bool], shortcut: Tensor
-) -> Rowwise:
-    if shortcut.ndim == 0:
-        return Rowwise("the shortcut has no dimension")
-    if any(nested(value) for value, on in zip(values, active, strict=True) if on):
-        return Rowwise("the branch reads a nest of tensors")
-    if not lifted.rows:
-        return Rowwise("the branch reads nothing that has one entry per row")
-    return rowwise(lifted.run, block, values, lifted.rows)
 
 
 def unliftable(flow: Flow, addition: Addition) -> str:
@@ -190,9 +126,10 @@ class _Writer:
 
         self.replaced[addition.node] = emit
 
-    def lift(self, index: int, addition: Addition, form: Form) -> None:
+    def lift(
+        self, index: int, addition: Addition, form: Form, lifted: Lifted, reads: Sequence[fx.Node]
+    ) -> None:
         """Moves the branch of an addition into a function that ``form`` calls if the gate is open."""
-        lifted, reads = self.lifted(addition)
         self.left_out |= set(addition.region)
 
         def emit() -> fx.Node:
