@@ -87,9 +87,19 @@ def pyramid(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return m.d(fine) + F.interpolate(top, scale_factor=2.0), top
 
 
+def gathered(m: Any, x: Tensor, edges: Tensor) -> Tensor:
+    """Messages along the edges of a graph, as GraphSAGE sums them up."""
+    return m.a(torch.zeros_like(x).index_add_(0, edges[1], x[edges[0]])) + m.b(x)
+
+
 NONE: dict[str, tuple[nn.Module, tuple[Tensor, ...], set[str]]] = {
     "drawn from a mean and a spread": (
         Net(lambda m, x: m.a(x) + torch.randn_like(x) * (0.5 * m.b(x)).exp(), **layers("a", "b")),
+        (ROWS,),
+        {"fusion"},
+    ),
+    "shallower than the projection": (
+        Net(lambda m, x: m.b(m.a(x)) + m.c(x).relu(), **layers("a", "b", "c")),
         (ROWS,),
         {"fusion"},
     ),
@@ -124,6 +134,11 @@ NONE: dict[str, tuple[nn.Module, tuple[Tensor, ...], set[str]]] = {
     ),
     "recurrence": (Net(recurrent, **layers("a", "b", "c")), (STEPS,), {"fusion", "bias"}),
     "leaky integration": (Net(leaky, **layers("a", "b")), (STEPS,), {"fusion", "bias"}),
+    "messages of neighbours": (
+        Net(gathered, **layers("a", "b")),
+        (ROWS, torch.zeros(2, 6, dtype=torch.long)),
+        {"linear"},
+    ),
     "linear experts": (Net(experts, **layers("a", "b", "c", "d"), gate=nn.Linear(8, 4)), (ROWS,), {"fusion"}),
     "like terms": (
         Net(lambda m, x: m.a(x).relu() + m.b(x).relu() + m.c(x).relu(), **convs("a", "b", "c")),
@@ -143,8 +158,8 @@ def test_no_branch(case: str) -> None:
 
 
 RESIDUAL: dict[str, tuple[nn.Module, tuple[Tensor, ...], str]] = {
-    "a deeper branch": (
-        Net(lambda m, x: m.a(x) + m.c((0.5 * m.b(x)).exp()), **layers("a", "b", "c")),
+    "without the noise": (
+        Net(lambda m, x: m.a(x) + (0.5 * m.b(x)).exp(), **layers("a", "b")),
         (ROWS,),
         "projection",
     ),

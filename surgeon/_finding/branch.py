@@ -18,6 +18,7 @@ from surgeon._tracing.operators import (
     enlarges,
     is_linear,
     is_masking,
+    is_noise,
     is_pointwise,
     is_softmax,
     pools,
@@ -89,15 +90,17 @@ def _learns(flow: Flow, addition: Addition) -> bool:
 def _merges(flow: Flow, addition: Addition, work: Sequence[fx.Node]) -> bool:
     """Whether what stands beside a projection is no branch that was computed from the same value.
 
-    It may be no deeper than the projection, as two heads on one value are; a recurrence, whose steps read
-    other parts of the value; or the coarser level of a pyramid, resized.
+    It may have fewer layers than the projection; be noise of a spread of its own around a mean; a recurrence,
+    whose steps read other parts of the value; or the coarser level of a pyramid, resized.
     """
     one, other = addition.shortcut, addition.branch
     own = side(flow, one, other)
-    deeper = layers(flow, other, one)[0] > layers(flow, one, other)[1]
+    shallow = layers(flow, other, one)[0] < layers(flow, one, other)[1]
+    noisy = any(is_noise(op) for node in work for op in flow.fact(node).ops)
     resized = [any(enlarges(op) for op in ops_of(flow, nodes)) for nodes in (own, work)]
     return (
-        not deeper
+        shallow
+        or noisy
         or resized == [False, True]
         or _repeats(flow, own, work)
         or _reads_stream(flow, work, addition.region)

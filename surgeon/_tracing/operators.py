@@ -72,6 +72,11 @@ def drops_rows(ops: Sequence[Op], rows: int) -> bool:
     return alone and is_coin(ops) and all(op.random in (0, 1, rows) for op in ops)
 
 
+def is_noise(op: Op) -> bool:
+    """Whether the operator draws from a normal distribution."""
+    return op.func.overloadpacket in _NORMAL
+
+
 def is_coin(ops: Iterable[Op]) -> bool:
     """Whether random numbers are drawn and made zeros and ones of: by a Bernoulli draw, or by rounding."""
     ops = list(ops)
@@ -92,6 +97,7 @@ _COINS = {
     ),
     *(aten.lt, aten.lt_, aten.le, aten.le_, aten.gt, aten.gt_, aten.ge, aten.ge_),
 }
+_NORMAL = {aten.randn, aten.randn_like, aten.normal, aten.normal_, aten.normal_functional}
 _LAYERS = {aten.convolution, aten.addmm, aten.mm, aten.bmm, aten.baddbmm}
 _MASKS = {aten.masked_fill, aten.masked_fill_, aten.where}
 _COPIES = {aten.clone, aten._to_copy, aten.contiguous, aten.copy_}
@@ -121,6 +127,7 @@ _ADDITIVE = {
         aten.new_empty_strided,
         aten.contiguous,
     ),
+    *(aten.gather, aten.index_add, aten.index_add_, aten.scatter_add, aten.scatter_add_, aten.zeros),
     *(aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_no_training),
     *(aten._native_batch_norm_legit_functional, aten.cudnn_batch_norm, aten.miopen_batch_norm),
 }
