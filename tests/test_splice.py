@@ -296,3 +296,44 @@ def test_channels_last_is_kept() -> None:
             with coins(kept):
                 assert model(x).is_contiguous(memory_format=torch.channels_last)
         surgeon.remove(model)
+
+
+class Experts(nn.Module):
+    """Gives a loss of its own besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.runs = nn.Linear(4, 4), 0
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.runs += 1
+        y = torch.tanh(self.f(x))
+        return y, y.square().mean((1,))
+
+
+class Mixture(nn.Module):
+    def __init__(self, *, hands_on: bool) -> None:
+        super().__init__()
+        self.experts, self.norm, self.hands_on = Experts(), nn.LayerNorm(4), hands_on
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, loss = self.experts(x)
+        return x + self.norm(y), loss if self.hands_on else x
+
+
+@pytest.mark.parametrize("unit", ["batch", "sample"])
+@pytest.mark.parametrize("hands_on", [False, True])
+def test_layers_whose_results_are_used_elsewhere_too_are_not_said_to_be_skipped(
+    unit: str, hands_on: bool
+) -> None:
+    model = surgeon.apply(
+        Mixture(hands_on=hands_on), "uniform", unit=unit, skip=True, example=torch.zeros(2, 4)
+    )
+    (gate,) = surgeon.status(model).gates
+    assert gate.skips == (not hands_on)
+    assert ("layers of the branch give is also used elsewhere" in gate.note) == hands_on
+    model.experts.runs, x = 0, torch.randn(3, 4)
+    with coins(False):
+        out, _ = model(x)
+    assert same(out, x)
+    assert model.experts.runs == hands_on

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from surgeon._finding.addition import Addition
 from surgeon._finding.drops import row_mask
 from surgeon._finding.flow import Flow
-from surgeon._finding.paths import writes_to
+from surgeon._finding.paths import side, writes_to
 from surgeon._gating.gate import Gate, evaluating_add, masked_add
 from surgeon._gating.skip import Form, Lifted, batch_add, rows_add
 from surgeon._gating.subsets import Subset, look
@@ -98,6 +98,9 @@ def unliftable(flow: Flow, addition: Addition) -> str:
         for other in flow.order[flow.position(node) : end]:
             if other not in inside and flow.fact(other).writes & flow.fact(node).reads:
                 return f"{other.name} writes in place to what the branch reads"
+    work = side(flow, addition.branch, addition.shortcut)
+    if any(flow.fact(node).flops for node in work) and not any(flow.fact(node).flops for node in inside):
+        return "what the layers of the branch give is also used elsewhere in the block"
     return ""
 
 

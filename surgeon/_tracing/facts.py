@@ -1,5 +1,6 @@
 """What a trace is: a graph, and for each of its nodes what is known from running it on fake values."""
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,5 +88,7 @@ def drop_unused(graph: fx.Graph, facts: dict[fx.Node, Fact]) -> None:
 
 def _is_pure(node: fx.Node, fact: Fact) -> bool:
     """Whether a node only computes tensors: no write, no draw, no module that may keep a state."""
+    if node.target is operator.getitem:  # unpacking takes every item, wanted or not
+        return True
     computes = node.op in ("call_function", "call_method") and bool(fact.ops)
     return computes and not fact.writes and not any(op.random for op in fact.ops)
