@@ -19,8 +19,9 @@ from torch.utils import _pytree as pytree
 
 from surgeon._finding.addition import Addition
 from surgeon._finding.flow import Flow
-from surgeon._finding.residual import additions, meant
+from surgeon._finding.residual import meant
 from surgeon._gating.gate import NOTE, Gate
+from surgeon._gating.places import Mark, again, located
 from surgeon._gating.splice import Run, Spliced, splice
 from surgeon._tracing.example import no_inference_mode, tensors, untouched
 from surgeon._tracing.fake import held_open, to_fake
@@ -48,7 +49,8 @@ class Gating:
         self.name = name
         self.gates = tuple(gates)
         self.rewritten, self.kept = rewritten, kept
-        self.complete: bool | None = None  # whether each residual add of the block carries a gate
+        self.complete = False  # whether each residual add of the block carries a gate
+        self.marks: tuple[Mark, ...] = ()  # what the gates' additions are known by
         self.exact = False
         self.ambient = False
         self.opened: frozenset[str] = frozenset()
@@ -136,25 +138,23 @@ class Gating:
         return self.runs[self._key(block, args, kwargs)]
 
     def _chosen(self, flow: Flow) -> list[Addition]:
-        """The additions that the gates belong to; for other shapes a block may sum up more terms."""
-        found = additions(flow)
-        plain = [addition for addition in found if addition.code is None]
-        if self.complete is None:
-            self.complete = [a.ordinal for a in plain] == [gate.ordinal for gate in self.gates]
-        if self.complete and len(plain) == len(self.gates):
-            return [replace(a, ordinal=g.ordinal) for a, g in zip(plain, self.gates, strict=True)]
-        by_ordinal = {addition.ordinal: addition for addition in found}
-        chosen = [
-            meant(flow, by_ordinal.get(gate.ordinal), gate.kind, self.sides.get(gate.ordinal))
-            for gate in self.gates
-        ]
-        missing = [gate.name for gate, a in zip(self.gates, chosen, strict=True) if a is None]
-        if missing:
-            raise UnseenCallError(
-                f"{self.name or 'the model'} is called in a way in which it does not perform the gated "
-                f"addition {missing[0]}; exclude it (exclude={missing[0]!r}) or call it as on the example"
-            )
-        return [addition for addition in chosen if addition is not None]
+        """The additions that the gates belong to; called in another way a block may perform others."""
+        if not self.marks:
+            found, marks = located(flow)
+            self.marks = tuple([marks[gate.ordinal] for gate in self.gates])
+            plain = [a.ordinal for a in found if a.code is None]
+            self.complete = plain == [gate.ordinal for gate in self.gates]
+        chosen = []
+        located_again = again(flow, self.marks, complete=self.complete)
+        for gate, addition in zip(self.gates, located_again, strict=True):
+            one = meant(flow, addition, gate.kind, self.sides.get(gate.ordinal))
+            if one is None:
+                raise UnseenCallError(
+                    f"{self.name or 'the model'} is called in a way in which it does not perform the gated "
+                    f"addition {gate.name}; exclude it (exclude={gate.name!r}) or call it as on the example"
+                )
+            chosen.append(replace(one, ordinal=gate.ordinal))
+        return chosen
 
     def _key(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Everything that decides which code the block's forward runs."""
@@ -175,7 +175,7 @@ class Gating:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Gating":
         twin = Gating(self.name, copy.deepcopy(self.gates, memo), self.rewritten, self.kept)
-        twin.complete = self.complete
+        twin.complete, twin.marks = self.complete, self.marks
         twin.exact, twin.ambient, twin.attributes = self.exact, self.ambient, self.attributes
         twin.given, twin.opened, twin.sides = dict(self.given), self.opened, dict(self.sides)
         twin.active, twin.runs = dict(self.active), dict(self.runs)
