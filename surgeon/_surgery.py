@@ -258,6 +258,11 @@ def fold(model: nn.Module, *, inplace: bool = False, example: Example = None) ->
     weight can take a scale (a branch that ends in SiLU, say), the gate stays as one multiplication: a warning
     and `status` of the result name it with the reason.
 
+    The weights are found by one evaluating call on the example. Where a gated block has been called in other
+    ways since `apply` (with an optional argument, say), a gate folds only if the same weights take its scale
+    in those, too. What no gated block has seen does not count: a path that a layer inside a block, or the
+    model around the blocks, takes for other sizes or values than the example's is not looked at.
+
     Args:
         model: A gated model.
         inplace: Change and return ``model`` itself.

@@ -1,10 +1,25 @@
 """The plan changes nothing; the commit changes what the plan says, or nothing."""
 
+import copy
 import random
 
 import pytest
 import torch
-from folds import SCALE, Gated, SqueezeExcite, exponents, image, randomised, tokens
+import torch.nn.functional as F
+from folds import (
+    SCALE,
+    Gated,
+    Of,
+    SqueezeExcite,
+    difference,
+    exponents,
+    folds,
+    image,
+    randomised,
+    scaled,
+    tokens,
+    weights,
+)
 from torch import Tensor, nn
 
 from surgeon._folding.fold import FoldPlan, Kept, Step, commit, plan
@@ -224,3 +239,45 @@ def test_a_plan_prints_well() -> None:
         "gate 1: w[:, 0:4] *= scale",
         "gate 2: kept, the branch ends in silu, which does not commute with a scale",
     ]
+
+
+def test_parameters_over_one_memory_are_all_written() -> None:
+    """A copy of the model has them taken apart; in place there is one memory, to be written once."""
+    model = nn.Sequential(Gated(nn.Linear(8, 8)), nn.Linear(8, 8))
+    randomised(model)
+    model[1].weight = nn.Parameter(model[0].branch.weight.data)
+    pair = {"one": nn.Linear(8, 8), "other": nn.Linear(8, 8)}
+    twice = randomised(nn.Sequential(Gated(Of(lambda held, x: held.one(x) + held.other(x), **pair))))
+    pair["other"].weight = nn.Parameter(pair["one"].weight.data)
+    x = tokens()
+    assert folds(model, x).kept  # the second use is outside of the branch
+    made = folds(twice, x)
+    assert not made.kept
+    (step,) = [step for step in made.steps if step.parameter.endswith("weight")]
+    assert step.also == ("0.branch.other.weight",)
+    expected = _scaled_by(twice, SCALE, x)
+    commit(twice, made, {0: SCALE})
+    assert difference(_scaled_by(twice, 1.0, x), expected) < 1e-12
+
+
+@torch.no_grad()
+def _scaled_by(model: nn.Module, scale: float, x: Tensor) -> Tensor:
+    scaled(model, {0: scale})
+    result: Tensor = model(x)
+    scaled(model, None)
+    return result
+
+
+def test_a_parameter_that_repeats_a_number_is_not_written() -> None:
+    gained = Of(lambda held, x: F.relu(held.first(x)) * held.gain, first=nn.Linear(8, 8), gain=torch.ones(8))
+    model = randomised(Gated(gained))
+    made = folds(model, tokens())
+    assert exponents(made) == {"gain": 1}
+    model.branch.gain = nn.Parameter(torch.full((1,), 0.7, dtype=torch.float64).expand(8))
+    assert exponents(folds(model, tokens())) == weights("first")
+    both = FoldPlan((Step("branch.first.bias", 0, 1), *made.steps), ())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FoldError, match="one number in memory"):
+        commit(model, both, {0: SCALE})
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])

@@ -19,6 +19,7 @@ from surgeon._folding.flat import Flat, flatten
 from surgeon._folding.freed import INVERTIBLE, freed
 from surgeon._folding.rows import by_rows
 from surgeon._folding.search import Exponents, Refusal, solve, spoken
+from surgeon._folding.state import place, repeats
 from surgeon.errors import FoldError
 
 
@@ -35,6 +36,8 @@ class Step:
     dim: int = 0
     through: str = ""
     """What is multiplied is this function of the parameter, such as ``"sigmoid"``."""
+    also: tuple[str, ...] = field(default=(), compare=False)
+    """Its other names, of which some may be Parameters of their own over the same memory."""
 
     def __str__(self) -> str:
         rows = "" if self.rows is None else f"[{':, ' * self.dim}{self.rows[0]}:{self.rows[1]}]"
@@ -159,7 +162,9 @@ def _related(found: Mapping[int, Exponents | Refusal], scales: Mapping[int, floa
 
 def _steps(flat: Flat, gate: int, exponents: Exponents) -> list[Step]:
     sources = [(flat.parameters[value], exponent) for value, exponent in exponents.items()]
-    return [Step(s.names[0], gate, exponent, s.rows, s.dim, s.through) for s, exponent in sources]
+    return [
+        Step(s.names[0], gate, exponent, s.rows, s.dim, s.through, s.names[1:]) for s, exponent in sources
+    ]
 
 
 def commit(model: nn.Module, plan: FoldPlan, scales: Mapping[int, float]) -> None:
@@ -178,11 +183,15 @@ def commit(model: nn.Module, plan: FoldPlan, scales: Mapping[int, float]) -> Non
             the parameter's type. Nothing was changed.
     """
     _check_scales(plan, scales)
-    work = {name: _parameter(model, name) for name in _by_parameter(plan)}
-    check_products(plan, scales, work)
+    grouped = _by_parameter(plan)
+    work = {name: _parameters(model, (name, *steps[0].also)) for name, steps in grouped.items()}
+    for name, tensors in work.items():
+        for tensor in tensors:
+            _check_product(name, tensor.detach(), _scaled(tensor, grouped[name], scales))
     with torch.no_grad():
-        for name, steps in _by_parameter(plan).items():
-            work[name].copy_(_scaled(work[name], steps, scales))
+        for name, tensors in work.items():
+            for tensor in tensors:
+                tensor.copy_(_scaled(tensor, grouped[name], scales))
 
 
 def check_products(plan: FoldPlan, scales: Mapping[int, float], tensors: Mapping[str, Tensor]) -> None:
@@ -222,17 +231,35 @@ def _by_parameter(plan: FoldPlan) -> dict[str, list[Step]]:
     return grouped
 
 
-def _parameter(model: nn.Module, name: str) -> Tensor:
-    held, _, own = name.rpartition(".")
+def held(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its name.
+
+    Raises:
+        FoldError: The model has none of that name.
+    """
+    where, _, own = name.rpartition(".")
     try:
-        parameter: Tensor = getattr(model.get_submodule(held), own)
+        tensor: Tensor = getattr(model.get_submodule(where), own)
     except AttributeError as error:
         raise FoldError(f"the model has no parameter {name!r}; the plan was made for another one") from error
-    if parameter.is_meta or parameter.is_inference():
-        raise FoldError(
-            f"the parameter {name!r} cannot be written: it is on the meta device or an inference tensor"
-        )
-    return parameter
+    return tensor
+
+
+def _parameters(model: nn.Module, names: Iterable[str]) -> list[Tensor]:
+    """What some names stand for, each piece of memory once: a copy of a model has Parameters taken apart."""
+    found: dict[object, Tensor] = {}
+    for name in names:
+        parameter = held(model, name)
+        if parameter.is_meta or parameter.is_inference():
+            raise FoldError(
+                f"the parameter {name!r} cannot be written: it is on the meta device or an inference tensor"
+            )
+        if repeats(parameter):
+            raise FoldError(
+                f"the parameter {name!r} cannot be written: several of its entries are one number in memory"
+            )
+        found.setdefault(place(parameter), parameter)
+    return list(found.values())
 
 
 def _scaled(parameter: Tensor, steps: list[Step], scales: Mapping[int, float]) -> Tensor:

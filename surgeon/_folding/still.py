@@ -17,17 +17,27 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     The flag is written directly: an overridden ``train()`` may clear caches or return nothing. Writing it
     back is left to ``unchanged``.
     """
-    fast, state, plain = torch.backends.mha.get_fastpath_enabled(), random.getstate(), torch.get_rng_state()
+    state, plain = random.getstate(), torch.get_rng_state()
     for module in model.modules():
         module.__dict__["training"] = False
+    try:
+        with spelled_out():
+            yield
+    finally:
+        random.setstate(state)
+        torch.set_rng_state(plain)
+
+
+@contextmanager
+def spelled_out() -> Iterator[None]:
+    """No gradients, and no fused attention: the surroundings in which a model is recorded."""
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        random.setstate(state)
-        torch.set_rng_state(plain)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from surgeon._finding.residual import meant
 from surgeon._gating.gate import NOTE, Gate
 from surgeon._gating.places import Mark, again, located
 from surgeon._gating.splice import Run, Spliced, splice
+from surgeon._gating.ways import Arguments, forms
 from surgeon._tracing.example import no_inference_mode, tensors, untouched
 from surgeon._tracing.fake import held_open, to_fake
 from surgeon._tracing.given import Path, kinds
@@ -59,6 +60,7 @@ class Gating:
         self.given: dict[Path, bool] = {}
         self.active: dict[str, bool] = {}
         self.runs: dict[Any, Run] = {}
+        self.ways: dict[Any, Arguments | None] = {}  # arguments of each way in which it was called
 
     def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The gated forward of ``block``."""
@@ -66,6 +68,15 @@ class Gating:
         if run is None:
             run = self._extend(block, args, kwargs)
         return run(block, self.gates, *args, *kwargs.values())
+
+    def knows(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether there is a forward for this way of calling the block, in the mode it is in."""
+        return self._key(block, args, kwargs) in self.runs
+
+    def learn(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Makes the forward for one way of calling the block, where there is none."""
+        if not self.knows(block, args, kwargs):
+            self._extend(block, args, kwargs)
 
     @property
     def evaluates_plainly(self) -> bool:
@@ -93,6 +104,7 @@ class Gating:
         self.attributes = tuple(sorted({*self.attributes, *found.attributes}))
         self.given |= {path: whole or self.given.get(path, False) for path, whole in found.given.items()}
         self.runs[self._key(block, args, kwargs)] = spliced.run
+        self.ways.setdefault(self.way(args, kwargs), forms(args, kwargs))
         return spliced
 
     def _spliced(self, block: nn.Module, flow: Flow, batch: int | None) -> Spliced:
@@ -156,14 +168,20 @@ class Gating:
             chosen.append(replace(one, ordinal=gate.ordinal))
         return chosen
 
+    def way(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What of the arguments decides which code the block's forward runs."""
+        return (
+            tuple([kind(value, self.exact) for value in args]),
+            tuple([(name, kind(value, self.exact)) for name, value in kwargs.items()]),
+            kinds(self.given, args, kwargs, self.exact) if self.given else (),
+        )
+
     def _key(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Everything that decides which code the block's forward runs."""
         return (
             block.training,
-            tuple([kind(value, self.exact) for value in args]),
-            tuple([(name, kind(value, self.exact)) for name, value in kwargs.items()]),
+            self.way(args, kwargs),
             tuple([state(attribute(block, name)) for name in self.attributes]),
-            kinds(self.given, args, kwargs, self.exact) if self.given else (),
             (torch.is_grad_enabled(), torch.is_autocast_enabled()) if self.ambient else None,
         )
 
@@ -179,11 +197,12 @@ class Gating:
         twin.exact, twin.ambient, twin.attributes = self.exact, self.ambient, self.attributes
         twin.given, twin.opened, twin.sides = dict(self.given), self.opened, dict(self.sides)
         twin.active, twin.runs = dict(self.active), dict(self.runs)
+        twin.ways = dict(self.ways)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         # Generated functions do not pickle; they are made again at the first call.
-        return {**self.__dict__, "runs": {}}
+        return {**self.__dict__, "runs": {}, "ways": {}}
 
 
 def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:

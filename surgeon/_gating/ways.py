@@ -1,0 +1,38 @@
+"""Arguments of a call without their numbers, so that the call can be made again later."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from surgeon._tracing.state import PLAIN
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Shape and type of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def forms(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    """The arguments, forms in place of tensors; None where they hold objects, which would be kept alive."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    if not all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves):
+        return None
+    found = [Form(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    made: Arguments = pytree.tree_unflatten(found, spec)
+    return made
+
+
+def zeros(made: Arguments, device: torch.device) -> Arguments:
+    """Arguments of those forms; tensors are zeros on ``device``."""
+    filled: Arguments = pytree.tree_map_only(
+        Form, lambda form: torch.zeros(form.shape, dtype=form.dtype, device=device), made
+    )
+    return filled
