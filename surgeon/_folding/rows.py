@@ -228,8 +228,10 @@ def _separated(_: Mapping[str, Any], size: int) -> list[Span]:
     return [(index, index + 1) for index in range(size)]
 
 
-def _divided(held: Mapping[str, Any], size: int) -> list[Span]:
+def _divided(held: Mapping[str, Any], size: int) -> list[Span] | None:
     sizes = held.get("split_sizes") or [held["split_size"]] * size
+    if 0 in sizes:
+        return None
     edges = [0]
     for one in sizes:
         edges.append(min(edges[-1] + one, size))
@@ -317,7 +319,10 @@ def _of_convolution(call: Call, dim: int) -> Owners | None:
 
 
 def _of_matmul(call: Call, dim: int) -> Owners | None:
-    return {"mat2": 1, "self": len(call.arguments["self"].shape) - 1} if dim == 1 else None
+    """A product of matrices, and a bias that may stand for all rows or columns."""
+    bias = call.arguments["self"].shape
+    own = {"self": len(bias) - 1} if bias[-1:] == call.outputs[0].shape[-1:] else {}
+    return {"mat2": 1, **own} if dim == 1 else None
 
 
 def _of_mm(_: Call, dim: int) -> Owners | None:
