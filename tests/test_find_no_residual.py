@@ -157,6 +157,13 @@ def test_no_branch(case: str) -> None:
     assert found.refused and {r.code for r in found.refused} <= codes
 
 
+def weighed(m: Any, x: Tensor) -> Tensor:
+    """A map of weights, made at half the size and resized, as GhostNetV2 has it."""
+    hidden = m.b(x)
+    weights = F.interpolate(m.c(F.avg_pool2d(hidden, 2)), scale_factor=2.0).sigmoid()
+    return m.a(x) + m.d(hidden.relu() * weights)
+
+
 RESIDUAL: dict[str, tuple[nn.Module, tuple[Tensor, ...], str]] = {
     "without the noise": (
         Net(lambda m, x: m.a(x) + (0.5 * m.b(x)).exp(), **layers("a", "b")),
@@ -183,6 +190,7 @@ RESIDUAL: dict[str, tuple[nn.Module, tuple[Tensor, ...], str]] = {
         (IMAGES,),
         "projection",
     ),
+    "resized for its weights alone": (Net(weighed, **convs("a", "b", "c", "d")), (IMAGES,), "projection"),
     "both sides resized": (
         Net(
             lambda m, x: (

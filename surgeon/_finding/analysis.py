@@ -18,7 +18,7 @@ from surgeon._finding.findings import REASONS, Findings, Refusal, Residual, gate
 from surgeon._finding.flow import Flow
 from surgeon._finding.opgraph import adds_constant, count_sums, operators
 from surgeon._finding.paths import side
-from surgeon._finding.residual import additions, arguments_of, nest, projected, within
+from surgeon._finding.residual import additions, arguments_of, nest, projected, steps_along, within
 from surgeon._tracing.alike import likeness
 from surgeon._tracing.example import mode, no_inference_mode, tensors, untouched
 from surgeon._tracing.facts import is_size
@@ -125,6 +125,7 @@ class _Scan:
         self.nested: set[nn.Module] = set()
         adding = {call.module for call in recording.calls if call.additions}
         self.kinds = Counter(type(module) for module in adding)
+        self.calls = {call.module: call for call in reversed(recording.calls)}
         self.steps: dict[nn.Module, int] = {}
         self.traced: dict[Hashable, list[_Traced]] = {}
 
@@ -162,17 +163,24 @@ class _Scan:
             self.blocks.append(block)
 
     def _steps_in(self, block: nn.Module, node: fx.Node) -> int:
-        """How many residual adds the module that a node calls holds, and the modules below it."""
+        """How many residual adds follow on one another through the module that a node calls."""
         module = block.get_submodule(str(node.target))
         if module not in self.steps:
-            below = set(module.modules())
-            calls = {c.module: c for c in reversed(self.recording.calls) if c.module in below and c.additions}
             self.steps[module] = 0
-            for call in calls.values():
+            call = self.calls.get(module)
+            if call is not None and any(below.additions for below in (call, *self.recording.below(call))):
                 with suppress(TraceError):
-                    traced = self._traced(call, self.recording.arguments(call))
-                    self.steps[module] += sum(a.code is None for a in traced.additions)
+                    self.steps[module] = self._steps_through(call)
         return self.steps[module]
+
+    def _steps_through(self, call: Call) -> int:
+        traced = self._traced(call, self.recording.arguments(call))
+        flow, module = traced.flow, call.module
+        given = [n for n in flow.order if n.op == "placeholder" and flow.fact(n).active]
+        inside, end = flow.order[:-1], flow.order[-1]
+        return steps_along(
+            flow, given, end, inside, traced.additions, lambda node: self._steps_in(module, node)
+        )
 
     def _traced(self, call: Call, arguments: _Arguments) -> _Traced:
         """A block's graph and its additions; equal blocks share them."""

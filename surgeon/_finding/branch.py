@@ -12,10 +12,11 @@ from torch import fx
 
 from surgeon._finding.addition import Addition
 from surgeon._finding.flow import Flow
-from surgeon._finding.paths import ADDS, layers, ops_of, side
+from surgeon._finding.paths import ADDS, around, ops_of, side
 from surgeon._tracing.example import tensors
 from surgeon._tracing.operators import (
     enlarges,
+    is_layer,
     is_linear,
     is_masking,
     is_noise,
@@ -95,9 +96,9 @@ def _merges(flow: Flow, addition: Addition, work: Sequence[fx.Node]) -> bool:
     """
     one, other = addition.shortcut, addition.branch
     own = side(flow, one, other)
-    shallow = layers(flow, other, one)[0] < layers(flow, one, other)[1]
+    shallow = sum(map(is_layer, ops_of(flow, work))) < sum(map(is_layer, ops_of(flow, own)))
     noisy = any(is_noise(op) for node in work for op in flow.fact(node).ops)
-    resized = [any(enlarges(op) for op in ops_of(flow, nodes)) for nodes in (own, work)]
+    resized = [any(_resizes(flow, node, end) for node in nodes) for nodes, end in ((own, one), (work, other))]
     return (
         shallow
         or noisy
@@ -105,6 +106,15 @@ def _merges(flow: Flow, addition: Addition, work: Sequence[fx.Node]) -> bool:
         or _repeats(flow, own, work)
         or _reads_stream(flow, work, addition.region)
     )
+
+
+def _resizes(flow: Flow, node: fx.Node, end: fx.Node) -> bool:
+    """Whether a node does nothing but make images larger, and ``end`` depends on nothing but by way of it."""
+    ops = flow.fact(node).ops
+    if not any(enlarges(op) for op in ops) or any(is_layer(op) for op in ops):
+        return False
+    given = [n for n in flow.sources(end) if n.op == "placeholder" and flow.fact(n).active]
+    return not around(flow, given, end, node)
 
 
 def _repeats(flow: Flow, one: Iterable[fx.Node], other: Iterable[fx.Node]) -> bool:

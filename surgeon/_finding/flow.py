@@ -34,17 +34,19 @@ class Flow:
         self._index = {node: i for i, node in enumerate(self.order)}
         self._ancestors: list[int] = []
         self._sources: list[int] = []
+        self._read_by: dict[fx.Node, list[fx.Node]] = {}
         self._users: dict[fx.Node, set[fx.Node]] = {node: set() for node in self.order}
         writer: dict[int, fx.Node] = {}
         for node in self.order:
             sources = set(node.all_input_nodes)
             sources |= {writer[s] for s in self._read(node) if s in writer}
             before = numbers = 0
+            self._read_by[node] = [source for source in sources if self._hands_on(source, node)]
             for source in sources:
                 self._users[source].add(node)
                 place = self._index[source]
                 before |= self._ancestors[place] | 1 << place
-                numbers |= (self._sources[place] | 1 << place) if self._hands_on(source, node) else 0
+                numbers |= (self._sources[place] | 1 << place) if source in self._read_by[node] else 0
             self._ancestors.append(before)
             self._sources.append(numbers)
             if node.op != "output":
@@ -76,6 +78,10 @@ class Flow:
     def users(self, node: fx.Node) -> set[fx.Node]:
         """The nodes that need ``node`` to have run: those that use its value or read what it wrote."""
         return self._users[node]
+
+    def read_by(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes whose numbers ``node`` reads itself."""
+        return self._read_by[node]
 
     def precedes(self, first: fx.Node, second: fx.Node) -> bool:
         """Whether ``second`` depends on ``first``, directly or through others."""

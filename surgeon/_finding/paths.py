@@ -1,7 +1,7 @@
 """Walks through a traced block: what one value needs and another does not, what a sum hands on unchanged."""
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -85,3 +85,17 @@ def writes_to(node: fx.Node) -> fx.Node | None:
     """The operand that an addition writes its result to; ``None`` if it makes a new tensor."""
     left = node.args[0] if node.target is operator.iadd else None
     return left if isinstance(left, fx.Node) else None
+
+
+def around(flow: Flow, starts: Sequence[fx.Node], end: fx.Node, gap: fx.Node) -> bool:
+    """Whether what is computed from ``starts`` reaches ``end`` by a way around one node, too."""
+    todo = [node for node in starts if node is not gap]
+    seen = {gap, *todo}
+    while todo:
+        node = todo.pop()
+        if node is end:
+            return True
+        new = {user for user in flow.users(node) if user not in seen and flow.feeds(node, user)}
+        seen |= new
+        todo.extend(new)
+    return False

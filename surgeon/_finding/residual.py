@@ -26,7 +26,17 @@ from surgeon._finding.branch import unfit
 from surgeon._finding.drops import drops
 from surgeon._finding.findings import REASONS
 from surgeon._finding.flow import Flow
-from surgeon._finding.paths import PRODUCTS, carries, is_addition, layers, ops_of, side, stems, writes_to
+from surgeon._finding.paths import (
+    PRODUCTS,
+    around,
+    carries,
+    is_addition,
+    layers,
+    ops_of,
+    side,
+    stems,
+    writes_to,
+)
 from surgeon._tracing.example import tensors
 from surgeon._tracing.operators import projects
 
@@ -72,14 +82,24 @@ def nest(flow: Flow, found: Sequence[Addition], steps_in: Callable[[fx.Node], in
 
 
 def within(flow: Flow, addition: Addition) -> list[fx.Node]:
-    """What runs for a branch alone and is computed from what its shortcut hands on, in order.
+    """What is computed for a branch alone, and from what its shortcut hands on, in order.
 
     The encoder that a decoder's branch attends to is needed for it, but no part of it.
     """
     starts = _starts(flow, addition)
-    work = addition.region or side(flow, addition.branch, addition.shortcut)
     # Where the caller made the one from the other, the graph does not show it.
-    return [node for node in work if not starts or any(flow.feeds(start, node) for start in starts)]
+    return [n for n in alone(flow, addition) if not starts or any(flow.feeds(start, n) for start in starts)]
+
+
+def alone(flow: Flow, addition: Addition) -> list[fx.Node]:
+    """What a branch needs, and neither its shortcut nor any result of the block but through the sum."""
+    elsewhere, todo = {flow.order[-1]}, [flow.order[-1]]
+    while todo:
+        node = todo.pop()
+        new = [n for n in flow.read_by(node) if n is not addition.node and n not in elsewhere]
+        elsewhere.update(new)
+        todo.extend(new)
+    return [n for n in side(flow, addition.branch, addition.shortcut) if n not in elsewhere]
 
 
 def _starts(flow: Flow, addition: Addition) -> list[fx.Node]:
@@ -95,31 +115,39 @@ def _is_long(
     flow: Flow, addition: Addition, before: Sequence[Addition], steps_in: Callable[[fx.Node], int]
 ) -> bool:
     """Whether a branch runs through two or more residual adds, each going on from the one before."""
-    residual = {a.node: a for a in before if a.code is None}
+    starts, nodes = _starts(flow, addition), within(flow, addition)
+    return steps_along(flow, starts, addition.branch, nodes, before, steps_in) > 1
+
+
+def steps_along(
+    flow: Flow,
+    starts: Sequence[fx.Node],
+    end: fx.Node,
+    between: Sequence[fx.Node],
+    found: Sequence[Addition],
+    steps_in: Callable[[fx.Node], int],
+) -> int:
+    """How many residual adds everything passes on its way from some values to another, one after the other.
+
+    Args:
+        flow: The graph.
+        starts: The values at which the ways begin.
+        end: Where they end.
+        between: The nodes on them, in order.
+        found: The additions of the graph.
+        steps_in: The same number for the module that a node calls.
+    """
+    residual = {a.node: a for a in found if a.code is None}
     last, steps = None, 0
-    for node in within(flow, addition):
+    for node in between:
         if node.op == "call_module":
             here = steps_in(node)
         else:
             own = residual.get(node)
             here = int(own is not None and (last in (None, own.shortcut) or flow.feeds(last, own.shortcut)))
-        if here and not _passes(flow, addition, node):
+        if here and not around(flow, starts, end, node):
             last, steps = node, steps + here
-    return steps > 1
-
-
-def _passes(flow: Flow, addition: Addition, gap: fx.Node) -> bool:
-    """Whether the shortcut's value reaches the branch's end by a way around one node, too."""
-    todo = list(_starts(flow, addition))
-    seen = {gap, *todo}
-    while todo:
-        node = todo.pop()
-        if node is addition.branch:
-            return True
-        new = {user for user in flow.users(node) if user not in seen and flow.feeds(node, user)}
-        seen |= new
-        todo.extend(new)
-    return False
+    return steps
 
 
 def told(flow: Flow, addition: Addition, kind: str) -> Addition | str:
@@ -167,12 +195,11 @@ def meant(flow: Flow, addition: Addition | None, kind: str, shortcut: str | None
 def _described(flow: Flow, addition: Addition, regions: bool = True) -> Addition:
     """The same with what belongs to its branch."""
     work = side(flow, addition.branch, addition.shortcut)
-    region = flow.region(addition.branch, addition.node) if regions else ()
     return replace(
         addition,
         drops=tuple(drops(flow, work)),
-        region=region,
-        flops=sum(flow.fact(n).flops for n in region or work),
+        region=flow.region(addition.branch, addition.node) if regions else (),
+        flops=sum(flow.fact(n).flops for n in alone(flow, addition)),
     )
 
 
