@@ -114,20 +114,25 @@ def test_one_branch_that_mixes_samples_turns_no_model_that_mixes_tokens_elsewher
 
 
 def test_dimensions() -> None:
+    def dimensions_of(found: list[Samples], batch: int, along: int | None = None) -> list[int]:
+        return dimensions(found, batch, [along] * len(found))
+
     def sums(*given: tuple[tuple[int, ...], bool, bool]) -> list[Samples]:
         return [Samples(shape, mixes, lambda _, apart=apart: apart) for shape, mixes, apart in given]
 
     tokens = (7, 3, 4)
-    assert dimensions(sums((tokens, True, True), (tokens, False, True), ((7, 4), False, True)), 7) == [
+    assert dimensions_of(sums((tokens, True, True), (tokens, False, True), ((7, 4), False, True)), 7) == [
         1,
         1,
         0,
     ]
-    assert dimensions(sums((tokens, True, True), (tokens, False, False)), 7) == [0, 0]
-    assert dimensions(sums((tokens, True, False)), 7) == [0]  # mixes both: nothing is known
-    assert dimensions(sums(((7, 3, 4), False, False), ((3, 7, 4), False, False)), 3) == [1, 0]
-    assert dimensions(sums(((6, 3, 4), False, True), ((5, 3, 3), False, True), ((), False, True)), 3) == [
+    assert dimensions_of(sums((tokens, True, True), (tokens, False, False)), 7) == [0, 0]
+    assert dimensions_of(sums((tokens, True, False)), 7) == [0]  # mixes both: nothing is known
+    assert dimensions_of(sums(((7, 3, 4), False, False), ((3, 7, 4), False, False)), 3) == [1, 0]
+    assert dimensions_of(sums(((6, 3, 4), False, True), ((5, 3, 3), False, True), ((), False, True)), 3) == [
         0,
         0,
         0,
     ]
+    assert dimensions_of(sums(((16, 2, 4), False, True)), 2) == [0]
+    assert dimensions_of(sums(((16, 2, 4), False, True)), 2, along=1) == [1]

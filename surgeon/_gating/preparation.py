@@ -1,15 +1,18 @@
 """The gated forwards of every block of a model, made before any block is touched."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from surgeon._finding.addition import Addition
 from surgeon._finding.analysis import Analysis, Block
+from surgeon._finding.findings import Residual
 from surgeon._finding.flow import Flow
+from surgeon._gating.batch import Batch, Sum, batch_of
 from surgeon._gating.forwards import Gating, gated_class
 from surgeon._gating.gate import Gate
-from surgeon._gating.samples import Samples, dimensions
+from surgeon._gating.samples import Samples, dimensions, doubtful
 from surgeon._gating.saved import keeps_result
 from surgeon._gating.splice import Spliced
 from surgeon._tracing.example import mode, no_inference_mode, tensors, untouched
@@ -31,32 +34,50 @@ def prepare(analysis: Analysis, gates: Mapping[str, Gate]) -> list[tuple[Block, 
         UsageError: The class of a block cannot be subclassed.
     """
     samples: dict[str, Samples] = {}
-    prepared = [
-        (block, _prepare_block(block, analysis.recording, gates, samples)) for block in analysis.blocks
-    ]
-    batch = _batch(analysis.recording)
-    places = dimensions(list(samples.values()), batch) if batch else []
+    recording = analysis.recording
+    sums = {r.name: _sum(block, a) for block in analysis.blocks for r, a in _paired(block)}
+    by_rows = any(gate.unit == "sample" for gate in gates.values())
+    batch = batch_of(recording, list(sums.values()) if by_rows else [])
+    prepared = [(block, _prepare_block(block, recording, gates, batch, samples)) for block in analysis.blocks]
+    along = [batch.along.get(sums[name]) for name in samples]
+    places = dimensions(list(samples.values()), batch.size, along) if batch.size else []
     turned = {name: dim for name, dim in zip(samples, places, strict=False) if dim}
     for name, dim in turned.items():
         gate, shape = gates[name], list(samples[name].shape)
         gate.dim, gate.skips = dim, False
         gate.note = f"computed also when dropped: its samples lie along dimension {dim} of {shape}"
+    for name in samples.keys() - turned.keys():
+        if sums[name] not in batch.along and doubtful(sums[name][1], batch.size):
+            assumed = f"its samples are taken to lie along the first dimension of {list(sums[name][1])}"
+            gates[name].note = "; ".join(text for text in (gates[name].note, assumed) if text)
     return [
-        (block, _prepare_block(block, analysis.recording, gates, {}) if turned.keys() & names else gating)
+        (block, _prepare_block(block, recording, gates, batch, {}) if turned.keys() & names else gating)
         for block, gating in prepared
         for names in [{r.name for r in block.residuals}]
     ]
 
 
+def _paired(block: Block) -> Iterator[tuple[Residual, Addition]]:
+    return zip(block.residuals, block.found, strict=True)
+
+
+def _sum(block: Block, addition: Addition) -> Sum:
+    return block.call.place, tuple(block.flow.fact(addition.shortcut).value.shape)
+
+
 def _prepare_block(
-    block: Block, recording: Recording, gates: Mapping[str, Gate], samples: dict[str, Samples]
+    block: Block,
+    recording: Recording,
+    gates: Mapping[str, Gate],
+    batch: Batch,
+    samples: dict[str, Samples],
 ) -> Gating:
     """The gating of one block with its training forward made, and its evaluating one where that differs."""
     chosen = [gates[r.name] for r in block.residuals]
     gating = Gating(block.name, chosen, block.call.rewritten, _kept(block, recording))
     args, kwargs, log = recording.arguments(block.call)
     with mode(block.module, True):
-        spliced = gating.prepare(block.module, block.flow, args, kwargs, _batch(recording))
+        spliced = gating.prepare(block.module, block.flow, args, kwargs, batch.size)
     gating.note_active(args, kwargs, log)
     for gate in chosen:
         _settle_form(gate, spliced)
@@ -94,12 +115,6 @@ def _kept(block: Block, recording: Recording) -> frozenset[int]:
         if isinstance(value, Tensor) and keeps_result(recording.log, made_at[0]):
             places.add(place)
     return frozenset(places)
-
-
-def _batch(recording: Recording) -> int | None:
-    """How many samples the recorded example has: the first size of the model's first tensor argument."""
-    given = [t for t in tensors((recording.calls[0].args, recording.calls[0].kwargs)) if t.ndim]
-    return given[0].shape[0] if given else None
 
 
 def _settle_form(gate: Gate, spliced: Spliced) -> None:

@@ -23,7 +23,7 @@ def _words(text: str) -> frozenset[str]:
 # Names without leading and trailing underscores. What these do to rows shows in the shapes:
 _SHOWN = _words("""
     alias clone contiguous copy detach diagonal expand lift_fresh permute real imag conj neg_view repeat
-    select slice split split_with_sizes squeeze stack t to_copy transpose unbind unfold unsqueeze
+    select slice split split_with_sizes unsafe_split squeeze stack t to_copy transpose unbind unfold unsqueeze
     view_as_complex view_as_real new_empty new_full new_ones new_zeros new_empty_strided empty_like full_like
     ones_like zeros_like rand_like randn_like randint_like fill zero
     addbmm addmm addmv addr all amax amin aminmax any argmax argmin baddbmm bmm dot linear linalg_vector_norm
@@ -173,6 +173,8 @@ _RULES: dict[str, Callable[[_Call], bool]] = {
     **dict.fromkeys(("index", "index_put", "unsafe_index"), _index),
     **dict.fromkeys(("tril", "triu"), _matrix),
     "embedding": _table,
+    "mkldnn_rnn_layer": lambda call: _rows(call["input"].shape[0]),  # whatever ``batch_first`` says
+    "cudnn_rnn": lambda call: _rows(call["input"].shape[1 if call["batch_first"] else 0]),
     **dict.fromkeys(
         (
             *("scaled_dot_product_flash_attention_for_cpu", "scaled_dot_product_flash_attention"),

@@ -56,6 +56,10 @@ class Rowwise:
     mixes: bool = False
 
 
+class _MixedError(Exception):
+    """Ends the look at a branch: a loop over rows would go on for long."""
+
+
 class _NumberLog(OpLog):
     """Notes the numbers that operators get."""
 
@@ -91,7 +95,7 @@ class _RowLog(_NumberLog):
             what = hazard(func, args, kwargs or {}, self._of_rows)
             if what:
                 self._refuse(what, func, active)
-        if any(t.numel() % PRIME or t.numel() // PRIME % PRIME == 0 for t in made):
+        if any(t.numel() and (t.numel() % PRIME or t.numel() // PRIME % PRIME == 0) for t in made):
             self._refuse("mixes the rows of a batch", func, active)
         return out
 
@@ -99,8 +103,10 @@ class _RowLog(_NumberLog):
         return self.active(tensor) or (tensor.numel() > 0 and tensor.numel() % PRIME == 0)
 
     def _refuse(self, what: str, func: Any, active: bool) -> None:
-        self.mixes |= active and what != UNKNOWN
         self.reason = self.reason or f"the branch {what} ({_spoken(func)})"
+        self.mixes |= active and what != UNKNOWN
+        if self.mixes:
+            raise _MixedError
 
 
 def _spoken(func: Any) -> str:
@@ -153,6 +159,8 @@ def rowwise(
             _run(other, _OTHER, run, block, inputs, rows, dim)
             what = _computed(log, other)
             log.reason = f"the branch computes with the number of its rows ({what})" if what else ""
+    except _MixedError:
+        return Rowwise(log.reason, log.statistics, mixes=True)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the reason
         text = str(error).splitlines()[0] if str(error) else ""
         return Rowwise(
