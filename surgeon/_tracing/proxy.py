@@ -89,10 +89,10 @@ class ValueProxy(fx.Proxy):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("tracer", "node"):  # fx's own
             return super().__setattr__(name, value)
-        raise TraceError(f"its forward assigns an attribute {name} of a {self._described()}")
+        raise TraceError(f"its forward assigns the attribute {name} of a {self._described()}")
 
     def __delattr__(self, name: str) -> None:
-        raise TraceError(f"its forward deletes an attribute {name} of a {self._described()}")
+        raise TraceError(f"its forward deletes the attribute {name} of a {self._described()}")
 
     def __delitem__(self, key: Any) -> None:
         raise TraceError(f"its forward deletes an entry of a {self._described()}")

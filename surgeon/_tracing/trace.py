@@ -201,7 +201,7 @@ class BlockTracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *_: Any, **__: Any) -> Any:
         with self.deaf():
-            if kind in ("call_function", "call_method"):
+            if kind == "call_function" or (kind == "call_method" and _is_tensor(args[0])):
                 same = canonical(lambda f, a: self._emit("call_function", f, a, {}), target, args, kwargs)
                 if same is not None:
                     return same
@@ -367,6 +367,10 @@ def _operator(func: Any, name: str) -> Any:
         if hasattr(operator, plain):
             return getattr(operator, plain)
     return func
+
+
+def _is_tensor(given: Any) -> bool:
+    return isinstance(given.__dict__["value"] if type(given) is ValueProxy else given, Tensor)
 
 
 def _mutable(tree: Any) -> Any:
