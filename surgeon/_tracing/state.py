@@ -42,7 +42,10 @@ def state(value: Any) -> Any:
 
     A tensor counts by its rank, a module by its class, a function as itself.
     """
-    return value if type(value) in _ATOMS else _state(value, ())
+    made = type(value)
+    if made in _ATOMS or (made is tuple and _ATOMS.issuperset(map(type, value))):
+        return value  # as most are: at once
+    return _state(value, ())
 
 
 def _state(value: Any, above: tuple[int, ...]) -> Any:
