@@ -165,6 +165,7 @@ BLIND: dict[str, Function] = {
 
 MADE: dict[str, Function] = {
     "zeros_like": lambda x: x + aten.zeros_like(x),
+    "zero": lambda x: x + x.new_empty(4).zero_(),
     "new_empty": lambda x: x + aten.fill(aten.new_empty(x, [4]), 0.0),
     "new_empty_strided": lambda x: x + aten.fill(aten.new_empty_strided(x, [4], [1]), 0),
     "empty_like": lambda x: x + aten.fill(aten.empty_like(x), 0),

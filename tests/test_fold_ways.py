@@ -106,6 +106,46 @@ def test_a_way_seen_in_training_counts() -> None:
     assert folded(model.eval(), (X,)) != []
 
 
+class Training(nn.Module):
+    """Calls its block otherwise while it trains, and with an object that may not be kept."""
+
+    class Cache:
+        pass
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+            y = F.relu(self.first(x))
+            out: Tensor = x + (y if mask is None else y * mask)
+            return out
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Training.Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones_like(x) if self.training else None
+        out: Tensor = self.block(x, mask, Training.Cache())
+        return out
+
+
+def test_what_the_example_shows_in_training_is_no_other_way() -> None:
+    model = gated(Training()).train()
+    model(X)
+    assert folded(model.eval(), (X,)) == []
+
+
+@pytest.mark.filterwarnings("ignore:1 of 1 gates keep")
+def test_a_way_that_cannot_be_repeated_keeps_the_gate() -> None:
+    model = gated(Training())
+    model.block(X, X[0], Training.Cache())
+    (note,) = folded(model, (X,))
+    assert "cannot be analysed" in note
+
+
 def test_another_shape_with_the_same_laws_is_no_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """The block alone would scale a weight that the whole model also uses outside of it."""
 

@@ -138,6 +138,6 @@ RULES: dict[str, Rule] = {
     **_aten("eq ne lt le gt ge", compares),
     **_aten("argmax argmin argsort sign sgn isnan logical_not signbit count_nonzero", ignores),
     **_aten("empty empty_like new_empty empty_strided new_empty_strided empty_permuted", makes_free),
-    **_aten("zeros zeros_like new_zeros", makes_free),
+    **_aten("zeros zeros_like new_zeros zero", makes_free),
     **_aten("full full_like new_full scalar_tensor fill", fills),
 }

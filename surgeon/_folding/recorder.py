@@ -52,7 +52,7 @@ class Call:
 _FORM_ONLY = frozenset(
     f"aten.{name}"
     for name in (
-        *("copy", "empty_like", "new_empty", "new_empty_strided", "zeros_like", "new_zeros"),
+        *("copy", "empty_like", "new_empty", "new_empty_strided", "zeros_like", "new_zeros", "zero"),
         *("ones_like", "new_ones", "full_like", "new_full", "rand_like", "randn_like"),
     )
 )

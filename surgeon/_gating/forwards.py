@@ -60,7 +60,7 @@ class Gating:
         self.given: dict[Path, bool] = {}
         self.active: dict[str, bool] = {}
         self.runs: dict[Any, Run] = {}
-        self.ways: dict[Any, Arguments | None] = {}  # arguments of each way in which it was called
+        self.ways: dict[Any, Arguments | None] = {}  # arguments of each way that came later
 
     def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The gated forward of ``block``."""
@@ -104,7 +104,6 @@ class Gating:
         self.attributes = tuple(sorted({*self.attributes, *found.attributes}))
         self.given |= {path: whole or self.given.get(path, False) for path, whole in found.given.items()}
         self.runs[self._key(block, args, kwargs)] = spliced.run
-        self.ways.setdefault(self.way(args, kwargs), forms(args, kwargs))
         return spliced
 
     def _spliced(self, block: nn.Module, flow: Flow, batch: int | None) -> Spliced:
@@ -143,6 +142,7 @@ class Gating:
                     fake.requires_grad_(real.requires_grad)
                 flow = Flow(trace(block, fake_args, fake_kwargs, log, opened=self.opened))
             self.prepare(block, flow, args, kwargs)
+            self.ways.setdefault(self.way(args, kwargs), forms(args, kwargs))
         except TraceError as error:
             raise UnseenCallError(
                 f"{self._called(args, kwargs)}, and tracing it that way failed: {error}"
