@@ -64,9 +64,8 @@ def _state(value: Any, above: tuple[int, ...]) -> Any:
 
 def _parts(value: Any, above: tuple[int, ...]) -> Any:
     def each(items: Any) -> tuple[Any, ...]:
-        found = tuple(
-            items
-        )  # at once where there is nothing to take apart, as in a table of a thousand names
+        found = tuple(items)
+        # At once where there is nothing to take apart, as in a table of a thousand names.
         plain = _ATOMS.issuperset(map(type, found))
         return found if plain else tuple([_state(item, above) for item in found])
 
