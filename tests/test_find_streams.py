@@ -1,8 +1,10 @@
 """Which of several residual adds around one another are steps of a stream, and which streams there are."""
 
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from blocks import coins
@@ -159,6 +161,28 @@ def test_what_another_stream_reads_runs_though_its_reader_is_dropped(unit: str) 
         kept = X + model.cross(X, X.flip(0))
         assert torch.allclose(q, kept + model.a(kept), atol=1e-6)
         assert torch.equal(k, X.flip(0))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "draw",
+    [random.random, np.random.rand, lambda: float(torch.rand(()))],  # noqa: NPY002 - what models call
+    ids=["python", "numpy", "torch"],
+)
+def test_blocks_that_chance_passes_over_are_found(draw: Callable[[], float], training: bool) -> None:
+    """LayerDrop in all spellings; the user's own draws go on as if nothing had been."""
+
+    def passing(m: Any, x: Tensor) -> Tensor:
+        for step in m.steps:
+            if not (m.training and draw() < 0.5):
+                x = step(x)
+        return x
+
+    random.seed(1)
+    before = random.getstate()
+    for _ in range(3):
+        assert [r.name for r in surgeon.find(Net(passing).train(training), X)] == STEPS
+    assert random.getstate() == before
 
 
 def test_a_branch_costs_what_runs_for_it_alone() -> None:

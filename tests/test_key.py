@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon._gating.forwards import gating_of
-from surgeon._tracing.leftovers import draws
+from surgeon._tracing.state import draws
 
 
 def follows(block: nn.Module, example: tuple[Any, ...], later: tuple[Any, ...], **options: Any) -> None:

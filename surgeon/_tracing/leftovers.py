@@ -1,9 +1,8 @@
-"""What a traced forward leaves behind or draws that no graph holds: values kept elsewhere, random numbers."""
+"""What a traced forward leaves behind that no graph holds: values kept elsewhere."""
 
 import gc
-import random
 import sys
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
@@ -72,10 +71,3 @@ def _collect(value: Any, found: list[Any], seen: set[int]) -> None:
 def same_items(now: list[Any], before: list[Any]) -> bool:
     """Whether two lists hold the very same objects."""
     return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
-
-
-def draws() -> tuple[Hashable, ...]:
-    """Where Python's and NumPy's global random number generators are; they move when numbers are drawn."""
-    numpy = sys.modules.get("numpy")
-    state: tuple[Any, ...] = numpy.random.get_state(legacy=True) if numpy else ()
-    return random.getstate(), *(part.tobytes() if hasattr(part, "tobytes") else part for part in state)

@@ -29,6 +29,7 @@ from surgeon._tracing.example import (
 )
 from surgeon._tracing.fake import held_open, storage, to_fake, twin
 from surgeon._tracing.oplog import OpLog
+from surgeon._tracing.state import draws
 from surgeon.errors import RecordError
 
 aten = torch.ops.aten
@@ -126,7 +127,8 @@ def record(
 
     First as in training. A model that cannot run so (a batch of one under BatchNorm, a detector without its
     targets) is run with each batch of one doubled, then as in evaluation, and where values decide shapes
-    (non-maximum suppression) in evaluation on real tensors.
+    (non-maximum suppression) in evaluation on real tensors. One that draws from Python's or NumPy's generator
+    in training may have passed over blocks (LayerDrop), so it is run as in evaluation, too.
 
     Args:
         model: Any module, on any device.
@@ -158,6 +160,7 @@ def _record(model: nn.Module, args: Any, kwargs: Any, *, training: bool, real: b
     log, calls = OpLog(FakeTensorMode(allow_non_fake_inputs=True)), list[Call]()
     log.real = real
     with ExitStack() as stack:
+        before = draws()
         for context in (untouched(model), mode(model, training), generators_kept(), no_autocast_cache()):
             stack.enter_context(context)
         stack.enter_context(held_open())
@@ -171,6 +174,10 @@ def _record(model: nn.Module, args: Any, kwargs: Any, *, training: bool, real: b
             stack.enter_context(log.fake)
         stack.enter_context(log)
         model(*given[0], **given[1])
+        if training and draws() != before:
+            raise RecordError(
+                "its forward draws random numbers from Python's or NumPy's generator in training"
+            )
     for index, call in enumerate(calls):
         call.additions, call.biases = log.additions[index], log.biases[index]
     return Recording(tuple(calls), sum(op.flops for op in log.ops), training, log)

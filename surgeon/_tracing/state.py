@@ -1,8 +1,9 @@
-"""What of a value decides which code runs: its plain parts, in a form that can be compared and hashed."""
+"""What decides which code runs, in a form that can be compared: the plain parts of values, random numbers."""
 
 import random
+import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
@@ -100,6 +101,13 @@ def _numbers(value: Any) -> bytes:
 def draws_numbers(value: Any) -> bool:
     """Whether a value is a random number generator of Python or NumPy: what it draws, no state foretells."""
     return isinstance(value, random.Random) or type(value).__module__.startswith("numpy.random")
+
+
+def draws() -> tuple[Hashable, ...]:
+    """Where Python's and NumPy's global random number generators are; they move when numbers are drawn."""
+    numpy = sys.modules.get("numpy")
+    state: tuple[Any, ...] = numpy.random.get_state(legacy=True) if numpy else ()
+    return random.getstate(), *(part.tobytes() if hasattr(part, "tobytes") else part for part in state)
 
 
 def held_by(value: Any) -> dict[str, Any]:

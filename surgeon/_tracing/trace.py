@@ -30,12 +30,12 @@ from surgeon._tracing.facts import Fact, Trace, drop_unused
 from surgeon._tracing.fake import storage
 from surgeon._tracing.given import Given
 from surgeon._tracing.guards import guarded
-from surgeon._tracing.leftovers import contents, draws, held_elsewhere, kept, same_items
+from surgeon._tracing.leftovers import contents, held_elsewhere, kept, same_items
 from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.proxy import ValueProxy, isinstance_, sees
 from surgeon._tracing.reads import Reads, attribute, noted
 from surgeon._tracing.record import Call
-from surgeon._tracing.state import CONSTANTS, PLAIN
+from surgeon._tracing.state import CONSTANTS, PLAIN, draws
 from surgeon.errors import TraceError
 
 _DRAWS = "its forward draws random numbers from Python's or NumPy's generator"
