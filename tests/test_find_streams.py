@@ -166,7 +166,7 @@ def test_what_another_stream_reads_runs_though_its_reader_is_dropped(unit: str) 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     "draw",
-    [random.random, np.random.rand, lambda: float(torch.rand(()))],  # noqa: NPY002 - what models call
+    [random.random, np.random.rand, lambda: float(torch.rand(()))],
     ids=["python", "numpy", "torch"],
 )
 def test_blocks_that_chance_passes_over_are_found(draw: Callable[[], float], training: bool) -> None:
