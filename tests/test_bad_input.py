@@ -255,6 +255,19 @@ def test_the_old_ema_which_is_no_module_is_refused() -> None:
 # --- models that are not ready ------------------------------------------------------
 
 
+def test_scripted_children_are_named() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.f(x)
+
+    with pytest.raises(SurgeonError, match="f is TorchScript, which cannot be looked into: use the module"):
+        surgeon.find(Outer(), torch.zeros(2, 4))
+
+
 def test_lazy_modules_are_named_and_stay_lazy() -> None:
     plain = nn.Sequential(nn.LazyLinear(4), Plain())
     with pytest.raises(SurgeonError, match=r"0\.weight|LazyLinear|lazy"):

@@ -251,6 +251,8 @@ def _unready(model: nn.Module) -> str:
         if isinstance(tensor, Tensor) and tensor.is_quantized:
             return f"{name} is quantized: put the gates in before the model is quantized. "
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"{name} is TorchScript, which cannot be looked into: use the module it was made of. "
         if any(isinstance(value, torch.ScriptObject) for value in module.__dict__.values()):
             return f"{name} holds packed weights: put the gates in before the model is quantized. "
     return ""
