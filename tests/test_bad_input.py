@@ -255,6 +255,7 @@ def test_the_old_ema_which_is_no_module_is_refused() -> None:
 # --- models that are not ready ------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
 def test_scripted_children_are_named() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
