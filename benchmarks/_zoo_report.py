@@ -218,7 +218,7 @@ def _folds(rows: list[Row]) -> list[str]:
         return []
     lines = []
     for dtype in sorted({row["fold_dtype"] for row in folded}, reverse=True):
-        mine = [row for row in folded if row["fold_dtype"] == dtype and not row.get("jumps", 0) > _MOVED]
+        mine = [row for row in folded if row["fold_dtype"] == dtype and not _sensitive(row)]
         lines.append(
             f"- {dtype}: {len(mine)} models; largest relative difference of the outputs: folded and gated "
             f"{_worst(mine, 'fold_error')}; gated with `keep_eval` and plain {_worst(mine, 'kept_error')}; "
@@ -242,9 +242,10 @@ def _folds(rows: list[Row]) -> list[str]:
         f"{row['jumps']:.1e} when the plain model's weights move by one rounding; weights differ by "
         f"{row['weights_error']:.1e}"
         for row in folded
-        if row.get("jumps", 0) > _MOVED
+        if _sensitive(row)
     ]
-    lines += jumping and ["Models whose own outputs jump, left out above:", "", *jumping, ""]
+    what = "Models whose own outputs move as far when a weight is rounded, left out above:"
+    lines += jumping and [what, "", *jumping, ""]
     causes = Counter[tuple[str, str, str]]()
     for row in (row for row in rows if "left" in row):
         shorter = {re.sub(r"'[^']*'|\d+", "…", text) for text in row["left"].values()}
@@ -253,6 +254,11 @@ def _folds(rows: list[Row]) -> list[str]:
             causes[row["library"], row["model"], text] += count
     listed = ((count, f"{lib}:{model}", text) for (lib, model, text), count in causes.most_common())
     return lines + (_table(("gates left", "model", "why"), listed) if causes else [])
+
+
+def _sensitive(row: Row) -> bool:
+    """Whether rounding the plain model's weights moves its outputs about as far as folding the gates does."""
+    return max(row["fold_error"], row.get("round_trip") or 0.0) < 10 * row.get("jumps", 0.0)
 
 
 def _worst(rows: list[Row], key: str) -> str:
