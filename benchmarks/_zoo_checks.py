@@ -76,10 +76,8 @@ def folds(model: nn.Module, given: Any) -> dict[str, Any]:
     when every weight moves by a rounding (a detector's, in the order of their scores, do).
     """
     row = _folds(model, given)
-    if (
-        max(row.get(name, 0.0) for name in ("fold_error", "round_trip"))
-        > _DIFFERENT[next(model.parameters()).dtype]
-    ):
+    worst = max(row.get(name, 0.0) for name in ("fold_error", "round_trip"))
+    if worst > _DIFFERENT[next(model.parameters()).dtype]:
         row["jumps"] = _jumps(model, *pytree.tree_map_only(Tensor, _noise, inputs(model, given)))
     return row
 
