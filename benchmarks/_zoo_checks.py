@@ -308,9 +308,15 @@ def settle(model: nn.Module, given: Any) -> None:
 
     With others, values grow from layer to layer until softmaxes are steps, and the network turns a rounding
     into large differences by itself. What they get is noise and, for checks on extreme inputs, ten times
-    that, and images of one colour, which survive a mean over pixels better than noise does.
+    that, and images of one colour, which survive a mean over pixels better than noise does. Depthwise
+    weights are made a tenth: a position encoding that is one such convolution added to its input would let
+    values grow from block to block until they drown what later branches add (DaViT).
     """
     generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
+                module.weight.mul_(0.1)
     norms = [
         module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
     ]
