@@ -335,9 +335,6 @@ class Configured(Branch):
         self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
         self.frozen = nn.Parameter(torch.ones(4))
 
-    def forward(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
     def plus(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y
 

@@ -25,8 +25,9 @@ from surgeon._gating.places import Mark, again, located
 from surgeon._gating.splice import Run, Spliced, splice
 from surgeon._gating.ways import Arguments, forms
 from surgeon._tracing.example import no_inference_mode, tensors, untouched
+from surgeon._tracing.facts import Path
 from surgeon._tracing.fake import held_open, to_fake
-from surgeon._tracing.given import Path, kinds
+from surgeon._tracing.given import kinds
 from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.reads import attribute
 from surgeon._tracing.state import kind, state

@@ -1,7 +1,7 @@
 """What a trace is: a graph, and for each of its nodes what is known from running it on fake values."""
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,9 +9,12 @@ import torch
 from torch import fx
 
 from surgeon._tracing.example import tensors
-from surgeon._tracing.given import Path
 from surgeon._tracing.oplog import Op
 from surgeon._tracing.reads import Reads
+
+# Where a part of the arguments is: the place of one argument, and the steps from there.
+Step = tuple[Callable[..., Any], tuple[Any, ...]]
+Path = tuple[int, tuple[Step, ...]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,18 +10,13 @@ import operator
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import is_dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, fx
 
+from surgeon._tracing.facts import Fact, Path
 from surgeon._tracing.state import PLAIN, draws_numbers, kind, state
 from surgeon.errors import TraceError
-
-if TYPE_CHECKING:
-    from surgeon._tracing.facts import Fact
-
-Step = tuple[Callable[..., Any], tuple[Any, ...]]
-Path = tuple[int, tuple[Step, ...]]
 
 
 class _Absent(Enum):
@@ -46,7 +41,7 @@ class Given:
             the object there holds counts.
     """
 
-    def __init__(self, facts: Mapping[fx.Node, "Fact"]) -> None:
+    def __init__(self, facts: Mapping[fx.Node, Fact]) -> None:
         self.facts = facts
         self.read: dict[Path, bool] = {}
         self._paths: dict[fx.Node, Path] = {}
