@@ -375,3 +375,16 @@ def case(name: str) -> Case:
 def parameters(cases: Iterator[Case] | tuple[Case, ...] = CASES) -> list[Any]:
     """The cases as parameters of a test, the heavy ones left to the slow run."""
     return [pytest.param(c, id=str(c), marks=[pytest.mark.slow] if c.heavy else []) for c in cases]
+
+
+class Of(nn.Module):
+    """A forward written as a function of its own module: its parameters are attributes."""
+
+    def __init__(self, function: Callable[..., Any], **parts: nn.Module | Tensor) -> None:
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(self, *args)

@@ -1,7 +1,7 @@
 """A gated branch in float64 with nothing at its initial value, and the check that a fold of it is exact."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +27,6 @@ class Gated(nn.Module):
         mark = self.scale is None
         result = torch.ops.surgeon.mark(result, self.gate) if mark else result * self.scale
         return self.shortcut(x) + result
-
-
-class Of(nn.Module):
-    """A branch written as a function of its own module: its parameters are attributes."""
-
-    def __init__(self, function: Callable[..., Tensor], **parts: nn.Module | Tensor) -> None:
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
 
 
 def randomised(model: nn.Module) -> nn.Module:

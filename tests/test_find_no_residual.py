@@ -3,12 +3,12 @@
 Each comes with one that differs in the decisive point alone and is a residual add.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks import Of
 from torch import Tensor, nn
 
 import surgeon
@@ -16,19 +16,6 @@ import surgeon
 ROWS = torch.zeros(4, 8)
 STEPS = torch.zeros(4, 5, 8)
 IMAGES = torch.zeros(2, 4, 16, 16)
-
-
-class Net(nn.Module):
-    """A forward written as a function of its own module."""
-
-    def __init__(self, forward: Callable[..., Any], **parts: nn.Module | Tensor) -> None:
-        super().__init__()
-        self.run = forward
-        for name, part in parts.items():
-            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
-
-    def forward(self, *args: Any) -> Any:
-        return self.run(self, *args)
 
 
 def layers(*names: str, width: int = 8) -> dict[str, nn.Module]:
@@ -94,37 +81,37 @@ def gathered(m: Any, x: Tensor, edges: Tensor) -> Tensor:
 
 NONE: dict[str, tuple[nn.Module, tuple[Tensor, ...], set[str]]] = {
     "drawn from a mean and a spread": (
-        Net(lambda m, x: m.a(x) + torch.randn_like(x) * (0.5 * m.b(x)).exp(), **layers("a", "b")),
+        Of(lambda m, x: m.a(x) + torch.randn_like(x) * (0.5 * m.b(x)).exp(), **layers("a", "b")),
         (ROWS,),
         {"fusion"},
     ),
     "shallower than the projection": (
-        Net(lambda m, x: m.b(m.a(x)) + m.c(x).relu(), **layers("a", "b", "c")),
+        Of(lambda m, x: m.b(m.a(x)) + m.c(x).relu(), **layers("a", "b", "c")),
         (ROWS,),
         {"fusion"},
     ),
-    "two losses": (Net(loss, **layers("a", "b", "c", "d")), (ROWS, ROWS), {"arithmetic"}),
-    "two losses of each row": (Net(of_rows, **layers("a", "b", "c", "d")), (ROWS,), {"arithmetic"}),
-    "nearest code": (Net(quantised, **layers("a", "b"), codes=torch.randn(5, 8)), (ROWS,), {"detached"}),
+    "two losses": (Of(loss, **layers("a", "b", "c", "d")), (ROWS, ROWS), {"arithmetic"}),
+    "two losses of each row": (Of(of_rows, **layers("a", "b", "c", "d")), (ROWS,), {"arithmetic"}),
+    "nearest code": (Of(quantised, **layers("a", "b"), codes=torch.randn(5, 8)), (ROWS,), {"detached"}),
     "rounded": (
-        Net(lambda m, x: m.b((z := m.a(x)) + (z.round() - z).detach()), **layers("a", "b")),
+        Of(lambda m, x: m.b((z := m.a(x)) + (z.round() - z).detach()), **layers("a", "b")),
         (ROWS,),
         {"detached"},
     ),
-    "straight through": (Net(straight_through, **layers("a", "b")), (ROWS,), {"detached"}),
+    "straight through": (Of(straight_through, **layers("a", "b")), (ROWS,), {"detached"}),
     "activation with a weight": (
-        Net(lambda m, x: x + (m.a * x).sin().square() / m.a, a=torch.ones(8)),
+        Of(lambda m, x: x + (m.a * x).sin().square() / m.a, a=torch.ones(8)),
         (ROWS,),
         {"arithmetic"},
     ),
-    "polynomial": (Net(lambda m, x: x + 0.04 * x**3, **layers("a")), (ROWS,), {"arithmetic"}),
+    "polynomial": (Of(lambda m, x: x + 0.04 * x**3, **layers("a")), (ROWS,), {"arithmetic"}),
     "modulation": (
-        Net(lambda m, x, c: m.n(x) * (1 + m.g(h := m.a(c).relu())) + m.b(h), **layers("a", "g", "b", "n")),
+        Of(lambda m, x, c: m.n(x) * (1 + m.g(h := m.a(c).relu())) + m.b(h), **layers("a", "g", "b", "n")),
         (ROWS, ROWS),
         {"gating"},
     ),
     "modulation by halves": (
-        Net(
+        Of(
             lambda m, x, c: m.n(x) * (both := m.a(c).chunk(2, -1))[0] + both[1],
             n=nn.Linear(8, 4),
             a=nn.Linear(8, 8),
@@ -132,20 +119,20 @@ NONE: dict[str, tuple[nn.Module, tuple[Tensor, ...], set[str]]] = {
         (ROWS, ROWS),
         {"gating"},
     ),
-    "recurrence": (Net(recurrent, **layers("a", "b", "c")), (STEPS,), {"fusion", "bias"}),
-    "leaky integration": (Net(leaky, **layers("a", "b")), (STEPS,), {"fusion", "bias"}),
+    "recurrence": (Of(recurrent, **layers("a", "b", "c")), (STEPS,), {"fusion", "bias"}),
+    "leaky integration": (Of(leaky, **layers("a", "b")), (STEPS,), {"fusion", "bias"}),
     "messages of neighbours": (
-        Net(gathered, **layers("a", "b")),
+        Of(gathered, **layers("a", "b")),
         (ROWS, torch.zeros(2, 6, dtype=torch.long)),
         {"linear"},
     ),
-    "linear experts": (Net(experts, **layers("a", "b", "c", "d"), gate=nn.Linear(8, 4)), (ROWS,), {"fusion"}),
+    "linear experts": (Of(experts, **layers("a", "b", "c", "d"), gate=nn.Linear(8, 4)), (ROWS,), {"fusion"}),
     "like terms": (
-        Net(lambda m, x: m.a(x).relu() + m.b(x).relu() + m.c(x).relu(), **convs("a", "b", "c")),
+        Of(lambda m, x: m.a(x).relu() + m.b(x).relu() + m.c(x).relu(), **convs("a", "b", "c")),
         (IMAGES,),
         {"fusion"},
     ),
-    "pyramid": (Net(pyramid, **convs("a", "b", "c", "d")), (IMAGES,), {"fusion"}),
+    "pyramid": (Of(pyramid, **convs("a", "b", "c", "d")), (IMAGES,), {"fusion"}),
 }
 
 
@@ -166,33 +153,33 @@ def weighed(m: Any, x: Tensor) -> Tensor:
 
 RESIDUAL: dict[str, tuple[nn.Module, tuple[Tensor, ...], str]] = {
     "without the noise": (
-        Net(lambda m, x: m.a(x) + (0.5 * m.b(x)).exp(), **layers("a", "b")),
+        Of(lambda m, x: m.a(x) + (0.5 * m.b(x)).exp(), **layers("a", "b")),
         (ROWS,),
         "projection",
     ),
     "a correction that learns": (
-        Net(lambda m, x: m.b((z := m.a(x)) + m.c(z).round() - z.detach()), **layers("a", "b", "c")),
+        Of(lambda m, x: m.b((z := m.a(x)) + m.c(z).round() - z.detach()), **layers("a", "b", "c")),
         (ROWS,),
         "identity",
     ),
     "mixing without a weight": (
-        Net(lambda m, x: x + torch.fft.fft(x).real, **layers("a")),
+        Of(lambda m, x: x + torch.fft.fft(x).real, **layers("a")),
         (ROWS,),
         "identity",
     ),
     "a branch gated by a condition": (
-        Net(lambda m, x, c: m.a(x) + m.c(m.b(x).relu()) * m.g(c), **layers("a", "b", "c", "g")),
+        Of(lambda m, x, c: m.a(x) + m.c(m.b(x).relu()) * m.g(c), **layers("a", "b", "c", "g")),
         (ROWS, ROWS),
         "projection",
     ),
     "two branches on a projection": (
-        Net(lambda m, x: m.a(x) + m.c(m.b(x).relu()), **convs("a", "b", "c")),
+        Of(lambda m, x: m.a(x) + m.c(m.b(x).relu()), **convs("a", "b", "c")),
         (IMAGES,),
         "projection",
     ),
-    "resized for its weights alone": (Net(weighed, **convs("a", "b", "c", "d")), (IMAGES,), "projection"),
+    "resized for its weights alone": (Of(weighed, **convs("a", "b", "c", "d")), (IMAGES,), "projection"),
     "both sides resized": (
-        Net(
+        Of(
             lambda m, x: (
                 m.a(F.interpolate(x, scale_factor=2.0)) + m.c(F.interpolate(m.b(x).relu(), scale_factor=2.0))
             ),
@@ -202,7 +189,7 @@ RESIDUAL: dict[str, tuple[nn.Module, tuple[Tensor, ...], str]] = {
         "projection",
     ),
     "a vector without a batch": (
-        Net(lambda m, x: x + m.b(m.a(x).relu()), **layers("a", "b")),
+        Of(lambda m, x: x + m.b(m.a(x).relu()), **layers("a", "b")),
         (torch.zeros(8),),
         "identity",
     ),

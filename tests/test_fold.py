@@ -10,12 +10,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks import Of
 from folds import (
     SCALE,
     Attention,
     Gated,
     Ghost,
-    Of,
     SpatialAttention,
     SqueezeExcite,
     difference,

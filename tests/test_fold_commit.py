@@ -6,10 +6,10 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks import Of
 from folds import (
     SCALE,
     Gated,
-    Of,
     SqueezeExcite,
     difference,
     exponents,

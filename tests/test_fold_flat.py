@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from folds import Gated, Of, exponents, folds, image, randomised, tokens, weights
+from blocks import Of
+from folds import Gated, exponents, folds, image, randomised, tokens, weights
 from torch import Tensor, nn
 
 import surgeon

@@ -4,18 +4,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from folds import (
-    SCALE,
-    Gated,
-    Ghost,
-    Of,
-    SpatialAttention,
-    SqueezeExcite,
-    difference,
-    image,
-    randomised,
-    scaled,
-)
+from blocks import Of
+from folds import SCALE, Gated, Ghost, SpatialAttention, SqueezeExcite, difference, image, randomised, scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import ScaledStdConv2d

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from folds import Gated, Of, folds, randomised, tokens
+from blocks import Of
+from folds import Gated, folds, randomised, tokens
 from torch import Tensor, nn
 
 

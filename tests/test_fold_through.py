@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
-from folds import SCALE, Gated, Of, difference, folds, image, randomised, scaled, tokens
+from blocks import Of
+from folds import SCALE, Gated, difference, folds, image, randomised, scaled, tokens
 from test_fold_sharing import Parts, rows
 from torch import Tensor, nn
 
