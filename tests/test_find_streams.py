@@ -110,6 +110,14 @@ def twice_derived(m: Any, x: Tensor) -> Tensor:
     return x + m.a(x + m.b(x + m.steps[0].f(x)))
 
 
+def beside(m: Any, x: Tensor) -> Tensor:
+    """Two residual adds on one of two ways through a branch, as in attentions that hand on head by head."""
+    y = x.tanh()
+    y = y + m.a(y)
+    y = y + m.b(y)
+    return x + y * m.steps[0].f(x)
+
+
 STEPS = [f"steps.{place}.add" for place in range(4)]
 CASES: dict[str, tuple[Callable[..., Any], list[str], dict[str, str]]] = {
     "long skip over blocks": (lambda m, x: x + m.a(m.steps(x)), STEPS, {"add": "long-skip"}),
@@ -124,6 +132,7 @@ CASES: dict[str, tuple[Callable[..., Any], list[str], dict[str, str]]] = {
     "two ways": (two_way, ["add", "add_1", "add_2"], {}),
     "encoder and decoder": (both_halves, ["add", "add_1", "add_2"], {}),
     "learnt queries": (queried, ["add", *STEPS], {}),
+    "on one of two ways": (beside, ["add_2"], {"add": "nested", "add_1": "nested"}),
     "from one value again": (twice_derived, ["add_2"], {"add": "nested", "add_1": "nested"}),
 }
 
