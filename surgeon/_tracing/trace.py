@@ -13,6 +13,7 @@ draws random numbers.
 import builtins
 import inspect
 import operator
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -38,6 +39,7 @@ from surgeon._tracing.record import Call
 from surgeon._tracing.state import CONSTANTS, PLAIN, draws
 from surgeon.errors import TraceError
 
+_ONE_AT_A_TIME = threading.RLock()  # fx patches `nn.Module` itself, and puts back what it found there
 _DRAWS = "its forward draws random numbers from Python's or NumPy's generator"
 
 
@@ -66,7 +68,7 @@ def trace(
         raise TraceError("its forward was replaced on the instance")
     _check_class(type(block))
     before, reads = dict(block.__dict__), Reads()
-    with untouched(block), generators_kept(), no_autocast_cache():
+    with _ONE_AT_A_TIME, untouched(block), generators_kept(), no_autocast_cache():
         tracer = BlockTracer(log, args, kwargs, replays or {}, reads, opened)
         try:
             with guarded(tracer), _Capture(tracer):
@@ -122,8 +124,17 @@ class BlockTracer(fx.Tracer):
         self.ambient = False
         self.given = Given(self.facts)
         self.proxies: dict[fx.Node, ValueProxy] = {}
-        self.listening = False
+        self._listening, self._thread = False, threading.get_ident()
         self._state = _global_state()
+
+    @property
+    def listening(self) -> bool:
+        """Whether the traced code itself is running, and not another thread, which meets the patches too."""
+        return self._listening and threading.get_ident() == self._thread
+
+    @listening.setter
+    def listening(self, on: bool) -> None:
+        self._listening = on
 
     def trace(self, root: Any, _concrete_args: Any = None) -> fx.Graph:
         self.traced_func_name = "_ungated_forward" if hasattr(type(root), "_ungated_forward") else "forward"
