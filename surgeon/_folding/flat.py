@@ -33,7 +33,8 @@ from torch.utils import _pytree as pytree
 from surgeon._folding.recorder import Call, Recorder, Value
 from surgeon._folding.results import tensors_in
 from surgeon._folding.state import address, named_tensors
-from surgeon._folding.still import evaluating, unchanged
+from surgeon._folding.still import evaluating
+from surgeon._tracing.example import untouched
 from surgeon.errors import FoldError, UnseenCallError
 
 
@@ -81,7 +82,7 @@ def flatten(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         ):
             continue
         try:
-            with unchanged(model):
+            with untouched(model):
                 return _record(model, args, kwargs, attempt)
         except (FoldError, UnseenCallError) as error:
             first = error

@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -149,29 +149,45 @@ def no_inference_mode() -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Restores every module's attributes afterwards, also those kept in plain lists and dicts.
+    """Restores every module's attributes afterwards, and the contents of the lists, dicts and sets in them.
 
     A forward may store tensors on its module (LeViT caches its attention bias in evaluation); what an
     analysis on fake tensors leaves there must not stay.
     """
-    before = [(module, dict(module.__dict__), _contents(module)) for module in model.modules()]
+    before = [(module, dict(module.__dict__)) for module in model.modules()]
+    nests: dict[int, tuple[Any, list[Any]]] = {}
+    for _, attributes in before:
+        _note(attributes.values(), nests, depth=3)
     try:
         yield
     finally:
-        for module, attributes, contents in before:
+        for module, attributes in before:
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            for held, content in contents:
-                if isinstance(held, list):
-                    held[:] = content
-                elif isinstance(held, set):
-                    held.clear()
-                    held.update(content)
-                else:
-                    held.clear()
-                    held.update(content)
+        for nest, items in nests.values():
+            _put_back(nest, items)
 
 
-def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    # Most are the empty dicts of hooks.
-    return [(v, v.copy() if v else ()) for v in module.__dict__.values() if isinstance(v, (list, set, dict))]
+def _note(values: Iterable[Any], nests: dict[int, tuple[Any, list[Any]]], depth: int) -> None:
+    for value in values:
+        if isinstance(value, (list, dict, set)) and id(value) not in nests:
+            nests[id(value)] = value, _items(value)
+            if value and depth > 1:
+                _note(value.values() if isinstance(value, dict) else value, nests, depth - 1)
+
+
+def _items(nest: Any) -> list[Any]:
+    return [*nest.keys(), *nest.values()] if isinstance(nest, dict) else list(nest)
+
+
+def _put_back(nest: Any, items: list[Any]) -> None:
+    """Where something has changed only: a class of one's own (diffusers' FrozenDict) may forbid to write."""
+    now = _items(nest)
+    if len(now) == len(items) and all(a is b for a, b in zip(now, items, strict=True)):
+        return
+    nest.clear()
+    if isinstance(nest, list):
+        nest.extend(items)
+    else:
+        half = len(items) // 2
+        nest.update(zip(items[:half], items[half:], strict=True) if isinstance(nest, dict) else items)

@@ -67,7 +67,10 @@ class ValueProxy(fx.Proxy):
         return float(self.tracer.pin(self))
 
     def __hash__(self) -> int:
-        return id(self)
+        # A size that is the key of a cache would stay there, with what was traced for it.
+        if type(self.__dict__["value"]).__hash__ in (Tensor.__hash__, object.__hash__):
+            return id(self)
+        raise TypeError(f"unhashable: a {self._described()} that is known only when the forward runs")
 
     def __contains__(self, item: Any) -> bool:
         return item in self.tracer.pin(self)
