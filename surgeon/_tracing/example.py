@@ -1,5 +1,6 @@
 """The example a model is recorded on: what the user gave, or what the model says of its own input."""
 
+import operator
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from surgeon._tracing.outside import nothing_left_outside
 from surgeon.errors import UsageError
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any] | None
@@ -151,19 +153,21 @@ def no_inference_mode() -> Iterator[None]:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Restores every module's attributes afterwards, and the contents of the lists, dicts and sets in them.
 
-    A forward may store tensors on its module (LeViT caches its attention bias in evaluation); what an
-    analysis on fake tensors leaves there must not stay.
+    A forward may store tensors on its module (LeViT caches its attention bias in evaluation) or outside; what
+    an analysis on fake tensors leaves there must not stay.
     """
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     nests: dict[int, tuple[Any, list[Any]]] = {}
     for _, attributes in before:
         _note(attributes.values(), nests, depth=3)
     try:
-        yield
+        with nothing_left_outside(model):
+            yield
     finally:
         for module, attributes in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
+            if not _same(_items(module.__dict__), _items(attributes)):
+                # At one stroke: another thread that runs the module must never find it bare.
+                object.__setattr__(module, "__dict__", attributes)
         for nest, items in nests.values():
             _put_back(nest, items)
 
@@ -180,10 +184,13 @@ def _items(nest: Any) -> list[Any]:
     return [*nest.keys(), *nest.values()] if isinstance(nest, dict) else list(nest)
 
 
+def _same(now: list[Any], before: list[Any]) -> bool:
+    return len(now) == len(before) and all(map(operator.is_, now, before))
+
+
 def _put_back(nest: Any, items: list[Any]) -> None:
     """Where something has changed only: a class of one's own (diffusers' FrozenDict) may forbid to write."""
-    now = _items(nest)
-    if len(now) == len(items) and all(a is b for a, b in zip(now, items, strict=True)):
+    if _same(_items(nest), items):
         return
     nest.clear()
     if isinstance(nest, list):

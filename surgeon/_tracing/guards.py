@@ -2,8 +2,9 @@
 
 Grad and autocast regions, gradient checkpoints and `torch.autograd.Function` act outside of the calls that fx
 sees. Inside `guarded` their entry points answer to the tracer: a region of its own stops the trace, an
-autograd function becomes a leaf, a tensor factory a node whatever its sizes are, a question about the
-ambient mode makes the trace hold for that mode only.
+autograd function becomes a leaf, and so does a function that keeps its results (`functools.lru_cache`); a
+tensor factory becomes a node whatever its sizes are, a question about the ambient mode makes the trace hold
+for that mode only.
 """
 
 import functools
@@ -14,8 +15,12 @@ from unittest import mock
 
 import torch
 import torch.utils.checkpoint
-from torch import fx
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
+from surgeon._tracing.example import tensors
+from surgeon._tracing.outside import cached_functions
+from surgeon._tracing.state import PLAIN
 from surgeon.errors import TraceError
 
 
@@ -56,8 +61,8 @@ _QUESTIONS = ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabl
 
 
 @contextmanager
-def guarded(tracer: Listener) -> Iterator[None]:
-    """Inside, the traced forward cannot slip a region or a function past the tracer.
+def guarded(tracer: Listener, block: nn.Module) -> Iterator[None]:
+    """Inside, the forward of ``block`` cannot slip a region or a function past the tracer.
 
     Raises:
         TraceError: From within, when the forward opens a grad or autocast region or a checkpoint.
@@ -75,6 +80,9 @@ def guarded(tracer: Listener) -> Iterator[None]:
         stopped = _stopping(tracer, checkpoint, "its forward calls torch.utils.checkpoint")
         stack.enter_context(mock.patch.object(torch.utils.checkpoint, "_checkpoint_impl", stopped))
         stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", _leaf(tracer)))
+        for file, name, function in cached_functions(block):
+            file[name] = _cached(tracer, function)
+            stack.callback(file.__setitem__, name, function)
         yield
 
 
@@ -122,6 +130,22 @@ def _leaf(tracer: Listener) -> Any:
         return tracer.create_proxy("call_function", _caller(cls), args, kwargs)
 
     return classmethod(guard)
+
+
+def _cached(tracer: Listener, function: Any) -> Any:
+    """A leaf where a graph can hold its arguments, as it must keep what runs give it, not what traces do."""
+
+    @functools.wraps(function)
+    def guard(*args: Any, **kwargs: Any) -> Any:
+        given = pytree.tree_leaves((args, kwargs))
+        if not tracer.listening or not all(isinstance(a, (fx.Proxy, Tensor, *PLAIN)) for a in given):
+            return function(*args, **kwargs)
+        made = tracer.create_proxy("call_function", function, args, kwargs)
+        value = made.__dict__["value"] if isinstance(made, fx.Proxy) else made
+        # Numbers that follow from constants alone may decide which way the forward goes.
+        return made if tensors(value) or any(isinstance(a, fx.Proxy) for a in given) else value
+
+    return guard
 
 
 @functools.cache

@@ -68,9 +68,12 @@ class ValueProxy(fx.Proxy):
 
     def __hash__(self) -> int:
         # A size that is the key of a cache would stay there, with what was traced for it.
-        if type(self.__dict__["value"]).__hash__ in (Tensor.__hash__, object.__hash__):
+        value = self.__dict__["value"]
+        if isinstance(value, Tensor) or getattr(type(value), "__hash__", None) is object.__hash__:
             return id(self)
-        raise TypeError(f"unhashable: a {self._described()} that is known only when the forward runs")
+        raise TypeError(
+            f"its forward looks something up by a value that only a run tells ({self._described()})"
+        )
 
     def __contains__(self, item: Any) -> bool:
         return item in self.tracer.pin(self)

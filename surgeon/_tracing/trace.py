@@ -71,7 +71,7 @@ def trace(
     with _ONE_AT_A_TIME, untouched(block), generators_kept(), no_autocast_cache():
         tracer = BlockTracer(log, args, kwargs, replays or {}, reads, opened)
         try:
-            with guarded(tracer), _Capture(tracer):
+            with guarded(tracer, block), _Capture(tracer):
                 graph = tracer.trace(block)
         except TraceError:
             raise
@@ -208,7 +208,13 @@ class BlockTracer(fx.Tracer):
         known = not isinstance(a, Tensor) or isinstance(a, nn.Parameter) or a in self.tensor_attrs
         if not known and not any(a is b for b in self.root.buffers()):
             raise TraceError("its forward uses a tensor that is no parameter, buffer or attribute")
-        return super().create_arg(a)
+        made = super().create_arg(a)
+        if (
+            isinstance(made, fx.Node) and made not in self.facts
+        ):  # a tensor that no attribute access handed out
+            with self.deaf():
+                self._wrap(made, self._execute(made))
+        return made
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *_: Any, **__: Any) -> Any:
         with self.deaf():

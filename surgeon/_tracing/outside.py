@@ -1,0 +1,132 @@
+"""What a forward keeps outside of its module: in the globals of its files, in the caches of their functions.
+
+Masks and grids of positions are often made once for each size, by a function under `functools.lru_cache` or
+with a dict of the file. A run on fake tensors must leave none there: the real model would get it ever after.
+"""
+
+import functools
+import gc
+import operator
+import sys
+import types
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from surgeon._tracing.proxy import ValueProxy
+
+Namespace = Mapping[str, Any]
+_LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "sympy", "surgeon"}
+_CACHED: Any = functools._lru_cache_wrapper
+_MANY, _FEW = 10_000, 100  # a nest of more is data and no cache; one of more holds no caches of its own
+_places: weakref.WeakKeyDictionary[type, tuple[Namespace, ...]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def nothing_left_outside(model: nn.Module) -> Iterator[None]:
+    """Takes the fakes and proxies that come into the globals of the model's files out of them again."""
+    places = namespaces(model)
+    values = [(place, dict(place)) for place in places if isinstance(place, dict)]
+    holders = {id(value): (value, _items(value)) for place in places for value in _holders(place.values())}
+    try:
+        yield
+    finally:
+        for place in places:
+            for holder in _holders(place.values()):
+                _clean(holder, *holders.get(id(holder), (holder, []))[1:])
+        for globals_, old in values:
+            for name in [name for name, value in globals_.items() if _is_fake(value)]:
+                if name in old:
+                    globals_[name] = old[name]
+                else:
+                    del globals_[name]
+
+
+def cached_functions(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
+    """The functions among the globals of the model's files that keep their results: where, name, function."""
+    files = [place for place in namespaces(model) if isinstance(place, dict)]
+    return [(file, name, value) for file in files for name, value in file.items() if type(value) is _CACHED]
+
+
+def namespaces(model: nn.Module) -> list[Namespace]:
+    """The globals of the files that a model's code is in and of what they import, and its classes' own."""
+    modules = list(model.modules())
+    held = (value for module in modules for value in vars(module).values())
+    functions = {value for value in held if isinstance(value, types.FunctionType)}
+    places = [place for cls in set(map(type, modules)) for place in _of_class(cls)]
+    places += [value.__globals__ for value in functions if not _of_library(value.__module__)]
+    return list({id(place): place for place in places}.values())
+
+
+def _of_class(cls: type) -> tuple[Namespace, ...]:
+    if cls not in _places:
+        own = [base for base in cls.__mro__ if not _of_library(base.__module__)]
+        files = [vars(sys.modules[base.__module__]) for base in own if base.__module__ in sys.modules]
+        imported = [_from(value, cls) for file in files for value in list(file.values())]
+        found = [*map(vars, own), *files, *(place for place in imported if place is not None)]
+        _places[cls] = tuple({id(place): place for place in found}.values())
+    return _places[cls]
+
+
+def _from(value: Any, cls: type) -> Namespace | None:
+    """The globals of the file that an imported function or module comes from, unless it is a library's."""
+    if isinstance(value, types.ModuleType):
+        return vars(value) if value.__name__.split(".")[0] == cls.__module__.split(".")[0] else None
+    function = value.__wrapped__ if type(value) is _CACHED else value
+    if isinstance(function, types.FunctionType) and not _of_library(function.__module__):
+        return function.__globals__
+    return None
+
+
+def _of_library(module: str | None) -> bool:
+    return (module or "torch").split(".")[0] in _LIBRARIES
+
+
+def _holders(values: Iterable[Any]) -> list[Any]:
+    """The nests and cached functions among some values, and the nests in these."""
+    found = [v for v in list(values) if isinstance(v, (dict, list, set)) or type(v) is _CACHED]
+    few = (v for v in found if type(v) is not _CACHED and 0 < len(v) <= _FEW)
+    return found + [item for v in few for item in _items(v) if isinstance(item, (dict, list, set))]
+
+
+def _items(holder: Any) -> list[Any]:
+    """What a nest holds, or a cached function (of which a bounded one has its results, another a dict)."""
+    if type(holder) is _CACHED:
+        kept = gc.get_referents(holder) if holder.cache_info().currsize else []
+        return [item for one in kept for item in (_items(one) if type(one) is dict else [one])]
+    if not isinstance(holder, (dict, list, set, tuple)) or len(holder) > _MANY:
+        return []
+    return [*holder.keys(), *holder.values()] if isinstance(holder, dict) else list(holder)
+
+
+def _clean(holder: Any, before: list[Any]) -> None:
+    items = _items(holder)
+    if len(items) == len(before) and all(map(operator.is_, items, before)) and type(holder) is not _CACHED:
+        return
+    known = set(map(id, before))
+    for held in [item for item in items if id(item) not in known and _holds(item)]:
+        _take_out(holder, held)
+
+
+def _is_fake(value: Any) -> bool:
+    return isinstance(value, FakeTensor) or type(value) is ValueProxy
+
+
+def _holds(value: Any, depth: int = 3) -> bool:
+    return _is_fake(value) or (depth > 0 and any(_holds(item, depth - 1) for item in _items(value)))
+
+
+def _take_out(holder: Any, held: Any) -> None:
+    if isinstance(holder, dict):
+        for key in [key for key, value in holder.items() if value is held or key is held]:
+            del holder[key]
+    elif isinstance(holder, list):
+        holder[:] = [item for item in holder if item is not held]
+    elif isinstance(holder, set):
+        holder.discard(held)
+    else:
+        holder.cache_clear()
