@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from blocks import Branch, Net, Plain, X, coins, randomise, same, step
+from blocks import Branch, Net, Of, Plain, X, coins, randomise, same, step
 from torch import Tensor, nn
 
 import surgeon
@@ -265,21 +265,63 @@ def test_weights_swapped_after_apply_are_used() -> None:
     torch.testing.assert_close(torch.func.functional_call(block, new, (X,)), X + X.sum(1, keepdim=True) + 1)
 
 
-def test_grad_mode_read_by_the_forward_is_not_frozen() -> None:
+ASKS: dict[str, Callable[[], bool]] = {  # each asked as code asks it: of the module `torch`
+    "gradients": lambda: torch.is_grad_enabled() is True,
+    "autocast on the CPU": lambda: torch.is_autocast_enabled("cpu"),
+    "the type of autocast": lambda: torch.get_autocast_dtype("cpu") is torch.float16,
+    "inference mode": lambda: torch.is_inference_mode_enabled() is True,
+}
+MODES: dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "enable_grad": torch.enable_grad,
+    "bfloat16": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "float16": lambda: torch.autocast("cpu", dtype=torch.float16),
+}
+
+
+@pytest.mark.parametrize("asks", ASKS.values(), ids=ASKS)
+def test_modes_that_the_forward_asks_for_are_not_frozen(asks: Callable[[], bool]) -> None:
     class Block(Branch):
         def forward(self, x: Tensor) -> Tensor:
-            y = self.f(x) if torch.is_grad_enabled() else 2 * self.f(x)
+            y = self.f(x) if asks() else 2 * self.f(x)
             return x + y
 
     model = Net(Block())
     try:
         surgeon.apply(model, unit="batch", scaling="paper", drop_rate=0.0, example=X)
     except NoResidualsError:
-        return  # refused is right as well
-    for mode in (torch.no_grad, torch.enable_grad):
+        assert asks is ASKS["inference mode"]  # no trace runs in it
+        return
+    for mode in MODES.values():
         with mode():
             out = model(X)
             assert same(out, model.head(Block.forward(model.block, model.stem(X))))
+
+
+def test_errors_that_the_forward_catches() -> None:
+    """What a way that failed has left behind is in neither the record nor the graph."""
+
+    class Raising(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x + 1).view(-1, 5)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        try:
+            y = self.fast(x)
+        except RuntimeError:
+            y = x
+        try:
+            y = y.view(3, 5)
+        except RuntimeError:
+            y = 2 * y
+        return x + self.f(y)
+
+    model = nn.Sequential(Of(forward, f=Plain().f, fast=Raising()), Plain()).train()
+    assert [r.name for r in surgeon.find(model, X)] == ["0.add", "1.add"]
+    expected = [model(x) for x in (X, X[:2])]
+    surgeon.apply(model, drop_rate=0.0, unit="batch", example=X)
+    assert all(same(model(x), want) for x, want in zip((X, X[:2]), expected, strict=True))
 
 
 @pytest.mark.parametrize("seen", [True, False], ids=["seen", "unseen"])

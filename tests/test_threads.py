@@ -30,7 +30,7 @@ def elsewhere(network: nn.Module) -> Tensor:
 
 
 def test_another_thread_runs_on_while_a_block_is_traced() -> None:
-    network = randomise(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.BatchNorm1d(4))).eval()
+    network = randomise(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.LayerNorm(4)))  # part of the block, too
     expected, seen = elsewhere(network), []
 
     def note() -> None:
@@ -45,7 +45,8 @@ def test_another_thread_runs_on_while_a_block_is_traced() -> None:
         thread.join()
         return x + self.f(x)
 
-    assert len(surgeon.find(Of(forward, f=Plain().f), example=INPUT)) == 1
+    block = Of(forward, f=nn.Sequential(network, nn.ReLU()))
+    assert len(surgeon.find(block, example=INPUT)) == 1
     assert len(seen) >= 2  # in the recording and in the trace
     for value in seen:
         assert isinstance(value, Tensor), value

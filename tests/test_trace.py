@@ -229,6 +229,29 @@ def test_weights_in_functions_and_factories_are_in_the_graph() -> None:
         assert not torch.equal(made(X), expected)
 
 
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: x + self.f(x * self.table),
+        lambda self, x: x + self.f(x + self.table.to(x.device)),
+        lambda self, x: x + self.f(x) * self.f.table[None, :4],
+        lambda self, x: x + self.f(x) * sum(p.sum() for p in self.f.parameters()),
+        lambda self, x: x + self.f(x) * list(self.buffers())[0],  # noqa: RUF015
+    ],
+    ids=["attribute", "method", "of a child", "parameters", "buffers"],
+)
+def test_tensors_by_any_way_to_them(forward: Callable[..., Any]) -> None:
+    made = block(forward)
+    made.table, made.f.table = torch.rand(4), torch.rand(6)
+    made.register_buffer("counts", torch.rand(4))
+    found = traced(made, X)
+    for _ in range(2):
+        assert torch.equal(run(found, made, X), made(X))
+        made.table, made.f.table = torch.rand(4), torch.rand(6)  # read, not copied
+        made.counts.mul_(2)
+    assert [a.code for a in additions(Flow(found)) if a.code != "bias"] == [None]
+
+
 def test_tracing_leaves_the_block_as_it_was() -> None:
     class Block(Branch):
         def __init__(self) -> None:

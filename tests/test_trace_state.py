@@ -1,6 +1,8 @@
 """What a traced forward reads from modules and leaves on them: noticed, kept in the key, or refused."""
 
+from collections import deque
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,12 +72,53 @@ def test_values_kept_on_a_module_stop_its_trace(block: type[nn.Module], where: s
     assert where in refusal.reason
 
 
-def test_nothing_of_the_analysis_stays_in_lists_and_dicts() -> None:
-    model = nn.Sequential(AppendsToItself(), StoresInItsDict(), AssignsABuffer(), Plain())
+class KeepsInADeque(Branch):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: deque[Tensor] = deque(maxlen=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last.append(y := self.f(x))
+        return x + y
+
+
+class KeepsInAnObject(Branch):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = SimpleNamespace(last=None, all=[])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cache.last = y = self.f(x)
+        self.cache.all.append(y)
+        return x + y
+
+
+def test_nothing_of_the_analysis_stays_in_what_modules_hold() -> None:
+    model = nn.Sequential(
+        AppendsToItself(), StoresInItsDict(), AssignsABuffer(), KeepsInADeque(), KeepsInAnObject(), Plain()
+    )
     surgeon.apply(model, example=X)
     assert model[0].cache == []
     assert model[1].seen == {}
     assert torch.equal(model[2].mean, torch.zeros(4))
+    assert len(model[3].last) == 0
+    assert model[4].cache == SimpleNamespace(last=None, all=[])
+
+
+class Frozen(dict[str, int]):
+    """As diffusers keeps its configuration."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("frozen")
+
+    __setitem__ = __delitem__ = clear = update = pop = setdefault = _refuse
+
+
+def test_a_dict_that_cannot_be_written_to_is_no_hindrance() -> None:
+    model = Plain()
+    model.config = Frozen(width=4)
+    surgeon.remove(surgeon.apply(model, example=X, scaling="paper", keep_eval=True))
+    assert model.config == {"width": 4}
 
 
 class Shared(Branch):

@@ -30,8 +30,8 @@ from surgeon._tracing.fake import held_open, to_fake
 from surgeon._tracing.given import kinds
 from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.reads import attribute
-from surgeon._tracing.state import kind, state
-from surgeon._tracing.trace import trace
+from surgeon._tracing.state import ambient, kind, state
+from surgeon._tracing.trace import Unannounced, trace
 from surgeon.errors import CheckpointError, TraceError, UnseenCallError
 
 
@@ -183,7 +183,7 @@ class Gating:
             block.training,
             self.way(args, kwargs),
             tuple([state(attribute(block, name)) for name in self.attributes]),
-            (torch.is_grad_enabled(), torch.is_autocast_enabled()) if self.ambient else None,
+            ambient() if self.ambient else None,
         )
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -216,7 +216,7 @@ def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str
 Gating._extend._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
-class GatedBlock(nn.Module):
+class GatedBlock(Unannounced, nn.Module):
     """Mixed into the class of a gated block, in front of it."""
 
     _ungated: type[nn.Module]

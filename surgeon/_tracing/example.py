@@ -3,6 +3,8 @@
 import operator
 import random
 import sys
+import types
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +18,7 @@ from surgeon.errors import UsageError
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any] | None
 
+_NESTS = (list, dict, set, deque)
 _ATOMS = {type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.Size}
 _BATCH = 2
 _DEFAULT_SIZE = (3, 224, 224)
@@ -151,7 +154,7 @@ def no_inference_mode() -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Restores every module's attributes afterwards, and the contents of the lists, dicts and sets in them.
+    """Restores every module's attributes afterwards, and what lists, dicts, sets and objects in them hold.
 
     A forward may store tensors on its module (LeViT caches its attention bias in evaluation) or outside; what
     an analysis on fake tensors leaves there must not stay.
@@ -174,10 +177,19 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 def _note(values: Iterable[Any], nests: dict[int, tuple[Any, list[Any]]], depth: int) -> None:
     for value in values:
-        if isinstance(value, (list, dict, set)) and id(value) not in nests:
-            nests[id(value)] = value, _items(value)
-            if value and depth > 1:
-                _note(value.values() if isinstance(value, dict) else value, nests, depth - 1)
+        nest, inside = (value, depth - 1) if isinstance(value, _NESTS) else (_held_in(value), depth - 2)
+        if nest is not None and id(nest) not in nests and inside >= 0:
+            nests[id(nest)] = nest, _items(nest)
+            if nest and inside:
+                _note(nest.values() if isinstance(nest, dict) else nest, nests, inside)
+
+
+def _held_in(value: Any) -> dict[str, Any] | None:
+    """The attributes of an object of some class of the user's (a cache, a configuration)."""
+    known = value is None or isinstance(value, (bool, int, float, str, tuple, type, types.ModuleType))
+    if known or isinstance(value, (Tensor, nn.Module)) or callable(value):
+        return None
+    return getattr(value, "__dict__", None)
 
 
 def _items(nest: Any) -> list[Any]:
@@ -193,7 +205,7 @@ def _put_back(nest: Any, items: list[Any]) -> None:
     if _same(_items(nest), items):
         return
     nest.clear()
-    if isinstance(nest, list):
+    if isinstance(nest, (list, deque)):
         nest.extend(items)
     else:
         half = len(items) // 2

@@ -57,7 +57,10 @@ _FACTORIES = (
     ),
     *("scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros"),
 )
-_QUESTIONS = ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled")
+_QUESTIONS = (
+    *("is_grad_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled"),
+    *("get_autocast_dtype", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype"),
+)
 
 
 @contextmanager
@@ -72,11 +75,13 @@ def guarded(tracer: Listener, block: nn.Module) -> Iterator[None]:
             stack.enter_context(mock.patch.object(cls, "__enter__", _refusing(tracer, cls.__enter__, what)))
         for name in _QUESTIONS:
             stack.enter_context(mock.patch.object(torch, name, _noting(tracer, getattr(torch, name))))
+        asks = _stopping(tracer, torch.is_inference_mode_enabled, "its forward asks for the inference mode")
+        stack.enter_context(
+            mock.patch.object(torch, "is_inference_mode_enabled", asks)
+        )  # no trace runs in it
         for name in _FACTORIES:
             stack.enter_context(mock.patch.object(torch, name, _factory(tracer, getattr(torch, name))))
-        checkpoint = (
-            torch.utils.checkpoint._checkpoint_impl
-        )  # what checkpoint() calls, however it was imported
+        checkpoint = torch.utils.checkpoint._checkpoint_impl  # of checkpoint(), however it was imported
         stopped = _stopping(tracer, checkpoint, "its forward calls torch.utils.checkpoint")
         stack.enter_context(mock.patch.object(torch.utils.checkpoint, "_checkpoint_impl", stopped))
         stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", _leaf(tracer)))
@@ -95,8 +100,8 @@ def _refusing(tracer: Listener, enter: Callable[[Any], Any], what: str) -> Calla
     return guard
 
 
-def _noting(tracer: Listener, question: Callable[..., bool]) -> Callable[..., bool]:
-    def guard(*args: Any) -> bool:
+def _noting(tracer: Listener, question: Callable[..., Any]) -> Callable[..., Any]:
+    def guard(*args: Any) -> Any:
         tracer.ambient |= tracer.listening
         return question(*args)
 

@@ -98,30 +98,33 @@ def noted(block: nn.Module, reads: Reads, listening: Callable[[], bool]) -> Iter
         return _seen(value, prefix + name, reads, listening) if own else value
 
     modules = {f"{path}." if path else "": module for path, module in block.named_modules()}
-    try:
-        for prefix, module in modules.items():
-            hidden[id(module)] = prefix, _hide(module, prefix, reads)
-        with mock.patch.object(_symbolic_trace, "_orig_module_getattr", look_up):
+    with mock.patch.object(_symbolic_trace, "_orig_module_getattr", look_up):
+        try:
+            for prefix, module in modules.items():
+                hidden[id(module)] = prefix, {}
+                _hide(module, *hidden[id(module)], reads)
             yield
-    finally:
-        for module in modules.values():
-            for name, value in hidden.get(id(module), ("", {}))[1].items():
-                module.__dict__.setdefault(name, value)
+        finally:
+            for module in modules.values():
+                for name, value in hidden.get(id(module), ("", {}))[1].items():
+                    module.__dict__.setdefault(name, value)
 
 
-def _hide(module: nn.Module, prefix: str, reads: Reads) -> dict[str, Any]:
-    """Takes a module's attributes out of its sight; what is plain and cannot be hidden counts as read."""
+def _hide(module: nn.Module, prefix: str, hidden: dict[str, Any], reads: Reads) -> None:
+    """Takes a module's attributes out of its sight; what is plain and cannot be hidden counts as read.
+
+    An attribute is in ``hidden`` before it is gone: another thread may ask for it at any time.
+    """
     cls = type(module)
     asks = cls.__getattr__ is nn.Module.__getattr__ and cls.__getattribute__ is object.__getattribute__
-    hidden = {}
     for name, value in list(module.__dict__.items()):
         if name in _INTERNAL or isinstance(value, (Tensor, nn.Module)):
             continue
         if asks and not hasattr(cls, name):
-            hidden[name] = module.__dict__.pop(name)
+            hidden[name] = value
+            del module.__dict__[name]
         elif isinstance(value, PLAIN) and not name.startswith("_"):
             reads.note(prefix + name, value, own=True)
-    return hidden
 
 
 def _seen(value: Any, name: str, reads: Reads, listening: Callable[[], bool]) -> Any:

@@ -206,7 +206,9 @@ def _watch(model: nn.Module, log: OpLog, calls: list[Call]) -> Iterator[None]:
         entered.append([(t, t._version) for t in given])
         log.stack.append(len(calls) - 1)
 
-    def leave(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    def leave(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        if log.stack[-1] < 0 or calls[log.stack[-1]].module is not module:
+            return  # it was never entered: a hook of the user's stopped it
         call = calls[log.stack.pop()]
         call.last_op, call.output = len(log.ops), output
         call.wrote = any(t._version != version for t, version in entered.pop())
@@ -221,7 +223,7 @@ def _watch(model: nn.Module, log: OpLog, calls: list[Call]) -> Iterator[None]:
     try:
         for module in model.modules():
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(leave))
+            handles.append(module.register_forward_hook(leave, always_call=True))
         yield
         for call, tensor, version in seen:
             call.rewritten |= tensor._version != version or storage(tensor) in final

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 CONSTANTS = (type(None), bool, str, Enum, torch.dtype, torch.device, torch.memory_format, torch.layout)
 PLAIN = (*CONSTANTS, int, float)
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
 _ATOMS = frozenset({type(None), bool, str, int, float, torch.dtype, torch.device, torch.Size})
 
 
@@ -119,3 +120,9 @@ def held_by(value: Any) -> dict[str, Any]:
 
 def _listed(slots: Any) -> tuple[str, ...]:
     return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def ambient() -> tuple[Any, ...]:
+    """The modes that a forward may ask PyTorch for: gradients, and autocast by type of device."""
+    casts = [(torch.is_autocast_enabled(one), torch.get_autocast_dtype(one)) for one in _DEVICES]
+    return torch.is_grad_enabled(), *casts

@@ -95,9 +95,16 @@ def trace(
 def _check_class(cls: type[nn.Module]) -> None:
     """A gate needs a subclass of the block's class; few classes refuse to have one."""
     try:
-        type(cls.__name__, (cls,), {"__module__": cls.__module__})
+        bases = (cls,) if issubclass(cls, Unannounced) else (Unannounced, cls)
+        type(cls.__name__, bases, {"__module__": cls.__module__})
     except Exception as error:
         raise TraceError(f"its class {cls.__name__} cannot be subclassed: {error}") from error
+
+
+class Unannounced:
+    """Mixed in in front: no register of subclasses that a user's class keeps hears of surgeon's own."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None: ...
 
 
 class BlockTracer(fx.Tracer):
@@ -226,7 +233,12 @@ class BlockTracer(fx.Tracer):
 
     def _emit(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
-        value = self._execute(node)
+        try:
+            value = self._execute(node)
+        except Exception:  # the forward may catch it: which way it goes then hangs on these shapes
+            self.exact = True
+            self.graph.erase_node(node)
+            raise
         part = self.given.takes(node)
         # The forward must see None itself, and flags that came in inside a nest of arguments.
         if part and isinstance(value, CONSTANTS):
