@@ -57,6 +57,19 @@ def test_a_stream_is_none_of_them_though_a_softmax_reads_it() -> None:
     assert len(surgeon.find(Head(), X)) == 1
 
 
+def test_a_stream_that_an_attention_alone_reads_is_none_of_them() -> None:
+    class Stage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+            self.project, self.attention = nn.Linear(8, 8), Attention("plain")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(self.project(x) + self.f(x))
+
+    assert [(r.name, r.kind) for r in surgeon.find(Stage(), X)] == [("add", "projection")]
+
+
 def test_a_block_without_a_shortcut_in_the_zoo() -> None:
     """The last stage of haloregnetz_b begins with one; the attentions of the others lie inside branches."""
     found = surgeon.find(timm.create_model("haloregnetz_b"), torch.zeros(1, 3, 224, 224))

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -147,6 +148,58 @@ def test_a_list_that_is_handed_in_and_changed_is_refused() -> None:
     refusal = next(r for r in findings.refused if r.name == "block.add")
     assert refusal.code == "untraceable"
     assert "changes a list that it was given" in refusal.reason
+
+
+@dataclass
+class Details:
+    """What x-transformers' attention hands on beside its result."""
+
+    features: Tensor
+    kind: str = ""
+
+
+class Detailed(Branch):
+    def forward(self, x: Tensor) -> tuple[Tensor, Details]:
+        y = self.f(x)
+        return y, Details(y)
+
+
+class NamesDetails(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = Detailed(), Plain().f
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, details = self.f(x)
+        details.kind = "first"
+        x = x + y
+        if details.kind == "first":
+            x = x + self.g(x)
+        return x
+
+
+def test_a_word_may_be_written_into_what_a_child_has_made() -> None:
+    model = NamesDetails()
+    gates = surgeon.status(surgeon.apply(model, unit="batch", drop_rate=0.5, example=X, skip=True)).gates
+    assert [gate.name for gate in gates] == ["add", "add_1"]
+    for kept in (True, False):
+        with coins(kept):
+            expected = (X + 2 * model.f.f(X)) if kept else X
+            expected = expected + 2 * model.g(expected) if kept else expected
+            assert same(model(X), expected)
+
+
+class NamesItsArgument(Branch):
+    def forward(self, x: Details) -> Tensor:
+        x.kind = "seen"
+        return x.features + self.f(x.features)
+
+
+def test_nothing_may_be_written_into_an_argument() -> None:
+    given = Details(X)
+    with pytest.raises(surgeon.SurgeonError, match="assigns the attribute kind of a Details"):
+        surgeon.apply(NamesItsArgument(), example=(given,))
+    assert given.kind == ""
 
 
 # --- plain attributes of children -------------------------------------------------------------------

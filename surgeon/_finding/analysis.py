@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from surgeon._finding.adders import adders
 from surgeon._finding.addition import Addition
 from surgeon._finding.choice import Choice
 from surgeon._finding.drops import mask_nodes
@@ -123,7 +124,12 @@ class _Scan:
         self.refused: list[Refusal] = []
         self.seen: set[nn.Module] = set()
         self.nested: set[nn.Module] = set()
-        adding = {call.module for call in recording.calls if call.additions}
+        self.adders = adders(recording)
+        self.sums = [call.additions for call in recording.calls]
+        for place, caller in self.adders.items():
+            self.sums[caller] += self.sums[place]
+            self.sums[place] = 0
+        adding = {call.module for call in recording.calls if self.sums[call.place]}
         self.kinds = Counter(type(module) for module in adding)
         self.calls = {call.module: call for call in reversed(recording.calls)}
         self.steps: dict[nn.Module, int] = {}
@@ -131,16 +137,17 @@ class _Scan:
 
     def visit(self, call: Call) -> None:
         module = call.module
-        if module in self.seen or not (call.additions or call.biases):
+        sums = self.sums[call.place]
+        if module in self.seen or not (sums or call.biases):
             return
         self.seen.add(module)
-        if not call.additions:
+        if not sums:
             if self.choice.asks_for("bias"):
                 self._trace(call)
             elif any(module.children()):  # the bias of a single layer is no matter for a report
                 self._refuse_all(module, call.biases, "bias")
         elif module in self.nested and not self.choice.asks_for("nested"):
-            self._refuse_all(module, call.additions, "nested")
+            self._refuse_all(module, sums, "nested")
         else:
             self._trace(call)
 
@@ -156,7 +163,7 @@ class _Scan:
         found = self._told_by_caller(block, traced.additions)
         for addition in nest(block.flow, found, lambda node: self._steps_in(module, node)):
             self._sort(block, addition)
-        unseen = call.additions - sum(addition.code != "bias" for addition in traced.additions)
+        unseen = self.sums[call.place] - sum(addition.code != "bias" for addition in traced.additions)
         self._refuse_all(module, unseen, "form", first=len(traced.additions))
         if block.found:
             _number(block)
@@ -168,7 +175,7 @@ class _Scan:
         if module not in self.steps:
             self.steps[module] = 0
             call = self.calls.get(module)
-            if call is not None and any(below.additions for below in (call, *self.recording.below(call))):
+            if call is not None and any(self.sums[one.place] for one in (call, *self.recording.below(call))):
                 with suppress(TraceError):
                     self.steps[module] = self._steps_through(call)
         return self.steps[module]
@@ -196,7 +203,7 @@ class _Scan:
 
     def _traced_anew(self, call: Call, arguments: _Arguments) -> _Traced:
         replays = self.recording.replays(call) if self.recording.training else {}
-        opened = self._holding_drops(call)
+        opened = self._holding_drops(call) | self._adding(call)
         try:
             flow = Flow(trace(call.module, *arguments, replays, opened))
         except TraceError:
@@ -207,6 +214,12 @@ class _Scan:
         if any(drop.op != "call_module" for addition in traced.additions for drop in addition.drops):
             self._check_drops(call, arguments, traced)
         return traced
+
+    def _adding(self, call: Call) -> frozenset[str]:
+        """The modules that a block calls to have its sums made."""
+        paths = {module: path for path, module in call.module.named_modules()}
+        called = (below for below in self.recording.children(call) if below.place in self.adders)
+        return frozenset(paths[below.module] for below in called)
 
     def _holding_drops(self, call: Call) -> frozenset[str]:
         """The modules below a block that hold stochastic depth but no addition: steps of its own branch.
@@ -256,7 +269,7 @@ class _Scan:
             self._refuse(gate_name(name, addition.ordinal), name, kind, code, reason)
         # Two constants, chosen by an activation: anchors by their scores.
         self._refuse_all(call.module, sums - len(found), "bias", first=len(found))
-        unseen = call.additions + call.biases - sums
+        unseen = self.sums[call.place] + call.biases - sums
         self._refuse_all(call.module, unseen, "untraceable", why, first=sums)
 
     def _sort(self, block: Block, addition: Addition) -> None:
@@ -295,7 +308,9 @@ class _Scan:
         over = [step for a, b in ends for step in log.between(a, b)]
         if over or shortcuts & sources:
             gated = {found.module for found in self.blocks}
-            owners = {step.owner for step in over if step.adds and step.owner >= 0}
+            owners = {
+                self.adders.get(step.owner, step.owner) for step in over if step.adds and step.owner >= 0
+            }
             adding = {self.recording.calls[owner].module for owner in owners}
             return replace(addition, code=None if gated.isdisjoint(adding) else "long-skip")
         before = [step for a, b in ends for step in log.between(b, a)]

@@ -148,10 +148,12 @@ def _is_score(flow: Flow, node: fx.Node) -> bool:
     def weighs(reader: fx.Node) -> bool:
         if reader.op == "output":
             return False
-        ops = flow.fact(reader).ops
-        return any(is_softmax(op) for op in ops) or (
-            all(is_masking(op) for op in ops) and _is_score(flow, reader)
-        )
+        for op in flow.fact(reader).ops:
+            if is_softmax(op):
+                return True
+            if not is_masking(op):  # a module with an attention of its own, say
+                return False
+        return _is_score(flow, reader)
 
     readers = [reader for reader in flow.users(node) if flow.feeds(node, reader)]  # not those of its shape
     return bool(readers) and all(weighs(reader) for reader in readers)

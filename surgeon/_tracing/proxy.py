@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
+from surgeon._tracing.state import PLAIN
 from surgeon.errors import TraceError
 
 if TYPE_CHECKING:
@@ -95,6 +96,10 @@ class ValueProxy(fx.Proxy):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("tracer", "node"):  # fx's own
             return super().__setattr__(name, value)
+        if isinstance(value, PLAIN) and self.tracer.made_here(self.node):
+            # No tensor comes to depend on it, so that the order of the lines is all there is to keep.
+            self.tracer.create_proxy("call_function", setattr, (self, name, value), {})
+            return None
         raise TraceError(f"its forward assigns the attribute {name} of a {self._described()}")
 
     def __delattr__(self, name: str) -> None:

@@ -153,6 +153,13 @@ class BlockTracer(fx.Tracer):
         self.given.decides(proxy.node)
         return proxy.__dict__["value"]
 
+    def made_here(self, node: fx.Node) -> bool:
+        """Whether a value is an object that the forward made or got from a child, and no argument."""
+        while node.target in (getattr, operator.getitem):
+            node = node.all_input_nodes[0]
+        given = [fact.value for other, fact in self.facts.items() if other.op in ("placeholder", "get_attr")]
+        return not any(self.facts[node].value is value for value in given)
+
     def counts_pieces(self, node: fx.Node) -> bool:
         """Whether the length of the node's value follows from a size: pieces of a tensor, unless counted."""
         pieces = bool(tensors(self.facts[node].value)) and node.op in ("call_function", "call_method")
@@ -358,7 +365,7 @@ class BlockTracer(fx.Tracer):
 
     def _held(self, node: fx.Node) -> list[tuple[Any, list[Any]]]:
         """The nests and objects that a node gets and must not change, with what they hold; a child may."""
-        if node.target in (getattr, operator.getitem):
+        if node.target in (getattr, operator.getitem, setattr):
             return []
         child = node.op == "call_module"
         kinds = (list, dict, set) if child else object

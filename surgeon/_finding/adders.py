@@ -1,0 +1,38 @@
+"""Modules that only add what they are given: their sum is a line of the block that calls them.
+
+``self.add(self.attn(x), x)`` is ``self.attn(x) + x``, whatever else `add` does to the two: a weight for each,
+a norm of the sum.
+"""
+
+from torch import nn
+
+from surgeon._finding.opgraph import operators
+from surgeon._finding.residual import additions
+from surgeon._tracing.example import tensors
+from surgeon._tracing.record import Call, Recording
+
+
+def adders(recording: Recording) -> dict[int, int]:
+    """The place of each call that adds two of its arguments, unrelated in it, with that of its caller.
+
+    A module that has layers of its own, or hooks, which a trace through it would pass by, is none.
+    """
+    if recording.log.real:
+        return {}
+    return {
+        call.place: call.parent for call in recording.calls if call.parent >= 0 and _adds(recording, call)
+    }
+
+
+def _adds(recording: Recording, call: Call) -> bool:
+    if not call.additions or recording.children(call) or len(tensors((call.args, call.kwargs))) < 2:
+        return False
+    ops = recording.log.ops[call.first_op : call.last_op]
+    if any(op.flops for op in ops) or _hooked(call.module):
+        return False
+    found = additions(operators(recording.log, call), regions=False)
+    return any(addition.code == "no-shortcut" and not addition.kind for addition in found)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
