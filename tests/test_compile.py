@@ -49,6 +49,33 @@ def test_the_number_of_graphs_is_bounded_and_draws_are_fresh(options: dict[str, 
     assert same([model(x) for _ in range(40)], outs)
 
 
+class Shared(nn.Module):
+    """Two branches read what one layer gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made, self.f, self.g = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.made(x).tanh().chunk(2, dim=-1)
+        x = x + self.f(torch.cat((a, a), -1)).relu()
+        return x + self.g(torch.cat((b, a), -1)).relu()
+
+
+@pytest.mark.slow
+@forms
+def test_what_a_dropped_branch_would_have_read_compiles_nothing_anew(options: dict[str, Any]) -> None:
+    """Every step reads other tensors; a graph that knew them by identity would hold for one."""
+    model, counter = Shared(), CompileCounterWithBackend("eager")
+    surgeon.apply(model, "uniform", drop_rate=0.8, skip=True, unused="zero", example=X, **options)
+    compiled, frames = torch.compile(model, backend=counter), []
+    torch.manual_seed(0)
+    for _ in range(30):
+        compiled(torch.randn(2, 4)).sum().backward()
+        frames.append(counter.frame_count)
+    assert frames[-1] == frames[15] <= 8
+
+
 @pytest.mark.slow
 @forms
 def test_a_changed_rate_compiles_little(options: dict[str, Any]) -> None:

@@ -35,6 +35,20 @@ class InATuple(Block):
         return x + self.outer((self.inner(x) * c[0] + c[1]).relu())
 
 
+class Affine(nn.Module):
+    def forward(self, x: Tensor, c: tuple[Tensor, Tensor]) -> Tensor:
+        return x * c[0] + c[1]
+
+
+class HandsOn(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.affine = Affine()
+
+    def forward(self, x: Tensor, c: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
+        return x + self.outer(self.affine(self.inner(x), c).relu())
+
+
 class Positions(nn.Module):
     """A model that makes what its block gets, of the input's shape alone."""
 
@@ -87,10 +101,13 @@ def test_what_the_model_makes_for_each_row_is_taken_by_rows(batch: int, spread: 
         check(model, block, (torch.randn(rows, 3, 4),), skips=True)
 
 
-def test_positions_in_a_tuple_are_seen_to_have_become_one_per_row() -> None:
-    block = InATuple()
+@pytest.mark.parametrize("handed_on", [False, True])
+def test_positions_in_a_tuple_are_seen_to_have_become_one_per_row(handed_on: bool) -> None:
+    """Items that the block picks are taken by rows; a tuple that it hands on would have to be made anew."""
+    block = HandsOn() if handed_on else InATuple()
     model = gate(Positions(block, "tuple"), torch.zeros(1, 3, 4))
-    check(model, block, (torch.randn(8, 3, 4),), skips=False)
+    assert surgeon.status(model).gates[0].skips
+    check(model, block, (torch.randn(8, 3, 4),), skips=not handed_on)
 
 
 def test_a_condition_for_all_may_become_one_per_row() -> None:

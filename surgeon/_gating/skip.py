@@ -30,7 +30,7 @@ class Lifted:
         run: ``run(block, *inputs)``.
         rows: Which inputs have one entry per sample, or one for all, by place; the others go in whole.
         owns: Submodules and parameters of the block that it uses.
-        feeds: Which inputs reach the result through the branch alone, by place.
+        feeds: Which inputs reach the result through the branch alone, by place; of a nest a part may.
         kept: Which of ``rows`` autograd keeps whole anyway, see `surgeon._gating.saved`.
         single: Tensors that have one entry for all and must have, by the input's place and theirs in it.
     """
@@ -167,15 +167,18 @@ def _dropped(
 
 
 def _idle(lifted: Lifted, block: nn.Module, inputs: Sequence[Any]) -> Iterable[Tensor]:
-    """Every tensor that would have had its gradient from the branch alone, once."""
+    """Every tensor that would have had its gradient from the branch alone, parameters once.
+
+    Inputs are not compared: a compiled graph that looks at their identity holds for one step.
+    """
     found: dict[int, Tensor] = {}
     for name in lifted.owns:
         owner, _, last = name.rpartition(".")
         value = getattr(block.get_submodule(owner), last)
-        tensors = value.parameters() if isinstance(value, nn.Module) else (value,)
-        found.update((id(t), t) for t in tensors if isinstance(t, Tensor))
-    found.update((id(inputs[i]), inputs[i]) for i in lifted.feeds)
-    return (t for t in found.values() if t.requires_grad)
+        own = value.parameters() if isinstance(value, nn.Module) else (value,)
+        found.update((id(t), t) for t in own if isinstance(t, Tensor))
+    given = [t for i in lifted.feeds for t in tensors(inputs[i])]
+    return (t for t in (*found.values(), *given) if t.requires_grad)
 
 
 class _Idle(torch.autograd.Function):

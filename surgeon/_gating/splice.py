@@ -20,8 +20,10 @@ from surgeon._finding.drops import row_mask
 from surgeon._finding.flow import Flow
 from surgeon._finding.paths import side, writes_to
 from surgeon._gating.gate import Gate, evaluating_add, masked_add
+from surgeon._gating.rowwise import nested
 from surgeon._gating.skip import Form, Lifted, batch_add, rows_add
 from surgeon._gating.subsets import Subset, look
+from surgeon._tracing.example import tensors
 from surgeon._tracing.facts import is_size
 from surgeon._tracing.fake import storage
 
@@ -133,7 +135,7 @@ class _Writer:
         self, index: int, addition: Addition, form: Form, lifted: Lifted, reads: Sequence[fx.Node]
     ) -> None:
         """Moves the branch of an addition into a function that ``form`` calls if the gate is open."""
-        self.left_out |= set(addition.region)
+        self.left_out |= self._inside(addition)
 
         def emit() -> fx.Node:
             inputs = (self.env[node] for node in reads)
@@ -158,9 +160,10 @@ class _Writer:
         feeds = [
             i
             for i, node in enumerate(reads)
-            if isinstance(facts[i].value, Tensor)
-            and node is not shortcut
-            and not flow.precedes(node, shortcut)
+            if node is not shortcut
+            and node.op != "get_attr"
+            and tensors(facts[i].value)
+            and (nested(facts[i].value) or not flow.precedes(node, shortcut))
         ]
         owns = [str(n.target) for n in uses if n in addition.region or n.op == "get_attr"]
         kept = [i for i in rows if reads[i] in self.kept]
@@ -201,9 +204,8 @@ class _Writer:
         """The branch as a function ``(block, *reads)``, and the nodes whose values it reads."""
         graph, env, reads = fx.Graph(), dict[fx.Node, fx.Node](), list[fx.Node]()
         _receiver(graph)
-        inside = [n for n in addition.region if n not in self.left_out]
-        own = set(inside)
-        for node in inside:
+        own = self._inside(addition)
+        for node in [n for n in addition.region if n in own]:
             self._gather(node, own, reads)
         for node in reads:
             env[node] = _input(graph, node)
@@ -215,17 +217,33 @@ class _Writer:
         graph.output(env[addition.branch])
         return _compile(graph), reads
 
+    def _inside(self, addition: Addition) -> set[fx.Node]:
+        """The nodes that move. What only picks an item out of a nest made outside costs nothing and stays.
+
+        So the branch is handed the tensors that it reads, each of which has rows or has none.
+        """
+        own: set[fx.Node] = set()
+        for node in addition.region:
+            stays = node is not addition.branch and _picks(self.flow, node) and node.args[0] not in own
+            if not stays and node not in self.left_out:
+                own.add(node)
+        return own
+
     def _gather(self, node: fx.Node, own: set[fx.Node], reads: list[fx.Node]) -> None:
         """Sorts what ``node`` uses: sizes are read anew inside the branch, all else is handed in."""
         sources = [self.passed[node]] if node in self.passed else node.all_input_nodes
         for source in sources:
             if source in own or source in reads:
                 continue
-            if source.op != "placeholder" and is_size(source, self.flow.fact(source)):
+            if self._reads_anew(source):
                 own.add(source)
                 self._gather(source, own, reads)
             else:
                 reads.append(source)
+
+    def _reads_anew(self, node: fx.Node) -> bool:
+        size = node.op != "placeholder" and is_size(node, self.flow.fact(node))
+        return size and not _picks(self.flow, node)
 
     def _fresh(self, addition: Addition) -> bool:
         """Whether something writes in place later on to the result, or to the shortcut it would share."""
@@ -236,6 +254,13 @@ class _Writer:
         }
         later = self.flow.order[self.flow.position(addition.node) + 1 : -1]
         return self.rewritten or any(shared & self.flow.fact(node).writes for node in later)
+
+
+def _picks(flow: Flow, node: fx.Node) -> bool:
+    """Whether a node only takes an item out of a nest of tensors, and which one is written in the code."""
+    if node.target not in (operator.getitem, getattr) or node.all_input_nodes != [node.args[0]]:
+        return False
+    return nested(flow.fact(node.all_input_nodes[0]).value) and not flow.fact(node).ops
 
 
 def _onto(addition: Addition) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -90,11 +91,16 @@ class _Branch:
             return Rowwise(f"its result has the shape {list(self.shortcut.shape)}, the batch {batch} entries")
         if self.shortcut.ndim == 0:
             return Rowwise("the shortcut has no dimension")
-        if any(nested(value) for value, on in zip(self.values, self.active, strict=True) if on):
-            return Rowwise("the branch reads a nest of tensors")
+        if any(map(self._nests_rows, self.values, self.active)):
+            return Rowwise("the branch reads a nest of tensors with one entry per row")
         if not self.lifted.rows:
             return Rowwise("the branch reads nothing that has one entry per row")
         return self._settled(self._runs(self.lifted.rows))
+
+    def _nests_rows(self, value: Any, active: bool) -> bool:
+        """Whether an input is a nest with rows in it; it would have to be made anew of some of them."""
+        count = self.shortcut.shape[:1]
+        return active and nested(value) and any(t.shape[:1] == count for t in tensors(value))
 
     def _settled(self, found: Rowwise) -> Rowwise:
         sizes = {1} if not found.reason else {1, self.shortcut.shape[0]}
