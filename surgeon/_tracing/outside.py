@@ -10,6 +10,7 @@ import operator
 import sys
 import types
 import weakref
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from surgeon._tracing.proxy import ValueProxy
 Namespace = Mapping[str, Any]
 _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "sympy", "surgeon"}
 _CACHED: Any = functools._lru_cache_wrapper
+_HOLDERS = {dict, OrderedDict, defaultdict, list, set, _CACHED}
 _MANY, _FEW = 10_000, 100  # a nest of more is data and no cache; one of more holds no caches of its own
 _places: weakref.WeakKeyDictionary[type, tuple[Namespace, ...]] = weakref.WeakKeyDictionary()
 
@@ -88,9 +90,9 @@ def _of_library(module: str | None) -> bool:
 
 def _holders(values: Iterable[Any]) -> list[Any]:
     """The nests and cached functions among some values, and the nests in these."""
-    found = [v for v in list(values) if isinstance(v, (dict, list, set)) or type(v) is _CACHED]
-    few = (v for v in found if type(v) is not _CACHED and 0 < len(v) <= _FEW)
-    return found + [item for v in few for item in _items(v) if isinstance(item, (dict, list, set))]
+    found = [value for value in list(values) if type(value) in _HOLDERS]
+    few = (value for value in found if type(value) is not _CACHED and 0 < len(value) <= _FEW)
+    return found + [item for value in few for item in _items(value) if type(item) in _HOLDERS]
 
 
 def _items(holder: Any) -> list[Any]:
