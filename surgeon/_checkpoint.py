@@ -13,16 +13,22 @@ import json
 import os
 import pickle
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from surgeon._files import beside, settle
 from surgeon._finding.findings import gate_name
+from surgeon._gating.forwards import KeepingBlock
 from surgeon._gating.gate import NOTE
+from surgeon._surgery import gates_of, is_gated
+from surgeon._text import first_line
 from surgeon._version import __version__
 from surgeon.errors import CheckpointError
 
@@ -53,15 +59,17 @@ def save_checkpoint(model: nn.Module, path: Path_, metadata: Mapping[str, object
         The absolute path of the file.
 
     Raises:
-        CheckpointError: The file cannot be written.
+        CheckpointError: The file cannot be written, or the model's state holds something that is no tensor.
     """
-    from safetensors.torch import save_file
-
-    from surgeon._surgery import gates_of, is_gated
-
     place = Path(path).resolve()
+    held: dict[str, Any] = model.state_dict()
+    if other := [key for key, value in held.items() if not isinstance(value, Tensor)]:
+        raise CheckpointError(
+            f"cannot write the checkpoint {path}: a safetensors file holds tensors only, and the state of "
+            f"{type(model).__name__} holds something else: {_some(other)}. torch.save takes it"
+        )
     # A clone per key: safetensors refuses views and shared memory, and tied weights share theirs.
-    state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
+    state = {key: value.detach().cpu().clone().contiguous() for key, value in held.items()}
     # Gated weights still need their evaluation scales; plain ones must not get them a second time.
     weights = "gated" if is_gated(model) else "plain"
     scales = {gate.name: gate.scale for gate in gates_of(model) if gate.scale != 1.0}
@@ -69,9 +77,13 @@ def save_checkpoint(model: nn.Module, path: Path_, metadata: Mapping[str, object
     noted = strings({**(metadata or {}), **own, **({"scales": scales} if scales else {})})
     try:
         with beside(place) as folder:
-            save_file(state, folder / place.name, noted)
-            settle(folder / place.name, place)
-    except OSError as error:
+            made = folder / place.name
+            made.touch()
+            mode = made.stat().st_mode  # as the umask has it; safetensors makes a file of mode 0600
+            save_file(state, made, noted)
+            made.chmod(mode)
+            settle(made, place)
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write the checkpoint {path}: {error}") from error
     return place
 
@@ -120,9 +132,10 @@ def load_checkpoint(model: nn.Module, path: Path_) -> dict[str, str]:
         CheckpointError: The file cannot be read or does not fit, see `read_state` and `check_state`.
     """
     read, metadata = read_state(path)
-    state, scales = split_scales(model, fitting_keys(model, read))
+    prefix = wrapper_prefix(model, read)
+    state, scales = split_scales(model, without_prefix(read, prefix))
     check_state(model, state, path, metadata.get("model"))
-    model.load_state_dict(state)
+    model.load_state_dict(loadable(model, state, read, prefix))
     return {**metadata, **strings({"weights": "divided", "scales": scales})} if scales else metadata
 
 
@@ -131,8 +144,6 @@ def split_scales(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[st
 
     A class of the model may have an extra state of its own; that stays where it is.
     """
-    from surgeon._gating.forwards import KeepingBlock
-
     rest, scales = dict(state), dict[str, float]()
     modules = dict(model.named_modules())
     for key in [key for key in state if key.rpartition(".")[2] == _EXTRA]:
@@ -175,8 +186,8 @@ def check_state(
     """
     whole = model.state_dict() if own is None else own
     own = {key: value for key, value in whole.items() if isinstance(value, Tensor)}
-    # PyTorch makes up this counter when an old file lacks it.
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    # Old files lack this counter, and nothing depends on it.
+    missing = [key for key in whole if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
     kind = type(model).__name__
@@ -219,16 +230,17 @@ def _existing(path: Path_) -> Path:
 
 
 def _read_safetensors(place: Path, *, tensors: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(place, framework="pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()} if tensors else {}  # noqa: SIM118
-            return state, dict(file.metadata() or {})
+            metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"cannot read the checkpoint {place}: it is truncated or no safetensors file ({error})"
         ) from error
+    if tensors and not state:
+        raise CheckpointError(f"cannot use the checkpoint {place}: it holds no tensors")
+    return state, metadata
 
 
 def _read_torch(place: Path) -> Any:
@@ -247,9 +259,8 @@ def _read_torch(place: Path) -> Any:
             ) from error
         raise CheckpointError(f"cannot read the checkpoint {place}: it is no file of torch") from error
     except Exception as error:  # A spoiled pickle ends in whatever error its bytes lead to.
-        first = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise CheckpointError(
-            f"cannot read the checkpoint {place}: it is truncated or no file of torch ({first[0]})"
+            f"cannot read the checkpoint {place}: it is truncated or no file of torch ({first_line(error)})"
         ) from error
 
 
@@ -269,23 +280,60 @@ def _tensors_only(loaded: Any, place: Path) -> dict[str, Tensor]:
     other = [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]
     if other:
         raise CheckpointError(f"cannot use the checkpoint {place}: not all of it are tensors: {_some(other)}")
-    return {str(key): value for key, value in loaded.items()}
+    found: Any = OrderedDict((str(key), value) for key, value in loaded.items())
+    found._metadata = getattr(loaded, "_metadata", None)
+    tensors: dict[str, Tensor] = found
+    return tensors
 
 
-def fitting_keys(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state without the prefixes of DDP, weight averages and torch.compile, as far as that fits better.
+def wrapper_prefix(model: nn.Module, names: Iterable[str]) -> str:
+    """What DDP, weight averages and torch.compile have put in front of every name, as far as it fits better.
 
     A prefix comes off only where every key has it; a model may have a child that is called ``module``.
     """
     own = model.state_dict().keys()
-    best = current = state
-    if "n_averaged" in state and "n_averaged" not in own:  # AveragedModel counts beside its module.
-        current = {key: value for key, value in state.items() if key != "n_averaged"}
-    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in current)), ""):
-        current = {key.removeprefix(prefix): value for key, value in current.items()}
-        if sum(key in own for key in current) > sum(key in own for key in best):
-            best = current
+    # AveragedModel counts beside its module.
+    names = [name for name in names if name != "n_averaged" or name in own]
+    best, prefix = "", ""
+    most = sum(name in own for name in names)
+    while names and (found := next((p for p in _PREFIXES if all(n.startswith(p) for n in names)), "")):
+        prefix += found
+        names = [name.removeprefix(found) for name in names]
+        if (count := sum(name in own for name in names)) > most:
+            best, most = prefix, count
     return best
+
+
+def without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What of a state is under a prefix, by its name without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def loadable(
+    model: nn.Module, state: Mapping[str, Tensor], read: Mapping[str, Tensor], prefix: str
+) -> dict[str, Tensor]:
+    """A checked state as ``load_state_dict`` takes it: complete, with the versions of the model's classes.
+
+    PyTorch keeps these beside a state dict, and classes whose weights once had another meaning (torchvision's
+    MNASNet) ask for theirs. Where the file has none the model's own are taken.
+
+    Args:
+        model: The model that the state is for.
+        state: The state; what it may lack is taken from the model.
+        read: As `read_state` gave it.
+        prefix: What a wrapper has put in front of the names in ``read``.
+    """
+    own: Any = model.state_dict()
+    full: Any = OrderedDict({**own, **state})
+    full._metadata, noted = own._metadata, getattr(read, "_metadata", None)
+    if isinstance(noted, Mapping):
+        full._metadata = {
+            f"{name}."[len(prefix) : -1]: {key: value for key, value in held.items() if key != NOTE}
+            for name, held in noted.items()
+            if f"{name}.".startswith(prefix) and isinstance(held, Mapping)
+        }
+    tensors: dict[str, Tensor] = full
+    return tensors
 
 
 def _shape_lines(keys: list[str], state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:

@@ -18,11 +18,18 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from surgeon._checkpoint import check_state, fitting_keys, read_state, split_scales
+from surgeon._checkpoint import (
+    check_state,
+    loadable,
+    read_state,
+    split_scales,
+    without_prefix,
+    wrapper_prefix,
+)
 from surgeon._folding.fold import FoldPlan, check_products, commit
 from surgeon._folding.planning import plan_gates
 from surgeon._gating.gate import Gate
-from surgeon._plain import check_plain
+from surgeon._plain import check_filled, check_plain
 from surgeon._surgery import apply, gates_of, recorded_inputs, remove
 from surgeon._tracing.example import Example
 from surgeon.errors import CheckpointError, FoldError, NoResidualsError, UsageError
@@ -80,20 +87,21 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, example: Example = N
             its weights cannot be converted; the message says which.
         RecordError: A conversion needs to know the model's gates, and it does not run on the example.
         WrappedModelError: The model is wrapped.
+        UsageError: The model is on the meta device, where no weights are.
     """
     check_plain(model)
+    check_filled(model)
     read, metadata = read_state(path)
-    fitting = fitting_keys(model, read)
-    noted = _without_prefix(noted_scales(metadata), read, fitting)
-    state, divided = split_scales(model, fitting)
+    prefix = wrapper_prefix(model, read)
+    noted = {name.removeprefix(prefix): scale for name, scale in noted_scales(metadata).items()}
+    state, divided = split_scales(model, without_prefix(read, prefix))
     scales = divided or noted
     own = {gate.name: gate for gate in gates_of(model) if gate.scale != 1.0}
     found: Weights = "divided" if divided else "gated" if noted else "complete"
     into: Weights = (
         "divided" if any(gate.keep_eval for gate in own.values()) else "gated" if own else "complete"
     )
-    whole = model.state_dict()
-    rest, _ = split_scales(model, whole)
+    rest, _ = split_scales(model, model.state_dict())
     check_state(model, state, path, metadata.get("model"), own=rest)
     if found == "complete" and into == "gated":
         raise CheckpointError(
@@ -105,7 +113,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, example: Example = N
     factors = _factors(scales, own)
     steps = _conversion(model, factors, example, path)
     _check_products(model, state, steps, path)
-    model.load_state_dict({**state, **{key: whole[key] for key in whole.keys() - rest.keys()}})
+    model.load_state_dict(loadable(model, state, read, prefix))
     commit(model, *steps)
     converted = tuple(dict.fromkeys(step.parameter for step in steps[0].steps))
     return LoadReport(str(path), found, into, scales, converted, metadata)
@@ -147,14 +155,6 @@ def regate(model: nn.Module, scales: Mapping[str, float], *, example: Example = 
     for gate in gates_of(model):
         gate.scale = scales[gate.name]
     return model
-
-
-def _without_prefix(
-    noted: dict[str, float], read: Mapping[str, Tensor], fitting: Mapping[str, Tensor]
-) -> dict[str, float]:
-    """Names of gates without what wrappers put in front of every key."""
-    prefix = [*read][-1].removesuffix([*fitting][-1])
-    return {name.removeprefix(prefix): scale for name, scale in noted.items()}
 
 
 def _factors(scales: Mapping[str, float], own: Mapping[str, Gate]) -> dict[str, float]:

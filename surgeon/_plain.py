@@ -35,6 +35,20 @@ def check_plain(model: nn.Module) -> None:
                 raise WrappedModelError(f"{where} is {what}; gates go in before that: {instead}")
 
 
+def check_filled(model: nn.Module) -> None:
+    """Checks that the weights of ``model`` are somewhere; it is only read.
+
+    Raises:
+        UsageError: One is on the meta device.
+    """
+    for name, value in model.state_dict().items():
+        if isinstance(value, torch.Tensor) and value.is_meta:
+            raise UsageError(
+                f"{type(model).__name__} has no weights yet: {name} is on the meta device; "
+                "call model.to_empty(device=...) first"
+            )
+
+
 def _from(package: str, *names: str) -> Callable[[nn.Module], bool]:
     """A test for instances of classes of a package that is imported only if the user has imported it."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import surgeon
 from surgeon._checkpoint import save_checkpoint
 from surgeon._surgery import gates_of, is_gated
-from surgeon.errors import CheckpointError, WrappedModelError
+from surgeon.errors import CheckpointError, UsageError, WrappedModelError
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).double()
 
@@ -224,6 +224,16 @@ def test_a_wrapped_model(tmp_path: Path) -> None:
     path = by_torch(chain(1), tmp_path / "m")
     with pytest.raises(WrappedModelError):
         surgeon.load(torch.optim.swa_utils.AveragedModel(chain(2)), path)
+
+
+def test_a_model_without_memory(tmp_path: Path) -> None:
+    path = by_torch(chain(1), tmp_path / "m")
+    model = chain(2).to("meta")
+    with pytest.raises(UsageError, match=r"0\.f\.0\.weight is on the meta device; call model\.to_empty\("):
+        surgeon.load(model, path)
+    report = surgeon.load(model.to_empty(device="cpu"), path)
+    assert report.found == "complete"
+    assert same(dict(model.state_dict()), dict(chain(1).state_dict()))
 
 
 class Counting(Plain):

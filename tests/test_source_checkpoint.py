@@ -1,9 +1,11 @@
 """Checkpoints: read whatever they are nested in, refused before anything changes, written in one step."""
 
 import math
+import os
 import pickle
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 from torch import nn
@@ -98,6 +100,44 @@ def test_write_replaces_in_one_step(trained, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_an_error_of_safetensors_is_one_of_writing(trained, tmp_path, monkeypatch):
+    def full(*_):
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(_checkpoint, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"cannot write the checkpoint.*No space left"):
+        save_checkpoint(trained, tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_umask_decides_who_may_read(trained, tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = save_checkpoint(trained, tmp_path / "m.safetensors")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+class Remembering(nn.Linear):
+    """A module whose state holds more than tensors."""
+
+    def get_extra_state(self):
+        return {"seen": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_a_state_of_more_than_tensors_is_named(tmp_path):
+    model = nn.Sequential(Remembering(2, 2))
+    with pytest.raises(CheckpointError, match=r"tensors only.*Sequential.*: 0\._extra_state\. torch\.save"):
+        save_checkpoint(model, tmp_path / "m.safetensors")
+    plain = save_checkpoint(nn.Sequential(nn.Linear(2, 2)), tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 missing: 0\._extra_state"):
+        load_checkpoint(model, plain)
+
+
 def test_unwritable_directory(trained, tmp_path):
     with pytest.raises(CheckpointError, match="cannot write the checkpoint"):
         save_checkpoint(trained, tmp_path / "none" / "m.safetensors")
@@ -126,6 +166,34 @@ def test_old_files_without_batch_counters(trained, tmp_path):
     model = Net()
     load_checkpoint(model, tmp_path / "m.pt")
     assert torch.equal(model.stem.weight, trained.stem.weight)
+
+
+class Versioned(nn.Linear):
+    """A module whose weights once meant something else."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        self.found = local_metadata["version"]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+@pytest.mark.parametrize("load", [load_checkpoint, surgeon.load])
+@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
+def test_modules_are_told_their_version(tmp_path, load, prefix):
+    trained, model = nn.Sequential(Versioned(2, 2)), nn.Sequential(Versioned(2, 2))
+    of_file = torch.nn.ModuleDict({"module": trained}) if prefix == "module." else trained
+    state = of_file.state_dict()
+    if prefix == "module._orig_mod.":
+        state = {prefix + key: value for key, value in state.items()}  # and no versions
+    else:
+        state._metadata[f"{prefix}0"]["version"] = 1
+    torch.save(state, tmp_path / "m.pt")
+    load(model, tmp_path / "m.pt")
+    assert model[0].found == (2 if prefix == "module._orig_mod." else 1)
+    load(model, save_checkpoint(trained, tmp_path / "m.safetensors"))
+    assert model[0].found == 2
+    assert same(model.state_dict(), trained.state_dict())
 
 
 def without(key):
@@ -209,6 +277,17 @@ def test_spoiled_files(trained, tmp_path, name, spoil, message):
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(Net(), path)
+
+
+@pytest.mark.timeout(20)
+def test_a_file_without_tensors(trained, tmp_path):
+    safetensors.torch.save_file({}, tmp_path / "m.safetensors", {"model": "timm:resnet18"})
+    torch.save({"n_averaged": torch.tensor(3)}, tmp_path / "m.pt")
+    for load in (load_checkpoint, surgeon.load):
+        with pytest.raises(CheckpointError, match="it holds no tensors"):
+            load(trained, tmp_path / "m.safetensors")
+        with pytest.raises(CheckpointError, match="1 unexpected: n_averaged"):
+            load(trained, tmp_path / "m.pt")
 
 
 def test_missing_file_and_directory(tmp_path):

@@ -29,7 +29,7 @@ from surgeon._onnx.hygiene import graph_findings, node_counts
 from surgeon._onnx.parity import OutputsDifferError, ParityReport, compare
 from surgeon._onnx.signature import Signature, evaluating_copy, signature
 from surgeon._onnx.verify import TOLERANCES, check_comparison, compare_runs, evaluate, explained
-from surgeon._plain import check_plain
+from surgeon._plain import check_filled, check_plain
 from surgeon.errors import ExportError, UsageError
 
 _SEED = 0
@@ -218,10 +218,9 @@ def _check_sizes(model: nn.Module, called: Signature) -> None:
 
 
 def _check_weights(model: nn.Module) -> None:
+    check_filled(model)
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     for name, value in state.items():
-        if value.is_meta:
-            raise UsageError(f"{type(model).__name__} has no weights yet: {name} is on the meta device")
         if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
             raise UsageError(
                 f"{type(model).__name__} holds {value.dtype} in {name}, too coarse for the comparison; "

@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from surgeon._onnx.padding import keep_zeros
 from surgeon._onnx.signature import Flat, Signature, drop_caches, flatten
+from surgeon._text import first_line
 from surgeon.errors import ExportError
 
 # The first opset with an Attention operator of its own.
@@ -144,13 +145,12 @@ def _failure(model: nn.Module, error: BaseException, dynamic: Collection[str]) -
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or ["no message"]
     how = f"with a dynamic {', '.join(sorted(dynamic))}" if dynamic else "with a fixed batch"
     without = " and ".join(sorted({_WITHOUT[axis] for axis in dynamic}))
     advice = f" If the model's arithmetic needs fixed ones, pass {without}." if dynamic else ""
     return (
         f"PyTorch's exporter could not convert {type(model).__name__} {how}: "
-        f"{type(cause).__name__}: {lines[0][:300]}.{advice}"
+        f"{type(cause).__name__}: {first_line(cause)}.{advice}"
     )
 
 

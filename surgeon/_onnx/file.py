@@ -218,9 +218,3 @@ def _check_opset(path: str | os.PathLike[str], model: ir.Model) -> None:
             f"{path} is written in opset {opset}; the installed onnx {onnx.__version__} knows those up to "
             f"{latest}"
         )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message that says something, its type where there is none."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
