@@ -83,4 +83,6 @@ def schedule_text(schedule: Any) -> str:
     """A schedule in words: its name, or what it is."""
     if isinstance(schedule, str):
         return schedule
-    return getattr(schedule, "__name__", "callable") if callable(schedule) else "explicit rates"
+    if not callable(schedule):
+        return "explicit rates"
+    return f"callable {getattr(schedule, '__name__', type(schedule).__name__)}"

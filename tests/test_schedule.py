@@ -301,6 +301,19 @@ def test_set_drop_rate_takes_no_name_of_a_schedule(name: str) -> None:
     assert rates_of(model) == [0.25, 0.5]
 
 
+def test_a_callable_of_a_schedules_name_is_not_that_schedule() -> None:
+    def linear(l: int, count: int) -> float:
+        return 0.1 * l
+
+    model = surgeon.apply(chain(2), linear, example=X)
+    assert surgeon.status(model).schedule == "callable linear"
+    with pytest.raises(UsageError, match="the gates follow callable linear; give a sequence"):
+        surgeon.set_drop_rate(model, 0.5)
+    with pytest.raises(UsageError):
+        surgeon.Ramp(model, 0.5, steps=3)
+    assert rates_of(model) == [0.1, 0.2]
+
+
 def test_two_halves_of_a_model_keep_their_own_schedules() -> None:
     model = nn.Sequential(chain(2), chain(2))
     surgeon.apply(model[0], "uniform", drop_rate=0.1, example=X)
