@@ -1,6 +1,5 @@
 """The operations on a model: gates in, gates re-scheduled, gates out."""
 
-import copy
 import numbers
 import warnings
 from collections import Counter
@@ -11,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from surgeon._copy import copied
 from surgeon._finding.analysis import Analysis, analyse
 from surgeon._finding.findings import Findings
 from surgeon._folding.fold import FoldPlan, commit
 from surgeon._folding.keep import check_state_is_free, divide
 from surgeon._folding.planning import plan_gates
-from surgeon._gating.forwards import Gating, gate_block, gating_of, ungate_block
+from surgeon._gating.forwards import Gating, check_class, gate_block, gating_of, ungate_block
 from surgeon._gating.gate import Gate, Origin, Scaling, Unit, Unused
 from surgeon._gating.preparation import prepare
 from surgeon._gating.ranks import Ranks, Sync
@@ -24,7 +24,7 @@ from surgeon._gating.schedule import NAMES, Schedule, drop_rates
 from surgeon._plain import check_plain
 from surgeon._report import GateStatus, Status, schedule_text
 from surgeon._tracing.example import Example, inputs
-from surgeon.errors import AlreadyGatedError, NoResidualsError, NotGatedError, UsageError
+from surgeon.errors import AlreadyGatedError, FoldError, NoResidualsError, NotGatedError, UsageError
 
 
 def find(
@@ -206,11 +206,16 @@ def set_drop_rate(model: nn.Module, rate: float | Sequence[float] | Callable[[in
 
     Raises:
         UsageError: A rate outside [0, 1), or one number for gates made with explicit rates.
-        NotGatedError: The model has no gates.
+        NotGatedError: The model has no gates, or a fold has left nothing of them but multiplications.
     """
     gates = gates_of(model)
     if not gates:
         raise NotGatedError("the model has no gates; surgeon.apply(model) puts them in")
+    if all(gate.settled for gate in gates):
+        raise NotGatedError(
+            "the model is folded: what is left of its gates multiplies in evaluation and drops nothing. "
+            "surgeon.remove takes that out as well, surgeon.apply then puts gates in"
+        )
     origin = gates[0].origin
     blocks, names = [gate.name.rpartition(".")[0] for gate in gates], [gate.name for gate in gates]
     depths = [gate.depth for gate in gates]
@@ -225,7 +230,8 @@ def set_drop_rate(model: nn.Module, rate: float | Sequence[float] | Callable[[in
     else:
         rates = drop_rates(rate, 0.0, blocks, depths=depths)
     for gate, value in zip(gates, rates, strict=True):
-        gate.set_drop_rate(value)
+        if not gate.settled:
+            gate.set_drop_rate(value)
     return model
 
 
@@ -238,12 +244,23 @@ def remove(model: nn.Module) -> nn.Module:
 
     Raises:
         NotGatedError: The model has no gates.
-        FoldError: As for `fold`, with ``keep_eval=True`` alone; nothing was changed.
+        WrappedModelError: Something else has been put onto a gated block since `apply`.
+        FoldError: With ``keep_eval=True`` alone: as for `fold`, or a branch was changed since so that no
+            weight takes its scale any more. Nothing was changed.
     """
     if not is_gated(model):
         raise NotGatedError("the model has no gates; there is nothing to remove")
-    if any(gate.keep_eval for gate in gates_of(model)):
-        return fold(model, inplace=True)
+    _check_classes(model)
+    gates = gates_of(model)
+    if any(gate.keep_eval for gate in gates):
+        plan = _plan(model, gates, None)
+        if stays := _stays(plan, gates):
+            raise FoldError(
+                f"the gates cannot be removed: no weight takes the scale of {len(stays)} of {len(gates)} "
+                f"any more ({_listed(stays)}), and the weights were divided by it (keep_eval=True). "
+                "surgeon.fold(model) keeps one multiplication for each"
+            )
+        return _settled(model, plan, gates)
     for _, block, _ in list(gated_blocks(model)):
         ungate_block(block)
     return model
@@ -270,27 +287,18 @@ def fold(model: nn.Module, *, inplace: bool = False, example: Example = None) ->
 
     Raises:
         NotGatedError: The model has no gates.
+        WrappedModelError: Something else has been put onto a gated block since `apply`.
         FoldError: The model could not be analysed, or a product is not finite; nothing was changed.
     """
     gates = gates_of(model)
     if not gates:
         raise NotGatedError("the model has no gates; there is nothing to fold")
-    args, kwargs = recorded_inputs(model, gates[0], example)
-    scaled = [gate for gate in gates if gate.scale != 1.0]
-    scales = {number: gate.scale for number, gate in enumerate(scaled)}
-    plan = plan_gates(model, scaled, scales, args, kwargs) if scaled else FoldPlan((), ())
-    target = model if inplace else copy.deepcopy(model)
-    commit(target, plan, scales)
-    stays = {scaled[kept.gate].name: (kept.reason, kept.operator) for kept in plan.kept}
-    for _, block, gating in list(gated_blocks(target)):
-        for gate in gating.gates:
-            gate.settle(*stays.get(gate.name, ()))
-        if all(gate.folded for gate in gating.gates):
-            ungate_block(block)
-    if stays:
-        listed = "; ".join(f"{name}: {reason}" for name, (reason, _) in stays.items())
-        warnings.warn(f"{len(stays)} of {len(gates)} gates keep one multiplication: {listed}", stacklevel=2)
-    return target
+    _check_classes(model)
+    plan = _plan(model, gates, example)
+    if stays := _stays(plan, gates):
+        told = f"{len(stays)} of {len(gates)} gates keep one multiplication: {_listed(stays)}"
+        warnings.warn(told, stacklevel=2)
+    return _settled(model if inplace else copied(model), plan, gates)
 
 
 def is_gated(model: nn.Module) -> bool:
@@ -307,8 +315,9 @@ def gated_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gating]]:
 
 
 def gates_of(model: nn.Module) -> list[Gate]:
-    """Every gate of ``model``, in execution order."""
-    return sorted((g for _, _, gating in gated_blocks(model) for g in gating.gates), key=lambda g: g.order)
+    """Every gate of ``model`` that is not folded, in execution order."""
+    held = (gate for _, _, gating in gated_blocks(model) for gate in gating.gates)
+    return sorted((gate for gate in held if not gate.folded), key=lambda gate: gate.order)
 
 
 def recorded_inputs(
@@ -322,6 +331,46 @@ def recorded_inputs(
         Tensor, lambda t: torch.zeros_like(t, device=device), (gate.origin.args, gate.origin.kwargs)
     )
     return args, kwargs
+
+
+def _plan(model: nn.Module, gates: Sequence[Gate], example: Example) -> FoldPlan:
+    """Which weights take the scales of the gates, which the plan numbers as `_scaled` has them."""
+    scaled = _scaled(gates)
+    if not scaled:
+        return FoldPlan((), ())
+    scales = {number: gate.scale for number, gate in enumerate(scaled)}
+    return plan_gates(model, scaled, scales, *recorded_inputs(model, gates[0], example))
+
+
+def _scaled(gates: Sequence[Gate]) -> list[Gate]:
+    return [gate for gate in gates if gate.scale != 1.0]
+
+
+def _stays(plan: FoldPlan, gates: Sequence[Gate]) -> dict[str, tuple[str, str]]:
+    """The gates that keep a multiplication, with the reason and the operator to blame."""
+    scaled = _scaled(gates)
+    return {scaled[kept.gate].name: (kept.reason, kept.operator) for kept in plan.kept}
+
+
+def _listed(stays: Mapping[str, tuple[str, str]]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, (reason, _) in stays.items())
+
+
+def _settled(target: nn.Module, plan: FoldPlan, gates: Sequence[Gate]) -> nn.Module:
+    """Carries out a plan for ``gates`` on their model or a copy of it, in place."""
+    stays = _stays(plan, gates)
+    commit(target, plan, {number: gate.scale for number, gate in enumerate(_scaled(gates))})
+    for _, block, gating in list(gated_blocks(target)):
+        for gate in gating.gates:
+            gate.settle(*stays.get(gate.name, ()))
+        if all(gate.folded for gate in gating.gates):
+            ungate_block(block)
+    return target
+
+
+def _check_classes(model: nn.Module) -> None:
+    for name, block, _ in gated_blocks(model):
+        check_class(name, block)
 
 
 def _gate_status(name: str, block: nn.Module, gate: Gate) -> GateStatus:

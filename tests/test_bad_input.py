@@ -221,6 +221,52 @@ def test_fsdp2_is_refused_whole_and_in_part() -> None:
     refused(part, "its submodule 1", "FSDP")
 
 
+class Gained(Plain):
+    """A block with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gain * self.f(x)
+
+
+def shard(block: nn.Module) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(block, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+
+
+def parametrise(block: nn.Module) -> None:
+    nn.utils.parametrize.register_parametrization(block, "gain", nn.Softplus())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("_one_process")
+@pytest.mark.parametrize("keep_eval", [False, True])
+@pytest.mark.parametrize("change", [shard, parametrise])
+def test_a_class_that_a_block_got_after_its_gates_is_not_taken_off(
+    change: Callable[[nn.Module], None], keep_eval: bool
+) -> None:
+    gated = nn.Sequential(Plain(), Gained())
+    surgeon.apply(gated, scaling="paper", keep_eval=keep_eval, example=X)
+    change(gated[1])
+    before = Snapshot.of(gated)
+    for operation in (surgeon.remove, surgeon.fold):
+        with pytest.raises(WrappedModelError, match=f"^1 has become a {type(gated[1]).__name__} since "):
+            operation(gated)
+    assert before.differences(gated) == []
+    assert len(surgeon.status(gated).gates) == 2
+
+
+def test_with_the_parametrisation_off_again_gates_come_out() -> None:
+    gated = surgeon.apply(nn.Sequential(Plain(), Gained()), example=X)
+    parametrise(gated[1])
+    nn.utils.parametrize.remove_parametrizations(gated[1], "gain")
+    assert type(surgeon.remove(gated)[1]) is Gained
+
+
 def test_compiled_models_are_refused() -> None:
     refused(torch.compile(model(), backend="eager"), "torch.compile(surgeon.apply(model))", "_orig_mod")
     part = nn.Sequential(torch.compile(Plain(), backend="eager"), Plain())

@@ -241,6 +241,45 @@ def test_what_a_fold_leaves_is_data() -> None:
     assert gate.note == "the branch ends in silu in '1.f.1', which does not commute with a scale"
 
 
+def test_a_fold_ends_the_part_of_every_gate_in_training() -> None:
+    model = surgeon.apply(randomise(nn.Sequential(Plain(), Ending())), scaling="paper", example=X)
+    with pytest.warns(UserWarning, match="1 of 3 gates keep one multiplication"):
+        left = surgeon.fold(model)
+    expected = left.eval()(X)
+    assert [gate.name for gate in gates_of(left)] == ["1.add"]
+    for rate in (0.5, [0.5], lambda l, count: 0.5):
+        with pytest.raises(NotGatedError, match="the model is folded"):
+            surgeon.set_drop_rate(left, rate)  # type: ignore[arg-type]
+    torch.testing.assert_close(left.train()(X), expected, rtol=0, atol=0)
+    surgeon.set_drop_rate(model, 0.4)
+    assert [gate.drop_rate for gate in gates_of(model)] == pytest.approx([0.2, 0.4, 0.4])
+
+
+def test_a_part_that_is_folded_leaves_the_other_gates_alone() -> None:
+    model = surgeon.apply(randomise(nn.Sequential(Ending(), Plain())), scaling="paper", example=X)
+    with pytest.warns(UserWarning, match="keep one multiplication"):
+        surgeon.fold(model[0], inplace=True, example=X)
+    surgeon.set_drop_rate(model, 0.4)
+    assert [gate.drop_rate for gate in gates_of(model)] == [0.0, 0.4]
+
+
+def test_a_branch_that_takes_no_scale_any_more_is_not_removed() -> None:
+    model = kept(randomise(Chain()), X)
+    model[2].g.append(nn.SiLU())  # type: ignore[union-attr, operator]
+    before, kinds, expected = weights(model), [type(m) for m in model.modules()], model.eval()(X)
+    with pytest.raises(
+        FoldError, match=r"cannot be removed: .* of 1 of 3 any more \(2\.add_1: the branch ends"
+    ):
+        surgeon.remove(model)
+    assert same(weights(model), before)
+    assert [type(m) for m in model.modules()] == kinds
+    assert same(model(X), expected)
+    with pytest.warns(UserWarning, match="1 of 3 gates keep one multiplication") as told:
+        left = surgeon.fold(model)
+    assert told[0].filename == __file__
+    torch.testing.assert_close(left(X), expected)
+
+
 def test_a_quotient_that_overflows_changes_nothing() -> None:
     model = randomise(Chain())
     nn.init.constant_(model[2].g[1].bias, 3e38)  # type: ignore[arg-type, union-attr, index]

@@ -6,9 +6,11 @@ import warnings
 import pytest
 import torch
 import torchvision
+from blocks import Of
 from torch import Tensor, nn
 
 import surgeon
+from surgeon._gating.gate import Scaling
 from surgeon._surgery import gates_of
 
 
@@ -42,6 +44,37 @@ def test_a_bert_with_a_mask(attention: str) -> None:
     surgeon.remove(model)
     surgeon.apply(model, scaling="paper", keep_eval=True, example=given)
     assert largest(model(**given).logits, plain) < 1e-13
+
+
+class Keeping(nn.Module):
+    """A layer that keeps what it computed in its last evaluation, in a table and beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(4))
+        self.last: Tensor | None = None
+        self.table: dict[str, list[Tensor]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.tanh() + self.bias
+        if not self.training:
+            self.last, self.table["bias"] = out, [self.bias * 2]
+        return out
+
+
+@pytest.mark.parametrize("scaling", ["paper", "inverted"])
+def test_what_an_evaluation_left_with_its_gradients_does_not_hinder_the_copy(scaling: Scaling) -> None:
+    x, layer = torch.randn(3, 4), Keeping()
+    block = Of(lambda held, x: x + held.f(x), f=nn.Sequential(layer, nn.Linear(4, 4)))
+    model = surgeon.apply(nn.Sequential(block), scaling=scaling, example=x).eval()
+    expected = model(x)
+    folded = surgeon.fold(model)
+    (twin,) = (module for module in folded.modules() if isinstance(module, Keeping))
+    assert layer.last is not None and twin.last is not None
+    assert layer.last.grad_fn is not None and twin.last.grad_fn is None
+    assert torch.equal(twin.last, layer.last)
+    assert torch.equal(twin.table["bias"][0], layer.bias * 2)
+    torch.testing.assert_close(folded(x), expected)
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.reads import attribute
 from surgeon._tracing.state import ambient, kind, state
 from surgeon._tracing.trace import Unannounced, trace
-from surgeon.errors import CheckpointError, TraceError, UnseenCallError
+from surgeon.errors import CheckpointError, TraceError, UnseenCallError, WrappedModelError
 
 
 class Gating:
@@ -364,6 +364,20 @@ def gate_block(block: nn.Module, gating: Gating) -> None:
     cls = gated_class(type(block), keeping=any(gate.keep_eval for gate in gating.gates))
     block.__dict__["_surgeon"] = gating
     block.__class__ = cls
+
+
+def check_class(name: str, block: nn.Module) -> None:
+    """Checks that a gated block has the class that `gate_block` gave it, so that `ungate_block` undoes it.
+
+    Raises:
+        WrappedModelError: Something else has changed the block's class since, and would be undone with it.
+    """
+    if "_ungated" not in vars(type(block)):
+        raise WrappedModelError(
+            f"{name or 'the model'} has become a {type(block).__name__} since surgeon.apply, by fully_shard, "
+            "parametrize or the like, which would be lost with its gates. Take that off first, or call "
+            "surgeon.load with the weights on a model without it, gated or not"
+        )
 
 
 def ungate_block(block: nn.Module) -> None:

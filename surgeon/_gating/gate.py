@@ -93,6 +93,7 @@ class Gate:
         note: Why it is computed all the same, or why its scale stays after a fold; ``""`` otherwise.
         ranks: What ``sync="ranks"`` shares among the gates; None where each rank draws for itself.
         keep_eval: The weights were divided by its scale when it was put in, so that evaluation stayed.
+        settled: A fold has been: it takes no part in training any more.
         folded: Its scale is in the weights now; it does nothing any more.
         obstacle: The operator that keeps the scale out of the weights after a fold, such as ``"silu"``.
     """
@@ -118,6 +119,7 @@ class Gate:
     note: str = ""
     ranks: Ranks | None = field(default=None, repr=False)
     keep_eval: bool = False
+    settled: bool = False
     folded: bool = False
     obstacle: str = ""
     keep: Tensor = field(init=False, repr=False)
@@ -154,7 +156,7 @@ class Gate:
     def settle(self, note: str = "", obstacle: str = "") -> None:
         """Ends the gate's part in training. Its scale goes to 1, or stays, with a note."""
         self.set_drop_rate(0.0)
-        self.folded = not note
+        self.settled, self.folded = True, not note
         self.note, self.obstacle = note, obstacle
         if self.folded:
             self.scale = 1.0

@@ -1,6 +1,5 @@
 """How a model is called and what it returns, as flat lists of named tensors, which is all that ONNX knows."""
 
-import copy
 import dataclasses
 import inspect
 import itertools
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from surgeon._copy import copied
 from surgeon.errors import UsageError
 
 
@@ -127,12 +127,12 @@ def evaluating_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode on the CPU, without what earlier evaluations left; the model is only read.
 
     LeViT and its kin keep a table of attention biases from their last evaluation. It goes stale when weights
-    change, would be frozen into an export, and cannot be copied while it is part of an autograd graph.
+    change and would be frozen into an export.
     """
-    caches = {id(cache): type(cache)() for cache in _caches(model)}
-    copied = copy.deepcopy(model, caches).cpu()
-    copied.eval()
-    return copied
+    made = copied(model).cpu()
+    made.eval()
+    drop_caches(made)
+    return made
 
 
 def drop_caches(model: nn.Module) -> None:
