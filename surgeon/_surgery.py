@@ -132,16 +132,18 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
     analysis = analyse(model, args, kwargs, include, exclude)
     if not analysis.blocks:
         raise NoResidualsError(_nothing_found(model, analysis))
-    residuals = [r for block in analysis.blocks for r in block.residuals]
-    blocks, names = [r.block for r in residuals], [r.name for r in residuals]
-    rates = drop_rates(schedule, drop_rate, blocks, names, overrides, [r.depth for r in residuals])
+    residuals = [
+        (r, a.ordinal) for one in analysis.blocks for r, a in zip(one.residuals, one.found, strict=True)
+    ]
+    blocks, names = [r.block for r, _ in residuals], [r.name for r, _ in residuals]
+    rates = drop_rates(schedule, drop_rate, blocks, names, overrides, [r.depth for r, _ in residuals])
     flops = max(analysis.recording.flops, 1)
     given = tuple((overrides or {}).items())
     origin = Origin(
         schedule_text(schedule), given, *pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
     )
-    ordinals = [addition.ordinal for block in analysis.blocks for addition in block.found]
     ranks = Ranks() if sync == "ranks" else None
+    keeps = keep_eval and scaling == "paper"
     gates = {
         r.name: Gate(
             name=r.name,
@@ -159,22 +161,22 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
             by_cost=skip == "auto" and unit == "sample",
             unused=unused,
             ranks=ranks,
-            keep_eval=keep_eval and scaling == "paper",
+            keep_eval=keeps,
         )
-        for order, (r, ordinal, rate) in enumerate(zip(residuals, ordinals, rates, strict=True))
+        for order, ((r, ordinal), rate) in enumerate(zip(residuals, rates, strict=True))
     }
-    if keep_eval and scaling == "paper":
+    if keeps:
         check_state_is_free([block.module for block in analysis.blocks])
     prepared = prepare(analysis, gates)
-    for block, gating in prepared:
-        gate_block(block.module, gating)
-    if keep_eval and scaling == "paper":
-        try:
+    try:
+        for block, gating in prepared:
+            gate_block(block.module, gating)
+        if keeps:
             divide(model, gates_of(model), args, kwargs)
-        except BaseException:
-            for block, _ in prepared:
-                ungate_block(block.module)
-            raise
+    except BaseException:  # an interrupt, too, leaves all of it or nothing
+        for block, _ in prepared:
+            ungate_block(block.module)
+        raise
     return model
 
 

@@ -17,6 +17,7 @@ from blocks import BasicBlock, Branch, Net, Plain, Snapshot, Twice, case, coins,
 from torch import Tensor, nn
 
 import surgeon
+from surgeon._gating.forwards import KeepingBlock
 from surgeon.errors import AlreadyGatedError, NotGatedError
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
@@ -383,3 +384,43 @@ def test_a_class_that_cannot_be_subclassed_is_refused_by_name() -> None:
     with pytest.raises(surgeon.SurgeonError, match="cannot be subclassed"):
         surgeon.apply(root, example=X)
     assert before.differences(root) == []
+
+
+class Fixed(Plain):
+    """A block whose class cannot be exchanged."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__":
+            raise KeyboardInterrupt
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("keep_eval", [False, True])
+def test_an_interrupt_while_gates_go_in_leaves_none(keep_eval: bool) -> None:
+    model = nn.Sequential(Plain(), Fixed(), Plain())
+    before = Snapshot.of(model)
+    with pytest.raises(KeyboardInterrupt):
+        surgeon.apply(model, scaling="paper", keep_eval=keep_eval, example=X)
+    assert before.differences(model) == []
+
+
+class Guarding(type):
+    def __new__(cls, name: str, bases: tuple[type, ...], body: dict[str, Any]) -> type:
+        if any(issubclass(base, KeepingBlock) for base in bases):
+            raise TypeError("no state")
+        return super().__new__(cls, name, bases, body)
+
+
+class Stateless(Plain, metaclass=Guarding):
+    """A class of which none with the gates of ``keep_eval`` can be made."""
+
+
+def test_the_class_that_a_block_will_get_is_tried_before_any_block_is_touched() -> None:
+    model = nn.Sequential(Plain(), Stateless())
+    before = Snapshot.of(model)
+    with pytest.raises(
+        surgeon.SurgeonError, match=r"1: its class Stateless cannot be subclassed \(no state\)"
+    ):
+        surgeon.apply(model, scaling="paper", keep_eval=True, example=X)
+    assert before.differences(model) == []
+    assert len(surgeon.status(surgeon.apply(model, scaling="paper", example=X)).gates) == 2

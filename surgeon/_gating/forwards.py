@@ -360,7 +360,10 @@ def _subclass(cls: type[nn.Module], kind: type[GatedBlock]) -> type[nn.Module]:
 
 
 def gate_block(block: nn.Module, gating: Gating) -> None:
-    """Installs ``gating`` on ``block``; the block's class becomes a subclass of what it was."""
+    """Installs ``gating`` on ``block``; the block's class becomes a subclass of what it was.
+
+    Where it is interrupted, `ungate_block` undoes what it did.
+    """
     cls = gated_class(type(block), keeping=any(gate.keep_eval for gate in gating.gates))
     block.__dict__["_surgeon"] = gating
     block.__class__ = cls
@@ -381,9 +384,10 @@ def check_class(name: str, block: nn.Module) -> None:
 
 
 def ungate_block(block: nn.Module) -> None:
-    """Gives ``block`` its own class back and takes its gates away."""
-    block.__class__ = type(block)._ungated  # type: ignore[attr-defined]
-    del block.__dict__["_surgeon"]
+    """Gives ``block`` its own class back and takes its gates away, as far as it has them."""
+    if isinstance(block, GatedBlock):
+        block.__class__ = type(block)._ungated  # type: ignore[assignment]
+    block.__dict__.pop("_surgeon", None)
 
 
 def gating_of(module: nn.Module) -> Gating | None:

@@ -86,7 +86,7 @@ def _prepare_block(
     if not gating.evaluates_plainly:
         with mode(block.module, False):
             gating.prepare(block.module, _evaluating(block, args, kwargs, log), args, kwargs)
-    _check_class(block)
+    _check_class(block, keeping=any(gate.keep_eval for gate in chosen))
     return gating
 
 
@@ -128,10 +128,10 @@ def _settle_form(gate: Gate, spliced: Spliced) -> None:
         gate.skips = False
 
 
-def _check_class(block: Block) -> None:
+def _check_class(block: Block, *, keeping: bool) -> None:
     """Makes the class that the block is about to get, so that nothing can fail half-way."""
     try:
-        gated_class(type(block.module))
+        gated_class(type(block.module), keeping=keeping)
     except Exception as error:
         kind = type(block.module).__name__
         raise UsageError(
