@@ -20,7 +20,7 @@ def destination(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """
     place = Path(path).resolve()
     if place.is_dir():
-        raise UsageError(f"{path} is a directory; name a file in it, such as {place / 'model.onnx'}")
+        raise UsageError(f"{path} is a directory; name a file in it")
     if not place.parent.is_dir():
         raise UsageError(f"cannot write {path}: there is no directory {place.parent}; make it first")
     if place.exists():

@@ -6,7 +6,8 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from surgeon._surgery import set_drop_rate
+from surgeon._gating.schedule import NAMES
+from surgeon._surgery import gates_of, set_drop_rate
 from surgeon.errors import UsageError
 
 Shape = Literal["linear", "cosine", "early", "late"]
@@ -42,7 +43,7 @@ class Ramp:
         start: The drop rate of step 0 for ``"linear"`` and ``"cosine"``, and the one that is "off".
 
     Raises:
-        UsageError: An argument is out of range or unknown.
+        UsageError: An argument is out of range or unknown, or the gates' schedule has no name.
         NotGatedError: The model has no gates.
     """
 
@@ -56,6 +57,11 @@ class Ramp:
         for name, value in (("drop_rate", drop_rate), ("start", start)):
             if not 0 <= value < 1:
                 raise UsageError(f"{name} is {value}; give a rate in [0, 1)")
+        schedule = next((gate.origin.schedule for gate in gates_of(model)), NAMES[0])
+        if schedule not in NAMES:
+            raise UsageError(
+                f'the gates follow {schedule}; a ramp needs a named schedule; apply with schedule="linear"'
+            )
         self.model, self.drop_rate, self.steps, self.shape, self.start = model, drop_rate, steps, shape, start
         self.count = 0
         self._set()

@@ -5,6 +5,7 @@ example's takes a graph of its own or a clear error, never a wrong result.
 """
 
 import dataclasses
+import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -237,6 +238,19 @@ def test_a_block_that_lacks_its_add_on_another_path_says_so() -> None:
     with pytest.raises(UnseenCallError, match=r"block is called in a way.*block\.add.*exclude"):
         model.block(X, bare=True)
     assert same(model.eval().block(X, bare=True), model.block.f(X))
+
+
+def test_a_way_that_cannot_be_traced_says_what_to_do() -> None:
+    class Drawing(Branch):
+        def forward(self, x: Tensor, bare: bool = False) -> Tensor:
+            return x + self.f(x) * (random.random() if bare else 1.0)
+
+    model = surgeon.apply(Net(Drawing(), lambda b, x: b(x)), example=X)
+    with pytest.raises(
+        UnseenCallError,
+        match=r"failed: .*\. Leave the block out \(exclude='block'\) or call it as on the example$",
+    ):
+        model.block(X, bare=True)
 
 
 def test_attributes_read_by_the_forward_stay_live() -> None:

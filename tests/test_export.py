@@ -253,7 +253,7 @@ def test_paths_are_checked_before_any_work(net, tmp_path, no_work, monkeypatch):
     (tmp_path / "there.onnx").write_text("old")
     (tmp_path / "file").write_text("")
     for path, message in [
-        (tmp_path, "is a directory; name a file in it"),
+        (tmp_path, "is a directory; name a file in it$"),
         (tmp_path / "none" / "m.onnx", "there is no directory .*none; make it first"),
         (tmp_path / "file" / "m.onnx", "there is no directory"),
         (tmp_path / "there.onnx", r"exists; pass overwrite=True \(--overwrite\)"),

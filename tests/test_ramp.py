@@ -70,5 +70,10 @@ def test_wrong_settings_are_named() -> None:
     for options, message in wrong:
         with pytest.raises(surgeon.SurgeonError, match=message):
             surgeon.Ramp(model, 0.3, **options)
+    explicit = surgeon.apply(nn.Sequential(Plain(), Plain()), [0.1, 0.2], example=X)
+    wanted = 'the gates follow explicit rates; a ramp needs a named schedule; apply with schedule="linear"'
+    with pytest.raises(surgeon.SurgeonError, match=wanted):
+        surgeon.Ramp(explicit, 0.3, steps=3)
+    assert [gate.drop_rate for gate in surgeon.status(explicit).gates] == [0.1, 0.2]
     with pytest.raises(surgeon.SurgeonError, match="no gates"):
         surgeon.Ramp(nn.Linear(2, 2), 0.3, steps=3)

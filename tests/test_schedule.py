@@ -309,7 +309,7 @@ def test_a_callable_of_a_schedules_name_is_not_that_schedule() -> None:
     assert surgeon.status(model).schedule == "callable linear"
     with pytest.raises(UsageError, match="the gates follow callable linear; give a sequence"):
         surgeon.set_drop_rate(model, 0.5)
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match="a ramp needs a named schedule"):
         surgeon.Ramp(model, 0.5, steps=3)
     assert rates_of(model) == [0.1, 0.2]
 

@@ -146,7 +146,8 @@ class Gating:
             self.ways.setdefault(self.way(args, kwargs), forms(args, kwargs))
         except TraceError as error:
             raise UnseenCallError(
-                f"{self._called(args, kwargs)}, and tracing it that way failed: {error}"
+                f"{self._called(args, kwargs)}, and tracing it that way failed: {error}. Leave the block out "
+                f"(exclude={self.name or type(block).__name__!r}) or call it as on the example"
             ) from error
         return self.runs[self._key(block, args, kwargs)]
 
