@@ -5,6 +5,8 @@ builtin it specialises. A message names what failed, on which module, with which
 to do next.
 """
 
+from typing import Any
+
 
 class SurgeonError(Exception):
     """Root of all errors raised by surgeon."""
@@ -52,6 +54,22 @@ class ExportError(SurgeonError, RuntimeError):
 
 class ParityError(SurgeonError, RuntimeError):
     """Two forms of a model that must agree do not."""
+
+
+class OutputsDifferError(ParityError):
+    """The outputs of two forms of a model differ by more than the tolerance.
+
+    Attributes:
+        report: The whole `ParityReport`.
+    """
+
+    def __init__(self, message: str, report: Any) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class OnnxFileError(SurgeonError, ValueError):
+    """A file is no valid ONNX model, or ONNX Runtime cannot run it, or not on these inputs."""
 
 
 class CheckpointError(SurgeonError, ValueError):

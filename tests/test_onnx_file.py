@@ -10,7 +10,8 @@ import torch
 from onnx import TensorProto, helper
 
 from surgeon._onnx import file as _onnx_file
-from surgeon._onnx.file import OnnxFileError, open_onnx
+from surgeon._onnx.file import open_onnx
+from surgeon.errors import OnnxFileError
 
 TENSOR = helper.make_tensor_value_info
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import surgeon
-from surgeon._onnx.file import OnnxFileError, Runtime
+from surgeon._onnx.file import Runtime
 from surgeon._onnx.hygiene import graph_findings, node_counts
 from surgeon._onnx.verify import verify
-from surgeon.errors import ParityError, UsageError, WrappedModelError
+from surgeon.errors import OnnxFileError, ParityError, UsageError, WrappedModelError
 
 
 class Model(nn.Module):
@@ -244,6 +244,35 @@ def branching(out):
     ]
 
 
+def repeating(op):
+    """A loop that runs once; `Loop` has a number and a condition before its value, `Scan` rows behind it."""
+
+    def more(out):
+        carried = [ir.Value(name="carried", type=ir.TensorType(ir.DataType.FLOAT))]
+        inner = ir.node("Identity", carried)
+        inner.outputs[0].name = "through"
+        if op == "Scan":
+            row = ir.Value(name="row", type=ir.TensorType(ir.DataType.FLOAT))
+            body = ir.Graph([*carried, row], inner.outputs, nodes=[inner], name="body")
+            rows = ir.node("Constant", [], {"value": ir.tensor(np.zeros((1, 1), np.float32))})
+            scan = ir.node(
+                "Scan", [out, rows.outputs[0]], {"body": body, "num_scan_inputs": 1}, name="repeat"
+            )
+            return [rows, scan]
+        number = ir.Value(name="number", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
+        goes_on = ir.Value(name="goes_on", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
+        same = ir.node("Identity", [goes_on])
+        same.outputs[0].name = "still"
+        results = [same.outputs[0], inner.outputs[0]]
+        body = ir.Graph([number, goes_on, *carried], results, nodes=[same, inner], name="body")
+        once = ir.node("Constant", [], {"value": ir.tensor(np.int64(1))})
+        flag = ir.node("Constant", [], {"value": ir.tensor(np.bool_(True))})
+        given = [once.outputs[0], flag.outputs[0], out]
+        return [once, flag, ir.node("Loop", given, {"body": body}, name="repeat")]
+
+    return more
+
+
 def dropping(training):
     def more(out):
         ratio = ir.node("Constant", [], {"value": ir.tensor(np.float32(0.0))})
@@ -258,6 +287,8 @@ def dropping(training):
     [
         (noise, "RandomNormalLike", "random"),
         (branching, "If", "branching"),
+        (repeating("Loop"), "Loop", "branching"),
+        (repeating("Scan"), "Scan", "branching"),
         (dropping(True), "Dropout", "training"),
     ],
 )
@@ -288,7 +319,10 @@ def test_findings_reach_subgraphs_functions_and_training_norms():
     graph = ir.Graph([x], [], nodes=[norm, gate, own, loop], opset_imports={"": 20})
     model = ir.Model(graph, ir_version=10, functions=[function])
     found = {(finding.node, finding.code) for finding in graph_findings(model)}
-    assert found == {("norm", "training"), ("gate", "gate"), ("coin", "random"), ("in_function", "random")}
+    assert found == {
+        *(("norm", "training"), ("gate", "gate"), ("coin", "random"), ("in_function", "random")),
+        ("loop", "branching"),
+    }
     counts = node_counts(model)
     assert counts["surgeon::mark"] == counts["somebody::mark"] == counts["Loop"] == 1
 

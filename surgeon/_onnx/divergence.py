@@ -23,9 +23,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgeon._folding.still import evaluating
-from surgeon._onnx.file import OnnxFile, OnnxFileError
+from surgeon._onnx.file import OnnxFile
 from surgeon._onnx.parity import Array, Divergence
 from surgeon._onnx.signature import Signature
+from surgeon.errors import OnnxFileError
 
 # What the exporter's nodes say of where they come from; see `surgeon._onnx.exporter`.
 MODULE = "surgeon.module"

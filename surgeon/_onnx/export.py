@@ -24,13 +24,13 @@ from surgeon._onnx.export_file import move, write
 from surgeon._onnx.export_metadata import describe
 from surgeon._onnx.export_report import ExportReport
 from surgeon._onnx.exporter import to_onnx
-from surgeon._onnx.file import OnnxFileError, open_onnx
+from surgeon._onnx.file import open_onnx
 from surgeon._onnx.hygiene import graph_findings, node_counts
-from surgeon._onnx.parity import OutputsDifferError, ParityReport, compare
+from surgeon._onnx.parity import ParityReport, compare
 from surgeon._onnx.signature import Signature, evaluating_copy, signature
 from surgeon._onnx.verify import TOLERANCES, check_comparison, compare_runs, evaluate, explained
 from surgeon._plain import check_filled, check_plain
-from surgeon.errors import ExportError, UsageError
+from surgeon.errors import ExportError, OnnxFileError, OutputsDifferError, UsageError
 
 _SEED = 0
 LEVELS = ("basic", "extended", "all")

@@ -23,16 +23,12 @@ import onnx_ir as ir
 import torch
 
 from surgeon._onnx.parity import Array
-from surgeon.errors import SurgeonError
+from surgeon.errors import OnnxFileError
 
 _ERRORS = "stderr"
 _PROGRAM = Path(__file__).with_name("child.py")
 # No answer to one request in this many seconds, and the file is taken for one that never ends.
 TIME_LIMIT_S = 1800.0
-
-
-class OnnxFileError(SurgeonError, ValueError):
-    """A file is no valid ONNX model, or ONNX Runtime cannot run it, or not on these inputs."""
 
 
 class _NoAnswerError(Exception):

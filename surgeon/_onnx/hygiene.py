@@ -12,6 +12,7 @@ import onnx_ir as ir
 _RANDOM = frozenset(
     {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 )
+_BRANCHING = frozenset({"If", "Loop", "Scan"})
 _STANDARD = ("", "ai.onnx")
 
 
@@ -64,7 +65,7 @@ def _fault(node: ir.Node) -> tuple[str, str] | None:
         return ("gate", "a gate of surgeon was left in the graph") if ours else None
     if node.op_type in _RANDOM:
         return "random", "it draws random numbers, so outputs differ from run to run"
-    if node.op_type == "If":
+    if node.op_type in _BRANCHING:
         return "branching", "control flow was left in the graph"
     if node.op_type == "BatchNormalization" and _normalises_by_batch(node):
         return "training", "it normalises by the statistics of the batch"

@@ -9,25 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgeon._onnx.hygiene import GraphFinding
-from surgeon.errors import ParityError
+from surgeon.errors import OutputsDifferError
 
 Array = NDArray[Any]
 
 # Two sound implementations differ by a few times the rounding of either; their ratio is seldom above ten.
 _ROUNDING = 10
 _DOUBTFUL = 30
-
-
-class OutputsDifferError(ParityError):
-    """The outputs of two forms of a model differ by more than the tolerance.
-
-    Attributes:
-        report: The whole `ParityReport`.
-    """
-
-    def __init__(self, message: str, report: "ParityReport") -> None:
-        super().__init__(message)
-        self.report = report
 
 
 @dataclass(frozen=True, slots=True)

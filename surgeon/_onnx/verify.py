@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from surgeon._onnx.divergence import first_divergence
-from surgeon._onnx.file import OnnxFile, OnnxFileError, open_onnx
+from surgeon._onnx.file import OnnxFile, open_onnx
 from surgeon._onnx.hygiene import graph_findings
 from surgeon._onnx.parity import Array, ParityReport, ParityRow, compare
 from surgeon._onnx.signature import Signature, evaluating_copy, flatten, signature
 from surgeon._plain import check_plain
 from surgeon._text import first_line
-from surgeon.errors import UsageError
+from surgeon.errors import OnnxFileError, UsageError
 
 # Largest relative error that counts as agreement, by the precision of the file's arithmetic.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2}
