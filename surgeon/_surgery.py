@@ -93,9 +93,10 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
             of each gated block; `load` converts between such weights and stock ones. Under ``"inverted"``
             evaluation is kept anyway.
         skip: Whether what is dropped is left uncomputed, forward and backward. True: wherever it can be;
-            `status` notes where it cannot. ``"auto"``: with unit ``"sample"`` only where the arithmetic saved
-            outweighs the gathering of rows, and never in a compiled graph. False: everything is computed and
-            masked; with unit ``"sample"`` these are the draws and numbers of timm's own drop path.
+            `status` notes where it cannot. ``"auto"``: with unit ``"batch"`` likewise; with unit ``"sample"``
+            only where the arithmetic saved outweighs the gathering of rows, and never in a compiled graph,
+            which stays one. False: everything is computed and masked; with unit ``"sample"`` these are the
+            draws and numbers of timm's own drop path.
         unused: What the parameters of a branch get in a step that did not run it on any row: ``"none"``
             (``grad`` stays None: the optimizer passes over them), ``"zero"`` (zeros, as in the code of Huang
             et al.: momentum and weight decay go on), or ``"auto"``: zeros where `torch.distributed` is

@@ -243,7 +243,7 @@ def test_a_block_that_lacks_its_add_on_another_path_says_so() -> None:
 def test_a_way_that_cannot_be_traced_says_what_to_do() -> None:
     class Drawing(Branch):
         def forward(self, x: Tensor, bare: bool = False) -> Tensor:
-            return x + self.f(x) * (random.random() if bare else 1.0)
+            return x + self.f(x) * (random.random() if bare else 1.0)  # noqa: S311 - nothing depends on it
 
     model = surgeon.apply(Net(Drawing(), lambda b, x: b(x)), example=X)
     with pytest.raises(

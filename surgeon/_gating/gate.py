@@ -71,7 +71,8 @@ class Gate:
 
     Attributes:
         name: Qualified name of the residual add, as in `Residual`.
-        kind: ``"identity"`` or ``"projection"``.
+        kind: ``"identity"``, ``"projection"``, or ``"left"`` or ``"right"`` where ``include`` told which side is
+            the shortcut.
         ordinal: The add's place among the additions of its block.
         order: The gate's place in the model's execution order.
         unit: What one coin decides: each sample of the batch, or the mini-batch.
