@@ -1,7 +1,9 @@
 """Random draws in evaluation are noticed and named, and what only training draws is not taken for one."""
 
+import pytest
 import torch
 from click.testing import CliRunner
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,6 +40,15 @@ def test_draws_in_evaluation_are_named() -> None:
     assert report.random == ("blocks.1", "blocks.2")
     assert not report.ok
     assert "also in evaluation: blocks.1, blocks.2" in str(report)
+
+
+def test_the_generators_of_other_devices_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded = list[int]()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    assert [site.rate for site in audit(Net(DropPath(0.25)), EXAMPLE)] == [0.25]
+    assert not seeded
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_dropout_that_knows_its_mode_is_none() -> None:

@@ -249,6 +249,22 @@ def test_large_models_get_a_data_file(net, tmp_path, graph, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
 
 
+def test_weights_beside_a_graph_that_is_not_there_stay(net, tmp_path, graph, monkeypatch):
+    """They may be anybody's; only with the graph that reads them are they replaced."""
+    (tmp_path / "m.onnx.data").write_text("mine")
+    monkeypatch.setattr(_export, "to_onnx", lambda *_, **__: graph.clone())
+    export(net, tmp_path / "m.onnx", example=IMAGES)
+    assert (tmp_path / "m.onnx.data").read_text() == "mine"
+    export(net, tmp_path / "m.onnx", example=IMAGES, overwrite=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_an_example_may_be_on_any_device(net):
+    called = signature(net, IMAGES.to("meta"))
+    assert [(t.device.type, t.shape) for t in called.tensors] == [("cpu", IMAGES.shape)]
+    assert [t.shape for t in called.draw(3, torch.Generator())] == [(3, *IMAGES.shape[1:])]
+
+
 def test_paths_are_checked_before_any_work(net, tmp_path, no_work, monkeypatch):
     (tmp_path / "there.onnx").write_text("old")
     (tmp_path / "file").write_text("")

@@ -74,8 +74,9 @@ def _data_name(place: Path, weights: int) -> str | None:
 
 
 def move(made: Path, data: str | None, place: Path) -> None:
-    """Renames a file and its weights into their place, weights first; those of an older file go."""
-    stale = [old for old in place.parent.glob(f"{place.name}.*data") if _is_ours(old, place)]
+    """Renames a file and its weights into their place, weights first; those of the file it replaces go."""
+    beside = place.parent.glob(f"{place.name}.*data") if place.exists() else ()
+    stale = [old for old in beside if _is_ours(old, place)]
     if data is not None:
         settle(made.with_name(data), place.with_name(data))
     settle(made, place)

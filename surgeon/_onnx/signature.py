@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from surgeon._copy import copied
+from surgeon._tracing.example import inputs
 from surgeon.errors import UsageError
 
 
@@ -21,7 +22,7 @@ class Signature:
 
     Attributes:
         names: One name per tensor: ``"input"`` for a single one, else the parameter's.
-        tensors: The example's tensors.
+        tensors: The example's tensors, on the CPU.
     """
 
     names: tuple[str, ...]
@@ -75,12 +76,10 @@ def signature(model: nn.Module, example: Any = None) -> Signature:
     Raises:
         UsageError: The example holds no tensor, or does not fit the model's parameters.
     """
-    from surgeon._tracing.example import inputs
-
     args, kwargs = inputs(model, example)
     names = _input_names(model, args, kwargs)
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    tensors = tuple(leaf.detach() for leaf in leaves if isinstance(leaf, Tensor))
+    tensors = tuple(_on_cpu(leaf) for leaf in leaves if isinstance(leaf, Tensor))
     if not tensors:
         raise UsageError(f"the example for {type(model).__name__} holds no tensor")
     if not tensors[0].ndim:
@@ -88,6 +87,11 @@ def signature(model: nn.Module, example: Any = None) -> Signature:
             f"{names[0]}, the first tensor of the example, has no dimension that could be the batch"
         )
     return Signature(names, tensors, tuple(leaves), spec)
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """A tensor's numbers; zeros where it has none."""
+    return torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor.detach().cpu()
 
 
 def flatten(value: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
