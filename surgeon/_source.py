@@ -16,10 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from surgeon._checkpoint import read_metadata, save_checkpoint
 from surgeon.errors import UsageError
-
-__all__ = ["load_model", "normalisation", "read_metadata", "resolve", "save_checkpoint"]
 
 LIBRARIES = ("timm", "torchvision")
 

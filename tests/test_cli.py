@@ -174,6 +174,14 @@ def test_other_weights_fail_parity(delivered):
     assert "the two part at node" in done.stdout
 
 
+def test_random_weights_are_those_of_a_library(delivered, here, monkeypatch):
+    """A module's name may begin as a library's does."""
+    (here / "timm_like.py").write_text(_NETWORKS)
+    done = surge("verify", delivered.file, "timm_like:Net", "--num-classes", 4, "--input-size", "3x8x8")
+    assert done.exit_code == 3
+    assert "are random" not in done.stderr
+
+
 def test_scaling_said_wrongly_fails_parity(delivered):
     arguments = ("verify", delivered.file, NET, "--checkpoint", delivered.checkpoint)
     assert surge(*arguments, "--scaling", "inverted").exit_code == 3

@@ -1,6 +1,7 @@
 """What ``surgeon inspect`` shows: the very text, and the same as data."""
 
 import json
+import warnings
 
 import pytest
 from click.testing import CliRunner
@@ -80,6 +81,18 @@ def test_what_is_left_alone_is_grouped_or_listed():
     assert len(refused) == 2
     assert refused[0]["code"]
     assert refused[0]["reason"] in " ".join(listed.stdout.split())
+
+
+def test_verbose_shows_warnings(tmp_path, monkeypatch):
+    lines = ("import warnings", "from torch import nn", "def net():", "    warnings.warn('beware')")
+    (tmp_path / "nets_that_warn.py").write_text("\n".join([*lines, "    return nn.Sequential(nn.ReLU())"]))
+    monkeypatch.syspath_prepend(tmp_path)
+    for more in ((), ("-v",)):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert surge("inspect", "nets_that_warn:net", *more).exit_code == 4
+        assert ["beware" in str(one.message) for one in told] == [True] * len(more)
+    assert "Show warnings" in surge("inspect", "--help").stdout
 
 
 def test_nothing_to_gate():

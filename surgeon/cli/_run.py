@@ -4,7 +4,6 @@ import contextlib
 import functools
 import inspect
 import json
-import logging
 import os
 import sys
 import traceback
@@ -47,14 +46,14 @@ class Output:
     Attributes:
         as_json: The result is one JSON object.
         quiet: Nothing but errors on stderr.
-        verbose: 1 shows progress of the library, 2 its debugging.
+        verbose: Warnings of the libraries are shown too, and what is otherwise grouped is listed.
         debug: Errors come with their traceback.
         stream: The real stdout; what libraries print meanwhile goes to stderr.
     """
 
     as_json: bool
     quiet: bool
-    verbose: int
+    verbose: bool
     debug: bool
     stream: IO[str] = field(default_factory=lambda: sys.stdout)
 
@@ -110,7 +109,7 @@ def command(name: str, short: str, *, examples: str, more: str = "") -> Callable
 
     def wrap(body: Body) -> click.Command:
         @functools.wraps(body)
-        def call(*, as_json: bool, quiet: bool, verbose: int, debug: bool, **arguments: Any) -> None:
+        def call(*, as_json: bool, quiet: bool, verbose: bool, debug: bool, **arguments: Any) -> None:
             out = Output(as_json, quiet, verbose, debug)
             sys.exit(_guarded(out, lambda: body(out, **arguments)))
 
@@ -136,14 +135,14 @@ def _shared_options() -> list[click.Option]:
     return [
         click.Option(["--json", "as_json"], is_flag=True, help="Print the result as one JSON object."),
         click.Option(["-q", "--quiet"], is_flag=True, help="Nothing but errors on stderr."),
-        click.Option(["-v", "--verbose"], count=True, help="Say more; twice for debugging."),
+        click.Option(["-v", "--verbose"], is_flag=True, help="Show warnings; list what is grouped else."),
         click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
     ]
 
 
 def _guarded(out: Output, body: Callable[[], int | None]) -> int:
     """Runs a command's body; says what went wrong and returns the exit code."""
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(), _logs(out):
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         if not out.verbose:
             warnings.simplefilter("ignore")
         try:
@@ -171,19 +170,3 @@ def _failed(out: Output, error: Exception, message: str) -> int:
 def _exit_code(error: Exception) -> int:
     kinds = {NoResidualsError: NOTHING, ParityError: PARITY, UsageError: USAGE}
     return next((code for kind, code in kinds.items() if isinstance(error, kind)), FAILED)
-
-
-@contextlib.contextmanager
-def _logs(out: Output) -> Iterator[None]:
-    """Shows the library's log on stderr, as loud as was asked for, while the command runs."""
-    logger = logging.getLogger("surgeon")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("surgeon: %(message)s"))
-    before = logger.level
-    logger.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(out.verbose, 2)])
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)

@@ -122,8 +122,8 @@ def load_subject(model: str, making: Making) -> Subject:
         UsageError: An option does not make sense, or the model is unknown.
         CheckpointError: The checkpoint cannot be read or does not fit.
     """
-    from surgeon._checkpoint import load_checkpoint
-    from surgeon._source import LIBRARIES, load_model, read_metadata, resolve
+    from surgeon._checkpoint import load_checkpoint, read_metadata
+    from surgeon._source import LIBRARIES, load_model, resolve
 
     size = _size(making)
     arguments = dict(_pair(text) for text in making.model_args)
@@ -139,7 +139,7 @@ def load_subject(model: str, making: Making) -> Subject:
         metadata = load_checkpoint(made, making.checkpoint)
     example = _example(made, size or _noted_size(metadata))
     weighted = bool(making.checkpoint or arguments.keys() & {"pretrained", "weights"})
-    unknown = spec.startswith(LIBRARIES) and not weighted
+    unknown = spec.partition(":")[0] in LIBRARIES and not weighted
     return Subject(spec, made, example, metadata, random=unknown, arguments=arguments, make=make)
 
 

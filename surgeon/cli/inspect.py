@@ -57,7 +57,7 @@ def command(
         "expected_flops": status.expected_flops,
         "flops": findings.flops,
     }
-    out.result(found, *_table.inspection(subject.spec, status, findings, every=out.verbose > 0))
+    out.result(found, *_table.inspection(subject.spec, status, findings, every=out.verbose))
     return None
 
 
@@ -66,6 +66,6 @@ def _nothing(out: Output, subject: Subject, findings: Any) -> int:
 
     refused = [asdict(refusal) for refusal in findings.refused]
     out.note(f"surgeon: {subject.spec} has no residual add, so there is nothing to gate")
-    shown = _table.refusals(findings.refused, every=out.verbose > 0) if refused else ()
+    shown = _table.refusals(findings.refused, every=out.verbose) if refused else ()
     out.result({"model": subject.spec, "gates": [], "refused": refused, "exit_code": NOTHING}, *shown)
     return NOTHING
