@@ -164,15 +164,11 @@ def _totals(status: Any) -> Text:
     saves = "" if any(gate.skips for gate in status.gates) else f": unit {first.unit} masks"
     depth = f"{status.expected_depth:.2f} of {count} branches, {status.expected_depth / count:.0%}"
     return Text(
-        f"schedule           {_rates(status.schedule)}, last drop rate {status.gates[-1].drop_rate:g}, "
+        f"schedule           {status.schedule}, last drop rate {status.gates[-1].drop_rate:g}, "
         f"unit {first.unit}, scaling {first.scaling}\n"
         f"expected depth     {depth}\n"
         f"expected training  {status.expected_flops:.1%} of the plain network's FLOPs{saves}"
     )
-
-
-def _rates(schedule: Any) -> str:
-    return schedule if isinstance(schedule, str) else "given per gate"
 
 
 def _table() -> Table:

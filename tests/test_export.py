@@ -391,7 +391,7 @@ def test_an_error_of_the_exporter_is_not_blamed_on_the_fold(net, tmp_path, wrong
 
 def test_a_wrong_fold_is_blamed(net, tmp_path, quick, monkeypatch):
     surgeon.apply(net, scaling="paper", example=IMAGES)
-    monkeypatch.setattr(surgeon, "fold", lambda model: surgeon.remove(copy.deepcopy(model)))
+    monkeypatch.setattr(_export, "fold", lambda model: surgeon.remove(copy.deepcopy(model)))
     message = "and the fold is at fault: in PyTorch the folded model already differs from the gated one"
     with pytest.raises(ParityError, match=message) as caught:
         export(net, tmp_path / "m.onnx", example=IMAGES)

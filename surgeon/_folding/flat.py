@@ -20,20 +20,19 @@ How, and why so:
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 
 from surgeon._folding.recorder import Call, Recorder, Value
 from surgeon._folding.results import tensors_in
 from surgeon._folding.state import address, named_tensors
-from surgeon._folding.still import evaluating
+from surgeon._folding.still import evaluating, noting
 from surgeon._tracing.example import untouched
 from surgeon.errors import FoldError, UnseenCallError
 
@@ -117,7 +116,7 @@ _ATTEMPTS = (
 def _record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], attempt: _Attempt) -> Flat:
     """Run the model under a recorder."""
     named = named_tensors(model)
-    recorder = Recorder({id(module): name for name, module in model.named_modules()})
+    recorder = Recorder()
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     of = _copy if attempt.real else fake.from_tensor
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
@@ -138,7 +137,12 @@ def _record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], at
         # A buffer that the forward has replaced: the call has put the new one into its argument.
         yield from (state[name] for name, tensor in given.items() if state[name] is not tensor)
 
-    with evaluating(model), _naming(recorder), nullcontext() if attempt.real else fake, recorder:
+    with (
+        evaluating(model),
+        noting(model, recorder.running),
+        nullcontext() if attempt.real else fake,
+        recorder,
+    ):
         out = _functionalised(forward, [*held, *[leaves[n] for n in fed]])
     outside = {address(tensor) for tensor in recorder.constants} - {None}
     writable = [one.writable and address(one.tensor) not in outside for one in named]
@@ -181,21 +185,3 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _rewritten(leaf: Tensor, attempt: _Attempt) -> bool:
     return not attempt.bare or leaf.is_floating_point() or leaf.is_complex()
-
-
-@contextmanager
-def _naming(recorder: Recorder) -> Iterator[None]:
-    """Tell the recorder which module is running."""
-
-    def enter(module: nn.Module, _: Any) -> None:
-        recorder.running.append(recorder.names.get(id(module), ""))
-
-    def leave(_: nn.Module, __: Any, ___: Any) -> None:
-        recorder.running.pop()
-
-    handles = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -12,15 +12,13 @@ from typing import Any
 
 from torch import nn
 
-from surgeon._folding.fold import FoldPlan, commit
+from surgeon._folding.fold import commit
 from surgeon._folding.planning import plan_gates
 from surgeon._gating.gate import Gate
 from surgeon.errors import FoldError
 
 
-def divide(
-    model: nn.Module, gates: Sequence[Gate], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> FoldPlan:
+def divide(model: nn.Module, gates: Sequence[Gate], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Divides what a fold would multiply, in place: the gated ``model`` evaluates as the ungated one did.
 
     All of it or nothing: products are taken in float64 and checked before the first is written.
@@ -30,9 +28,6 @@ def divide(
         gates: Its gates.
         args: Positional arguments of one call; no arithmetic is done on them.
         kwargs: Keyword arguments of the same call.
-
-    Returns:
-        What was divided: the plan that multiplies it again.
 
     Raises:
         FoldError: The scale of a gate fits into no parameter, or a quotient does not fit its type.
@@ -48,7 +43,6 @@ def divide(
             "trains alike and never changes evaluation"
         )
     commit(model, found, {number: 1 / gate.scale for number, gate in enumerate(scaled)})
-    return found
 
 
 def check_state_is_free(blocks: Sequence[nn.Module]) -> None:

@@ -68,17 +68,12 @@ _BLIND = frozenset(
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every call, with the module that was running.
+    """Notes every call, with the module that was running."""
 
-    Args:
-        names: The name of each module, by its id.
-    """
-
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
         self.running: list[str] = []
-        self.names = names
         self.constants: list[Tensor] = []
         """What was read without having been made or handed in."""
         self._values: dict[int, Value] = {}

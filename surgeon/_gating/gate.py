@@ -14,7 +14,7 @@ The drop rate may change while training runs; ``c`` never does, so evaluation do
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -71,7 +71,7 @@ class Gate:
 
     Attributes:
         name: Qualified name of the residual add, as in `Residual`.
-        kind: ``"identity"``, ``"projection"``, or ``"left"`` or ``"right"`` where ``include`` told which side is
+        kind: ``"identity"`` or ``"projection"``; ``"left"`` or ``"right"`` where ``include`` told the side of
             the shortcut.
         ordinal: The add's place among the additions of its block.
         order: The gate's place in the model's execution order.
@@ -248,18 +248,12 @@ def combine(shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:
 
 
 @contextmanager
-def marking(gates: Iterable[Gate]) -> Iterator[dict[int, Gate]]:
+def marking(gates: Sequence[Gate]) -> Iterator[None]:
     """Inside the block each gate's evaluation puts a mark with its number in place of its factor."""
-    numbered = dict(enumerate(gates))
     try:
-        for number, gate in numbered.items():
+        for number, gate in enumerate(gates):
             gate.marked_as = number
-        yield numbered
+        yield
     finally:
-        for gate in numbered.values():
+        for gate in gates:
             gate.marked_as = None
-
-
-def expected_depth(gates: Iterable[Gate]) -> float:
-    """Branches that run per forward on average, the sum of the survival probabilities."""
-    return math.fsum(gate.survival for gate in gates)

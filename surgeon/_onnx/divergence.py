@@ -9,8 +9,7 @@ whose weight is the model's but for some values is named before the others.
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,18 +17,16 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from surgeon._folding.still import evaluating
+from surgeon._folding.still import evaluating, noting
+from surgeon._onnx.exporter import MODULE
 from surgeon._onnx.file import OnnxFile
 from surgeon._onnx.parity import Array, Divergence
 from surgeon._onnx.signature import Signature
 from surgeon.errors import OnnxFileError
 
-# What the exporter's nodes say of where they come from; see `surgeon._onnx.exporter`.
-MODULE = "surgeon.module"
 _AT_ONCE = 64  # values of the graph that are held at a time
 _NEAR = 12  # nodes behind the first wrong one that are searched for a weight that is off
 
@@ -153,33 +150,12 @@ def _says_something(array: Array) -> bool:
 def _watch(model: nn.Module, called: Signature, tensors: Sequence[Tensor]) -> dict[int, list[_Seen]]:
     """What PyTorch computes, by size."""
     watch = _Watch()
-    with evaluating(model), _naming(model, watch.running), watch:
+    with evaluating(model), noting(model, watch.running), watch:
         called.call(model, tensors)
     found = defaultdict(list)
     for one in watch.seen:
         found[one.values.size].append(one)
     return found
-
-
-@contextmanager
-def _naming(model: nn.Module, running: list[str]) -> Iterator[None]:
-    names = {id(module): name for name, module in model.named_modules()}
-
-    def enter(module: nn.Module, _: Any) -> None:
-        running.append(names.get(id(module), ""))
-
-    def leave(_: nn.Module, __: Any, ___: Any) -> None:
-        running.pop()
-
-    handles = (
-        register_module_forward_pre_hook(enter),
-        register_module_forward_hook(leave, always_call=True),
-    )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _known(

@@ -30,6 +30,7 @@ from surgeon._onnx.parity import ParityReport, compare
 from surgeon._onnx.signature import Signature, evaluating_copy, signature
 from surgeon._onnx.verify import TOLERANCES, check_comparison, compare_runs, evaluate, explained
 from surgeon._plain import check_filled, check_plain
+from surgeon._surgery import fold, is_gated, remove, status
 from surgeon.errors import ExportError, OnnxFileError, OutputsDifferError, UsageError
 
 _SEED = 0
@@ -158,16 +159,13 @@ class _Gates:
 
 def _without_gates(model: nn.Module) -> tuple[nn.Module, _Gates]:
     """A folded copy of a gated model; a plain model itself."""
-    import surgeon
-    from surgeon._surgery import is_gated
-
     if not is_gated(model):
         return model, _Gates()
-    before = surgeon.status(model)
+    before = status(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # It warns of gates that keep a factor; the report lists them.
-        plain = surgeon.fold(model)
-    left = surgeon.status(plain).gates if is_gated(plain) else ()
+        plain = fold(model)
+    left = status(plain).gates if is_gated(plain) else ()
     kept = tuple((gate.name, gate.note) for gate in left)
     folded = tuple(gate.name for gate in before.gates if gate.name not in dict(kept))
     first = before.gates[0]
@@ -181,9 +179,7 @@ def _without_gates(model: nn.Module) -> tuple[nn.Module, _Gates]:
 
 
 def _ungated(model: nn.Module) -> nn.Module:
-    import surgeon
-
-    return surgeon.remove(copy.deepcopy(model))
+    return remove(copy.deepcopy(model))
 
 
 def _check_choices(opset: int | None, dtype: str, optimize: str | None) -> None:

@@ -34,7 +34,8 @@ from surgeon.errors import ExportError
 # The first opset with an Attention operator of its own.
 _NATIVE_ATTENTION = 23
 _LOUD = ("torch.onnx", "torch.export", "torch.fx", "torch._dynamo", "torch._export", "onnxscript", "onnx_ir")
-_MODULE = "surgeon.module"
+MODULE = "surgeon.module"
+"""What a node says of the module that it comes from."""
 
 
 def to_onnx(
@@ -222,7 +223,7 @@ def _tidy(model: ir.Model) -> None:
         scope = _scope(node.metadata_props.get("pkg.torch.onnx.name_scopes"))
         node.metadata_props.clear()
         if scope:
-            node.metadata_props[_MODULE] = scope
+            node.metadata_props[MODULE] = scope
     for value in _values(model.graph):
         value.metadata_props.clear()
     model.graph.metadata_props.clear()

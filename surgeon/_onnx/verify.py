@@ -18,6 +18,7 @@ from surgeon._onnx.parity import Array, ParityReport, ParityRow, compare
 from surgeon._onnx.signature import Signature, evaluating_copy, flatten, signature
 from surgeon._plain import check_plain
 from surgeon._text import first_line
+from surgeon._tracing.example import default_input
 from surgeon.errors import OnnxFileError, UsageError
 
 # Largest relative error that counts as agreement, by the precision of the file's arithmetic.
@@ -250,8 +251,6 @@ def _takes_other_sizes(file: OnnxFile, called: Signature) -> bool:
 
 def _example_like(file: OnnxFile, model: nn.Module) -> Tensor | None:
     """The model's default example in the size that the file's only input fixes; None where it cannot be."""
-    from surgeon._tracing.example import default_input
-
     inputs = file.model.graph.inputs
     own = default_input(model)
     if len(inputs) != 1 or inputs[0].shape is None or len(inputs[0].shape) != own.ndim:
