@@ -78,6 +78,34 @@ def test_a_shortcut_handed_in_by_the_caller() -> None:
         assert torch.equal(model.train()(X, X), X)
 
 
+class Looks(nn.Module):
+    """Looks into a mask, so that only real tensors can tell what it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if mask.all().item():
+            mask = None
+        x = x + 1
+        for layer in self.layers:
+            x = layer(x, x)
+        return x
+
+
+def test_a_shortcut_handed_in_where_values_decide() -> None:
+    model = randomise(Looks())
+    arguments = (X, torch.ones(3, dtype=torch.bool))
+    expected = model.eval()(*arguments)
+    found = surgeon.find(model, arguments)
+    assert [(r.name, r.kind) for r in found] == [(f"layers.{i}.output.add", "identity") for i in range(2)]
+    surgeon.apply(model, example=arguments, unit="batch")
+    assert torch.equal(model(*arguments), expected)
+    with coins(False):
+        assert torch.equal(model.train()(*arguments), X + 1)
+
+
 @pytest.mark.parametrize("options", [{"long": True}, {"foreign": True}], ids=str)
 def test_what_is_handed_in_is_no_shortcut(options: dict[str, bool]) -> None:
     """Over another residual add it is a long skip; from elsewhere the branch is no function of it."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from blocks import Pair, Plain, coins, randomise, same
+from blocks import Branch, Pair, Plain, coins, randomise, same
 from test_fold_zoo import made_anew, randomised
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
@@ -185,6 +185,29 @@ def test_a_model_fresh_from_a_pickle_folds(keep_eval: bool) -> None:
     assert [type(m) for m in folded.modules()] == [type(m) for m in randomise(Chain()).modules()]
     torch.testing.assert_close(folded.eval()(X.double()), model.eval()(X.double()), rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(twin.eval()(X.double()), model(X.double()), rtol=1e-12, atol=1e-14)
+
+
+class Caches(nn.Module):
+    """In evaluation alone it hands a cache down, as language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Cached()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x, None if self.training else [])
+
+
+class Cached(Branch):
+    def forward(self, x: Tensor, cache: list[Tensor] | None) -> Tensor:
+        y = self.f(x)
+        return x + (2 * y if cache is not None else y)
+
+
+def test_evaluation_may_call_a_block_in_a_way_that_training_does_not() -> None:
+    model = surgeon.apply(randomise(Caches()), scaling="paper", example=X)
+    folded = surgeon.fold(model)
+    torch.testing.assert_close(folded.eval()(X), model.eval()(X))
 
 
 def test_after_training_a_removal_keeps_evaluation_too() -> None:

@@ -33,6 +33,23 @@ def doubled(number: int) -> int:
     return 2 * number
 
 
+def keeping(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As transformers keeps tables of positions: the cache is in a cell of the wrapper."""
+    cached = functools.lru_cache(32)(function)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return cached(*args, **kwargs)
+
+    wrapper.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
+    return wrapper
+
+
+@keeping
+def table(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.arange(size, dtype=dtype)
+
+
 def kept(size: int) -> Tensor:
     if size not in KEPT:
         KEPT[size] = torch.arange(size, dtype=torch.float32)
@@ -54,7 +71,7 @@ def noted(x: Tensor) -> Tensor:
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
     yield
-    for function in (grid, grid_and_size, doubled):
+    for function in (grid, grid_and_size, doubled, table):
         function.cache_clear()
     KEPT.clear()
     FAKES.clear()
@@ -65,6 +82,7 @@ CACHED: dict[str, Callable[..., Tensor]] = {
     "by size": lambda self, x: x + self.f(x + grid(x.shape[1])),
     "by a constant": lambda self, x: x + self.f(x + grid(4)),
     "by a keyword": lambda self, x: x + self.f(x + grid(size=x.shape[-1])),
+    "in a cell": lambda self, x: x + self.f(x * table(x.shape[1], torch.float32)),
     "in a tuple": lambda self, x: x + self.f(x * grid_and_size(x.shape[1])[0] + grid_and_size(4)[1]),
     "a number": lambda self, x: x + self.f(x * doubled(3) if doubled(3) > 5 else x),
     "a number by size": lambda self, x: x + self.f(x * doubled(x.shape[1])),

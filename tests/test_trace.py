@@ -9,6 +9,7 @@ import torch
 from blocks import Branch, Plain, Snapshot, X
 from torch import Tensor, fx, nn
 
+import surgeon
 from surgeon._finding.flow import Flow
 from surgeon._finding.residual import additions
 from surgeon._tracing.record import record
@@ -368,6 +369,36 @@ def test_graphs_compute_what_the_forward_computes(forward: Callable[..., Any]) -
         expected = made(x)
         torch.manual_seed(1)
         assert torch.equal(run(found, made, x), expected)
+
+
+TABLE = {torch.float32: 2.0, torch.float64: 3.0}
+
+
+def scripted(x: Tensor) -> Tensor:
+    return torch.sigmoid(x) * x
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: x + self.f(x.masked_fill(x > 1, torch.finfo(x.dtype).max / 1e30)),
+        lambda self, x: x + self.f(x.clamp(max=torch.iinfo(torch.int8).max)),
+        lambda self, x: x + self.f(2 * x if torch.is_autocast_enabled(x.device.type) else x),
+        lambda self, x: x + self.f(x * TABLE[x.dtype]),
+        lambda self, x: x + self.script(self.f(x)),
+    ],
+    ids=["finfo", "iinfo", "autocast of a device", "key", "script"],
+)
+def test_types_devices_and_scripted_functions(forward: Callable[..., Any]) -> None:
+    """C code and dicts take no proxy for a type or a device."""
+    made = block(forward)
+    made.script = torch.jit.script(scripted)
+    surgeon.apply(made, drop_rate=0.0, unit="batch", example=X)
+    for x in (X, torch.randn(5, 4)):
+        assert torch.equal(made(x), type(made)._ungated_forward(made, x))
+    made.double()
+    assert torch.equal(made(X.double()), type(made)._ungated_forward(made, X.double()))
 
 
 def test_metadata_changed_in_place_is_changed_once() -> None:

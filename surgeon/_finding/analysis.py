@@ -265,6 +265,8 @@ class _Scan:
         why = f"{REASONS['untraceable']}: {error}"
         for addition in found:
             code = addition.code or ("bias" if adds_constant(flow, addition) else "untraceable")
+            if code == "no-shortcut" and addition.kind:  # only a trace would tell what the caller hands in
+                code = "untraceable"
             reason = why if code == "untraceable" else REASONS[code]
             self._refuse(gate_name(name, addition.ordinal), name, kind, code, reason)
         # Two constants, chosen by an activation: anchors by their scores.
@@ -287,8 +289,6 @@ class _Scan:
 
     def _told_by_caller(self, block: Block, found: list[Addition]) -> list[Addition]:
         """The same additions; where two arguments meet, the caller knows whether one is a shortcut."""
-        if self.recording.log.real:
-            return found
         return [self._handed_in(block, a) if a.code == "no-shortcut" and a.kind else a for a in found]
 
     def _handed_in(self, block: Block, addition: Addition) -> Addition:

@@ -100,7 +100,7 @@ def _watched(model: nn.Module, *, strict: bool) -> Iterator[Seen]:
 def _make_forwards(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Makes the evaluating forward of every gated block for the ways in which one run calls it."""
     with _ungated(model):
-        recording = record(model, args, kwargs)
+        recording = record(model, args, kwargs, training=False)
     for call in recording.calls:
         gating = gating_of(call.module)
         if gating is not None:

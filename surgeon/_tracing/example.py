@@ -162,7 +162,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     nests: dict[int, tuple[Any, list[Any]]] = {}
     for _, attributes in before:
-        _note(attributes.values(), nests, depth=3)
+        # What a gated block learns while one looks at it stays.
+        _note([v for name, v in attributes.items() if name != "_surgeon"], nests, depth=3)
     try:
         with nothing_left_outside(model):
             yield

@@ -56,6 +56,7 @@ _FACTORIES = (
         "randperm",
     ),
     *("scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros"),
+    *("finfo", "iinfo"),
 )
 _QUESTIONS = (
     *("is_grad_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled"),
@@ -85,9 +86,10 @@ def guarded(tracer: Listener, block: nn.Module) -> Iterator[None]:
         stopped = _stopping(tracer, checkpoint, "its forward calls torch.utils.checkpoint")
         stack.enter_context(mock.patch.object(torch.utils.checkpoint, "_checkpoint_impl", stopped))
         stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", _leaf(tracer)))
-        for file, name, function in cached_functions(block):
-            file[name] = _cached(tracer, function)
-            stack.callback(file.__setitem__, name, function)
+        stack.enter_context(mock.patch.object(torch.jit.ScriptFunction, "__call__", _scripted(tracer)))
+        for function, put in cached_functions(block):
+            put(_cached(tracer, function))
+            stack.callback(put, function)
         yield
 
 
@@ -103,7 +105,7 @@ def _refusing(tracer: Listener, enter: Callable[[Any], Any], what: str) -> Calla
 def _noting(tracer: Listener, question: Callable[..., Any]) -> Callable[..., Any]:
     def guard(*args: Any) -> Any:
         tracer.ambient |= tracer.listening
-        return question(*args)
+        return question(*[a.__dict__["value"] if isinstance(a, fx.Proxy) else a for a in args])
 
     return guard
 
@@ -149,6 +151,22 @@ def _cached(tracer: Listener, function: Any) -> Any:
         value = made.__dict__["value"] if isinstance(made, fx.Proxy) else made
         # Numbers that follow from constants alone may decide which way the forward goes.
         return made if tensors(value) or any(isinstance(a, fx.Proxy) for a in given) else value
+
+    return guard
+
+
+def _scripted(tracer: Listener) -> Any:
+    original = torch.jit.ScriptFunction.__call__
+
+    def guard(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if not tracer.listening:
+            return original(function, *args, **kwargs)
+
+        def run(*given: Any, **named: Any) -> Any:
+            return function(*given, **named)
+
+        run.__name__ = run.__qualname__ = function.name
+        return tracer.create_proxy("call_function", run, args, kwargs)
 
     return guard
 

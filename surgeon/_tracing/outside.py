@@ -11,8 +11,9 @@ import sys
 import types
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -25,6 +26,8 @@ _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "sympy", "surgeon"}
 _CACHED: Any = functools._lru_cache_wrapper
 _HOLDERS = {dict, OrderedDict, defaultdict, list, set, _CACHED}
 _MANY, _FEW = 10_000, 100  # a nest of more is data and no cache; one of more holds no caches of its own
+_EMPTY = types.CellType()  # raises at a look
+_wrapped: dict[int, tuple[int, list[types.CellType]]] = {}
 _places: weakref.WeakKeyDictionary[type, tuple[Namespace, ...]] = weakref.WeakKeyDictionary()
 
 
@@ -48,10 +51,17 @@ def nothing_left_outside(model: nn.Module) -> Iterator[None]:
                     del globals_[name]
 
 
-def cached_functions(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
-    """The functions among the globals of the model's files that keep their results: where, name, function."""
+def cached_functions(model: nn.Module) -> list[tuple[Any, Callable[[Any], None]]]:
+    """The functions of the model's files that keep their results, each with what replaces it there."""
     files = [place for place in namespaces(model) if isinstance(place, dict)]
-    return [(file, name, value) for file in files for name, value in file.items() if type(value) is _CACHED]
+    found = [
+        (value, functools.partial(file.__setitem__, name))
+        for file in files
+        for name, value in file.items()
+        if type(value) is _CACHED
+    ]
+    cells = [cell for file in files for cell in _cells(file)]
+    return found + [(cell.cell_contents, functools.partial(setattr, cell, "cell_contents")) for cell in cells]
 
 
 def namespaces(model: nn.Module) -> list[Namespace]:
@@ -61,7 +71,9 @@ def namespaces(model: nn.Module) -> list[Namespace]:
     functions = {value for value in held if isinstance(value, types.FunctionType)}
     places = [place for cls in set(map(type, modules)) for place in _of_class(cls)]
     places += [value.__globals__ for value in functions if not _of_library(value.__module__)]
-    return list({id(place): place for place in places}.values())
+    places = list({id(place): place for place in places}.values())
+    cells = [cell for place in places if isinstance(place, dict) for cell in _cells(place)]
+    return [*places, MappingProxyType({str(i): cell.cell_contents for i, cell in enumerate(cells)})]
 
 
 def _of_class(cls: type) -> tuple[Namespace, ...]:
@@ -82,6 +94,17 @@ def _from(value: Any, cls: type) -> Namespace | None:
     if isinstance(function, types.FunctionType) and not _of_library(function.__module__):
         return function.__globals__
     return None
+
+
+def _cells(file: dict[str, Any]) -> list[types.CellType]:
+    """Where the functions of a file that wrap another one have it, if that keeps its results."""
+    size, cells = _wrapped.get(id(file), (0, []))
+    if size != len(file):
+        functions = [value for value in list(file.values()) if isinstance(value, types.FunctionType)]
+        every = [cell for function in functions for cell in function.__closure__ or () if cell != _EMPTY]
+        cells = [cell for cell in every if type(cell.cell_contents) is _CACHED]
+        _wrapped[id(file)] = len(file), cells
+    return cells
 
 
 def _of_library(module: str | None) -> bool:

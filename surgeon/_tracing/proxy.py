@@ -8,6 +8,7 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx
 
 from surgeon._tracing.state import PLAIN
@@ -70,6 +71,8 @@ class ValueProxy(fx.Proxy):
     def __hash__(self) -> int:
         # A size that is the key of a cache would stay there, with what was traced for it.
         value = self.__dict__["value"]
+        if isinstance(value, (torch.dtype, torch.device)):
+            return hash(self.tracer.pin(self))
         if isinstance(value, Tensor) or getattr(type(value), "__hash__", None) is object.__hash__:
             return id(self)
         raise TypeError(
