@@ -18,9 +18,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from surgeon._files import beside, settle
@@ -80,7 +80,7 @@ def save_checkpoint(model: nn.Module, path: Path_, metadata: Mapping[str, object
             made = folder / place.name
             made.touch()
             mode = made.stat().st_mode  # as the umask has it; safetensors makes a file of mode 0600
-            save_file(state, made, noted)
+            safetensors.torch.save_file(state, made, noted)
             made.chmod(mode)
             settle(made, place)
     except (OSError, SafetensorError) as error:
