@@ -168,7 +168,7 @@ def randomise(model: nn.Module, seed: int = 1) -> nn.Module:
                 around = 1.0 if "weight" in name or "gamma" in name else 0.0
                 parameter.copy_(uniform(parameter, around - 0.4, around + 0.4))
             else:
-                width = (3 * parameter.shape[0] / parameter.numel()) ** 0.5
+                width = (3 * parameter.shape[0] / max(parameter.numel(), 1)) ** 0.5
                 parameter.copy_(uniform(parameter, -width, width))
         for name, buffer in model.named_buffers():
             if name.endswith("running_var"):

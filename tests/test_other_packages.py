@@ -1,4 +1,4 @@
-"""Models of packages that surgeon has never heard of: transformers, segmentation-models-pytorch.
+"""Models of packages that surgeon has never heard of: transformers, diffusers, segmentation models, others.
 
 Every model is built from a small configuration with random weights; the gates are counted by hand from it.
 Nothing in surgeon knows a model by name, so what holds here holds by the shape of the graphs alone.
@@ -108,6 +108,42 @@ def segmentation(kind: str, encoder: str) -> Callable[[], Any]:
     return build
 
 
+def diffusing(model: str, given: Callable[[], dict[str, Any]], **options: Any) -> Callable[[], Any]:
+    def build() -> tuple[nn.Module, dict[str, Any]]:
+        return getattr(pytest.importorskip("diffusers"), model)(**options), given()
+
+    return build
+
+
+def noisy(channels: int, side: int = 16, name: str = "hidden_states") -> dict[str, Any]:
+    return {name: torch.randn(2, channels, side, side), "timestep": torch.tensor([3, 5])}
+
+
+def x_transformer() -> tuple[nn.Module, dict[str, Any]]:
+    package = pytest.importorskip("x_transformers")
+    layers = package.Decoder(dim=32, depth=3, heads=4, attn_dim_head=8, rotary_pos_emb=True, use_rmsnorm=True)
+    return package.TransformerWrapper(num_tokens=50, max_seq_len=16, attn_layers=layers), {
+        "x": torch.arange(14).view(2, 7)
+    }
+
+
+def simple_vit() -> tuple[nn.Module, dict[str, Any]]:
+    package = pytest.importorskip("vit_pytorch")
+    size = {"image_size": 32, "patch_size": 8, "num_classes": 5}
+    return package.SimpleViT(**size, dim=16, depth=3, heads=2, dim_head=8, mlp_dim=32), {
+        "img": torch.randn(2, 3, 32, 32)
+    }
+
+
+UNET = {
+    "sample_size": 32,
+    "block_out_channels": (32, 64),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+}
+DIFFUSION = {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 8, "sample_size": 16}
 TWO = "2 layers x (attention + mlp)"
 # With drop_path_rate r over l layers the first layer's rate is 0, so its modules draw nothing.
 CASES = {
@@ -173,6 +209,51 @@ CASES = {
         TWO,
     ),
     "Whisper": Package("transformers", whisper, 4, "2 encoder layers x (attention + mlp)"),
+    "Llama": Package(
+        "transformers", hugging("LlamaModel", words, **SMALL, num_key_value_heads=1, **TEXT), 4, TWO
+    ),
+    "DINOv3": Package(
+        "transformers", hugging("DINOv3ViTModel", images, **SMALL, **PATCHES, layerscale_value=0.5), 4, TWO
+    ),
+    "UNet2D": Package(
+        "diffusers",
+        diffusing("UNet2DModel", lambda: noisy(3, 32, "sample"), **UNET),
+        12,
+        "2 + 2 + 4 residual blocks down, between and up; 1 + 1 + 2 attentions",
+    ),
+    "DiT": Package(
+        "diffusers",
+        diffusing(
+            "DiTTransformer2DModel",
+            lambda: noisy(4) | {"class_labels": torch.tensor([1, 2])},
+            **DIFFUSION,
+            in_channels=4,
+            num_embeds_ada_norm=10,
+        ),
+        6,
+        "3 layers x (attention + mlp)",
+    ),
+    "SD3": Package(
+        "diffusers",
+        diffusing(
+            "SD3Transformer2DModel",
+            lambda: (
+                noisy(4)
+                | {"encoder_hidden_states": torch.randn(2, 7, 32), "pooled_projections": torch.randn(2, 16)}
+            ),
+            **DIFFUSION,
+            in_channels=4,
+            out_channels=4,
+            joint_attention_dim=32,
+            caption_projection_dim=32,
+            pooled_projection_dim=16,
+            pos_embed_max_size=16,
+        ),
+        10,
+        "3 layers x 2 streams x (attention + mlp); the text's ends before the last layer's",
+    ),
+    "x-transformers": Package("x-transformers", x_transformer, 6, "3 x (attention + mlp), added by a module"),
+    "SimpleViT": Package("vit-pytorch", simple_vit, 6, "3 x (attention + mlp) in one module, by einops"),
     "Unet-resnet18": Package("smp", segmentation("Unet", "resnet18"), 8, "8 basic blocks, decoder by cat"),
     "FPN-resnet18": Package(
         "smp", segmentation("FPN", "resnet18"), 8, "8 basic blocks, not the lateral sums"
@@ -187,7 +268,7 @@ CASES = {
 
 
 # Every model is counted by default; the rest of the tests do these by default and all of them when slow.
-DEFAULT = {"BEiT", "ConvNext", "BERT", "GPT-2", "Unet-resnet18"}
+DEFAULT = {"BEiT", "ConvNext", "BERT", "GPT-2", "DiT", "x-transformers", "Unet-resnet18"}
 
 
 @pytest.fixture(params=[pytest.param(n, marks=[] if n in DEFAULT else [pytest.mark.slow]) for n in CASES])
@@ -224,6 +305,8 @@ def test_counted_by_hand(name: str) -> None:
         "fusion",
         "no-shortcut",
         "form",
+        "gating",
+        "broadcast",
     }
 
 
