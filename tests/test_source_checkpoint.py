@@ -104,7 +104,7 @@ def test_an_error_of_safetensors_is_one_of_writing(trained, tmp_path, monkeypatc
     def full(*_):
         raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(_checkpoint, "save_file", full)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(CheckpointError, match=r"cannot write the checkpoint.*No space left"):
         save_checkpoint(trained, tmp_path / "m.safetensors")
     assert not list(tmp_path.iterdir())
