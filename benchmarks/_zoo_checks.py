@@ -310,17 +310,13 @@ def settle(model: nn.Module, given: Any) -> None:
     into large differences by itself. What they get is noise and, for checks on extreme inputs, ten times
     that, and images of one colour, which survive a mean over pixels better than noise does. Depthwise
     weights are made a tenth: a position encoding that is one such convolution added to its input would let
-    values grow from block to block until they drown what later branches add (DaViT). So are the gains of
-    whole branches, which networks without norms need small: trained ones begin at zero (NFNet).
+    values grow from block to block until they drown what later branches add (DaViT).
     """
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
                 module.weight.mul_(0.1)
-        for parameter in model.parameters():
-            if parameter.ndim == 0 and parameter.is_floating_point():
-                parameter.mul_(0.1)
     norms = [
         module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
     ]
