@@ -73,6 +73,24 @@ def test_other_sizes_and_folds() -> None:
         torch.testing.assert_close(surgeon.fold(made, example=x)(x), made(x), rtol=1e-13, atol=1e-13)
 
 
+def test_where_values_decide_and_only_a_real_run_can_be_recorded() -> None:
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps = model("plain", False)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Any:
+            return self.steps(x + 1 if mask.all().item() else x)
+
+    made, arguments = Looks(), (X, torch.ones(3, dtype=torch.bool))
+    expected = made(*arguments)
+    surgeon.apply(made, example=arguments, unit="batch")
+    assert [gate.name for gate in surgeon.status(made).gates] == ["steps.0.add", "steps.1.add"]
+    assert torch.equal(made.eval()(*arguments), expected)
+    with coins(False):
+        assert same(made.train()(*arguments), X + 1)
+
+
 def test_one_with_hooks_stays_a_call() -> None:
     """A trace through it would pass them by; so would the gated block."""
     made = model("plain", False)

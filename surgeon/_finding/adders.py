@@ -17,11 +17,8 @@ def adders(recording: Recording) -> dict[int, int]:
 
     A module that has layers of its own, or hooks, which a trace through it would pass by, is none.
     """
-    if recording.log.real:
-        return {}
-    return {
-        call.place: call.parent for call in recording.calls if call.parent >= 0 and _adds(recording, call)
-    }
+    calls = (call for call in recording.calls if call.parent >= 0)
+    return {call.place: call.parent for call in calls if _adds(recording, call)}
 
 
 def _adds(recording: Recording, call: Call) -> bool:

@@ -36,13 +36,14 @@ def nothing_left_outside(model: nn.Module) -> Iterator[None]:
     """Takes the fakes and proxies that come into the globals of the model's files out of them again."""
     places = namespaces(model)
     values = [(place, dict(place)) for place in places if isinstance(place, dict)]
-    holders = {id(value): (value, _items(value)) for place in places for value in _holders(place.values())}
+    holders = [holder for place in places for holder in _holders(place.values())]
+    before = {id(holder): _items(holder) for holder in holders}  # which `holders` keeps alive
     try:
         yield
     finally:
         for place in places:
             for holder in _holders(place.values()):
-                _clean(holder, *holders.get(id(holder), (holder, []))[1:])
+                _clean(holder, before.get(id(holder), []))
         for globals_, old in values:
             for name in [name for name, value in globals_.items() if _is_fake(value)]:
                 if name in old:
