@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 import surgeon
 from surgeon._folding.planning import plan_gates
 from surgeon._gating.gate import Gate
-from surgeon._surgery import gated_blocks, gates_of
+from surgeon._gating.gated import gated_blocks, gates_of
 from surgeon._tracing.example import inputs, tensors
 from surgeon.errors import FoldError
 
@@ -310,13 +310,17 @@ def settle(model: nn.Module, given: Any) -> None:
     into large differences by itself. What they get is noise and, for checks on extreme inputs, ten times
     that, and images of one colour, which survive a mean over pixels better than noise does. Depthwise
     weights are made a tenth: a position encoding that is one such convolution added to its input would let
-    values grow from block to block until they drown what later branches add (DaViT).
+    values grow from block to block until they drown what later branches add (DaViT). For the same reason the
+    gains of networks without norms are below one (NFNets).
     """
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
                 module.weight.mul_(0.1)
+            gain = getattr(module, "gain", None)
+            if isinstance(module, nn.Conv2d) and gain is not None:  # of a weight standardisation
+                gain.copy_(torch.rand(gain.shape, generator=generator) / 2 + 0.5)
     norms = [
         module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
     ]
