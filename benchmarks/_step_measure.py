@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import surgeon
 from benchmarks._step_models import COUNTED, Net, variant
 from surgeon._gating.gate import Gate
-from surgeon._surgery import gates_of
+from surgeon._gating.gated import gates_of
 
 DRAWS = 3  # a coin for a whole batch makes steps of different length; each draw is measured several times
 

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from surgeon._onnx.export import export
     from surgeon._onnx.verify import verify
     from surgeon._ramp import Ramp
+    from surgeon._removal import fold, remove
     from surgeon._source import load_model
-    from surgeon._surgery import apply, find, fold, remove, set_drop_rate, status
+    from surgeon._surgery import apply, find, set_drop_rate, status
 
 __all__ = [
     "Ramp",
@@ -37,7 +38,8 @@ __all__ = [
     "verify",
 ]
 
-_HOMES = dict.fromkeys(("apply", "find", "fold", "remove", "set_drop_rate", "status"), "_surgery")
+_HOMES = dict.fromkeys(("apply", "find", "set_drop_rate", "status"), "_surgery")
+_HOMES |= {"fold": "_removal", "remove": "_removal"}
 _HOMES |= {"Ramp": "_ramp", "export": "_onnx.export", "load": "_load", "verify": "_onnx.verify"}
 _HOMES |= {"load_model": "_source", "save_checkpoint": "_checkpoint"}
 

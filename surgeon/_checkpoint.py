@@ -27,7 +27,7 @@ from surgeon._files import beside, settle
 from surgeon._finding.findings import gate_name
 from surgeon._gating.forwards import KeepingBlock
 from surgeon._gating.gate import NOTE
-from surgeon._surgery import gates_of, is_gated
+from surgeon._gating.gated import gates_of, is_gated
 from surgeon._text import first_line
 from surgeon._version import __version__
 from surgeon.errors import CheckpointError

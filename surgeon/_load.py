@@ -29,8 +29,10 @@ from surgeon._checkpoint import (
 from surgeon._folding.fold import FoldPlan, check_products, commit
 from surgeon._folding.planning import plan_gates
 from surgeon._gating.gate import Gate
+from surgeon._gating.gated import gates_of, recorded_inputs
 from surgeon._plain import check_filled, check_plain
-from surgeon._surgery import apply, gates_of, recorded_inputs, remove
+from surgeon._removal import remove
+from surgeon._surgery import apply
 from surgeon._tracing.example import Example
 from surgeon.errors import CheckpointError, FoldError, NoResidualsError, UsageError
 

@@ -6,8 +6,9 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from surgeon._gating.gated import gates_of
 from surgeon._gating.schedule import NAMES
-from surgeon._surgery import gates_of, set_drop_rate
+from surgeon._surgery import set_drop_rate
 from surgeon.errors import UsageError
 
 Shape = Literal["linear", "cosine", "early", "late"]

@@ -1,30 +1,26 @@
-"""The operations on a model: gates in, gates re-scheduled, gates out."""
+"""The operations on a model: residual adds found, gates put in, looked at and re-scheduled."""
 
 import numbers
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from surgeon._copy import copied
 from surgeon._finding.analysis import Analysis, analyse
 from surgeon._finding.findings import Findings
-from surgeon._folding.fold import FoldPlan, commit
 from surgeon._folding.keep import check_state_is_free, divide
-from surgeon._folding.planning import plan_gates
-from surgeon._gating.forwards import Gating, check_class, gate_block, gating_of, ungate_block
+from surgeon._gating.forwards import gate_block, ungate_block
 from surgeon._gating.gate import Gate, Origin, Scaling, Unit, Unused
+from surgeon._gating.gated import gated_blocks, gates_of, is_gated
 from surgeon._gating.preparation import prepare
 from surgeon._gating.ranks import Ranks, Sync
 from surgeon._gating.schedule import NAMES, Schedule, drop_rates
 from surgeon._plain import check_plain
 from surgeon._report import GateStatus, Status, schedule_text
 from surgeon._tracing.example import Example, inputs
-from surgeon.errors import AlreadyGatedError, FoldError, NoResidualsError, NotGatedError, UsageError
+from surgeon.errors import AlreadyGatedError, NoResidualsError, NotGatedError, UsageError
 
 
 def find(
@@ -236,144 +232,6 @@ def set_drop_rate(model: nn.Module, rate: float | Sequence[float] | Callable[[in
         if not gate.settled:
             gate.set_drop_rate(value)
     return model
-
-
-def remove(model: nn.Module) -> nn.Module:
-    """Takes every gate out of ``model`` in place and returns ``model``, as it was before `apply`.
-
-    Under ``scaling="paper"`` this drops the evaluation scales; `fold` keeps them. Weights that were divided
-    for ``keep_eval=True`` are multiplied again, as `fold` does: evaluation stays, and the weights are those
-    from before `apply`, or what training has made of them, to rounding.
-
-    Raises:
-        NotGatedError: The model has no gates.
-        WrappedModelError: Something else has been put onto a gated block since `apply`.
-        FoldError: With ``keep_eval=True`` alone: as for `fold`, or a branch was changed since so that no
-            weight takes its scale any more. Nothing was changed.
-    """
-    if not is_gated(model):
-        raise NotGatedError("the model has no gates; there is nothing to remove")
-    _check_classes(model)
-    gates = gates_of(model)
-    if any(gate.keep_eval for gate in gates):
-        plan = _plan(model, gates, None)
-        if stays := _stays(plan, gates):
-            raise FoldError(
-                f"the gates cannot be removed: no weight takes the scale of {len(stays)} of {len(gates)} "
-                f"any more ({_listed(stays)}), and the weights were divided by it (keep_eval=True). "
-                "surgeon.fold(model) keeps one multiplication for each"
-            )
-        return _settled(model, plan, gates)
-    for _, block, _ in list(gated_blocks(model)):
-        ungate_block(block)
-    return model
-
-
-def fold(model: nn.Module, *, inplace: bool = False, example: Example = None) -> nn.Module:
-    """Writes every evaluation scale into the branch's own weights and takes the gates out.
-
-    ``model`` is left as it is and a folded copy returned, unless ``inplace``. What comes out is stock: its
-    class, keys and forward are those of the model before `apply`, and its evaluation equals that of the gated
-    model to rounding. With ``scaling="inverted"`` there is no scale to write, and no weight changes. Where no
-    weight can take a scale (a branch that ends in SiLU, say), the gate stays as one multiplication: a warning
-    and `status` of the result name it with the reason.
-
-    The weights are found by one evaluating call on the example. Where a gated block has been called in other
-    ways since `apply` (with an optional argument, say), a gate folds only if the same weights take its scale
-    in those, too. What no gated block has seen does not count: a path that a layer inside a block, or the
-    model around the blocks, takes for other sizes or values than the example's is not looked at.
-
-    Args:
-        model: A gated model.
-        inplace: Change and return ``model`` itself.
-        example: As in `find`; by default the example that `apply` recorded.
-
-    Raises:
-        NotGatedError: The model has no gates.
-        WrappedModelError: Something else has been put onto a gated block since `apply`.
-        FoldError: The model could not be analysed, or a product is not finite; nothing was changed.
-    """
-    gates = gates_of(model)
-    if not gates:
-        raise NotGatedError("the model has no gates; there is nothing to fold")
-    _check_classes(model)
-    plan = _plan(model, gates, example)
-    if stays := _stays(plan, gates):
-        told = f"{len(stays)} of {len(gates)} gates keep one multiplication: {_listed(stays)}"
-        warnings.warn(told, stacklevel=2)
-    return _settled(model if inplace else copied(model), plan, gates)
-
-
-def is_gated(model: nn.Module) -> bool:
-    """Whether any module of ``model`` carries a gate."""
-    return any(True for _ in gated_blocks(model))
-
-
-def gated_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gating]]:
-    """Qualified name, block and gating of every gated block."""
-    for name, module in model.named_modules():
-        gating = gating_of(module)
-        if gating is not None:
-            yield name, module, gating
-
-
-def gates_of(model: nn.Module) -> list[Gate]:
-    """Every gate of ``model`` that is not folded, in execution order."""
-    held = (gate for _, _, gating in gated_blocks(model) for gate in gating.gates)
-    return sorted((gate for gate in held if not gate.folded), key=lambda gate: gate.order)
-
-
-def recorded_inputs(
-    model: nn.Module, gate: Gate, example: Example = None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The example as arguments; without one, of the shapes that `apply` saw, on the model's device."""
-    if example is not None:
-        return inputs(model, example)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    args, kwargs = pytree.tree_map_only(
-        Tensor, lambda t: torch.zeros_like(t, device=device), (gate.origin.args, gate.origin.kwargs)
-    )
-    return args, kwargs
-
-
-def _plan(model: nn.Module, gates: Sequence[Gate], example: Example) -> FoldPlan:
-    """Which weights take the scales of the gates, which the plan numbers as `_scaled` has them."""
-    scaled = _scaled(gates)
-    if not scaled:
-        return FoldPlan((), ())
-    scales = {number: gate.scale for number, gate in enumerate(scaled)}
-    return plan_gates(model, scaled, scales, *recorded_inputs(model, gates[0], example))
-
-
-def _scaled(gates: Sequence[Gate]) -> list[Gate]:
-    return [gate for gate in gates if gate.scale != 1.0]
-
-
-def _stays(plan: FoldPlan, gates: Sequence[Gate]) -> dict[str, tuple[str, str]]:
-    """The gates that keep a multiplication, with the reason and the operator to blame."""
-    scaled = _scaled(gates)
-    return {scaled[kept.gate].name: (kept.reason, kept.operator) for kept in plan.kept}
-
-
-def _listed(stays: Mapping[str, tuple[str, str]]) -> str:
-    return "; ".join(f"{name}: {reason}" for name, (reason, _) in stays.items())
-
-
-def _settled(target: nn.Module, plan: FoldPlan, gates: Sequence[Gate]) -> nn.Module:
-    """Carries out a plan for ``gates`` on their model or a copy of it, in place."""
-    stays = _stays(plan, gates)
-    commit(target, plan, {number: gate.scale for number, gate in enumerate(_scaled(gates))})
-    for _, block, gating in list(gated_blocks(target)):
-        for gate in gating.gates:
-            gate.settle(*stays.get(gate.name, ()))
-        if all(gate.folded for gate in gating.gates):
-            ungate_block(block)
-    return target
-
-
-def _check_classes(model: nn.Module) -> None:
-    for name, block, _ in gated_blocks(model):
-        check_class(name, block)
 
 
 def _gate_status(name: str, block: nn.Module, gate: Gate) -> GateStatus:

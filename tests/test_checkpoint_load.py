@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon._checkpoint import save_checkpoint
-from surgeon._surgery import gates_of, is_gated
+from surgeon._gating.gated import gates_of, is_gated
 from surgeon.errors import CheckpointError, UsageError, WrappedModelError
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).double()

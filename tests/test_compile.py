@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import surgeon
-from surgeon._surgery import gates_of
+from surgeon._gating.gated import gates_of
 
 X = torch.zeros(2, 4)
 FORMS = [{"unit": "batch"}, {"unit": "sample"}]

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 import surgeon
 from surgeon._folding import keep as _keep
 from surgeon._folding.fold import FoldPlan
-from surgeon._surgery import gates_of
+from surgeon._gating.gated import gates_of
 from surgeon.errors import CheckpointError, FoldError, NotGatedError
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon._folding.fold import Step, commit, plan
-from surgeon._surgery import gates_of
+from surgeon._gating.gated import gates_of
 from surgeon.errors import FoldError
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon._gating.gate import Scaling
-from surgeon._surgery import gates_of
+from surgeon._gating.gated import gates_of
 
 
 def largest(one: Tensor, other: Tensor) -> float:

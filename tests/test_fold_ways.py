@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon._folding import planning as _planning
-from surgeon._surgery import gates_of
+from surgeon._gating.gated import gates_of
 from surgeon.errors import NotGatedError
 
 X = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -19,7 +19,7 @@ from torchvision.ops import StochasticDepth, stochastic_depth
 
 import surgeon
 from surgeon._gating.gate import Gate, Origin
-from surgeon._surgery import gates_of
+from surgeon._gating.gated import gates_of
 
 X = torch.zeros(2, 4)
 ALARM = 1e-7  # of each test of one frequency; a dozen of them stay below 1e-6 together per test function

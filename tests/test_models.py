@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 import surgeon
-from surgeon._surgery import gated_blocks
+from surgeon._gating.gated import gated_blocks
 
 # One model of each kind of block runs the training steps by default; the slow run does them all.
 TRAINED = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import surgeon
-from surgeon._surgery import is_gated
+from surgeon._gating.gated import is_gated
 from surgeon._tracing.example import tensors
 
 RATE = 0.2

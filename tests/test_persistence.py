@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import surgeon
-from surgeon._surgery import gates_of
+from surgeon._gating.gated import gates_of
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 FORMS = [(unit, scaling) for unit in ("batch", "sample") for scaling in ("inverted", "paper")]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import surgeon
+from surgeon._gating.gated import gates_of
 from surgeon._gating.ranks import _REMEMBERED, Ranks, _check
-from surgeon._surgery import gates_of
 from surgeon.errors import UsageError
 
 X = torch.zeros(2, 4)

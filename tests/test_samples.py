@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon._gating.gate import Gate
+from surgeon._gating.gated import gates_of
 from surgeon._gating.samples import Samples, dimensions
-from surgeon._surgery import gates_of
 
 ALARM = 1e-7
 

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from surgeon._gating.gate import Gate
-from surgeon._surgery import gated_blocks
+from surgeon._gating.gated import gated_blocks
 
 IMAGE = torch.zeros(2, 3, 5, 5)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon._gating.gate import Gate
-from surgeon._surgery import gates_of
+from surgeon._gating.gated import gates_of
 
 # --- batch norm ---------------------------------------------------------------
 

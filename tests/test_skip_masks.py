@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon._gating.cost import pays
-from surgeon._surgery import gates_of
+from surgeon._gating.gated import gates_of
 
 X = torch.zeros(2, 4)
 

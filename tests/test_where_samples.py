@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import surgeon
-from surgeon._surgery import gates_of
+from surgeon._gating.gated import gates_of
 
 
 def layers() -> nn.Sequential:

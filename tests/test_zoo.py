@@ -17,7 +17,7 @@ import surgeon
 from benchmarks._zoo_models import Entry, build, example
 from benchmarks._zoo_structure import recall
 from surgeon._finding.analysis import analyse
-from surgeon._surgery import gated_blocks
+from surgeon._gating.gated import gated_blocks
 from surgeon._tracing.example import inputs
 
 # The smallest model of each of timm's model modules.

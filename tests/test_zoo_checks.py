@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import _zoo_checks, _zoo_report
-from surgeon import _surgery
+from surgeon import _removal
 from surgeon._folding import fold
 from surgeon._folding.fold import FoldPlan
 
@@ -80,7 +80,7 @@ def test_a_fold_that_leaves_a_gate_out_is_seen(monkeypatch: pytest.MonkeyPatch) 
     def forgetful(model: nn.Module, plan: FoldPlan, scales: dict[int, float]) -> None:
         fold.commit(model, replace(plan, steps=tuple(s for s in plan.steps if s.gate != 1)), scales)
 
-    monkeypatch.setattr(_surgery, "commit", forgetful)
+    monkeypatch.setattr(_removal, "commit", forgetful)
     row = _zoo_checks.folds(Net(1.0).double(), EXAMPLE.double())
     assert row["fold_error"] > 1e-3 and "second.add" in row["silent"]
 

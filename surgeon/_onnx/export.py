@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from surgeon._checkpoint import non_finite
 from surgeon._files import beside, destination
+from surgeon._gating.gated import is_gated
 from surgeon._onnx.batchnorm import fuse_batchnorm as take_batchnorms
 from surgeon._onnx.export_file import move, write
 from surgeon._onnx.export_metadata import describe
@@ -30,7 +31,8 @@ from surgeon._onnx.parity import ParityReport, compare
 from surgeon._onnx.signature import Signature, evaluating_copy, signature
 from surgeon._onnx.verify import TOLERANCES, check_comparison, compare_runs, evaluate, explained
 from surgeon._plain import check_filled, check_plain
-from surgeon._surgery import fold, is_gated, remove, status
+from surgeon._removal import fold, remove
+from surgeon._surgery import status
 from surgeon.errors import ExportError, OnnxFileError, OutputsDifferError, UsageError
 
 _SEED = 0

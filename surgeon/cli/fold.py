@@ -123,7 +123,7 @@ def _fold(gated: "nn.Module", subject: Subject, tolerance: float) -> tuple["nn.M
         ParityError: The stock model gives other outputs.
     """
     import surgeon
-    from surgeon._surgery import is_gated
+    from surgeon._gating.gated import is_gated
 
     expected = _outputs(gated, subject)
     with warnings.catch_warnings():

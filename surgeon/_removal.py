@@ -1,0 +1,121 @@
+"""Gates out: folded into the weights, or taken off."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from surgeon._copy import copied
+from surgeon._folding.fold import FoldPlan, commit
+from surgeon._folding.planning import plan_gates
+from surgeon._gating.forwards import check_class, ungate_block
+from surgeon._gating.gate import Gate
+from surgeon._gating.gated import gated_blocks, gates_of, is_gated, recorded_inputs
+from surgeon._tracing.example import Example
+from surgeon.errors import FoldError, NotGatedError
+
+
+def fold(model: nn.Module, *, inplace: bool = False, example: Example = None) -> nn.Module:
+    """Writes every evaluation scale into the branch's own weights and takes the gates out.
+
+    ``model`` is left as it is and a folded copy returned, unless ``inplace``. What comes out is stock: its
+    class, keys and forward are those of the model before `apply`, and its evaluation equals that of the gated
+    model to rounding. With ``scaling="inverted"`` there is no scale to write, and no weight changes. Where no
+    weight can take a scale (a branch that ends in SiLU, say), the gate stays as one multiplication: a warning
+    and `status` of the result name it with the reason.
+
+    The weights are found by one evaluating call on the example. Where a gated block has been called in other
+    ways since `apply` (with an optional argument, say), a gate folds only if the same weights take its scale
+    in those, too. What no gated block has seen does not count: a path that a layer inside a block, or the
+    model around the blocks, takes for other sizes or values than the example's is not looked at.
+
+    Args:
+        model: A gated model.
+        inplace: Change and return ``model`` itself.
+        example: As in `find`; by default the example that `apply` recorded.
+
+    Raises:
+        NotGatedError: The model has no gates.
+        WrappedModelError: Something else has been put onto a gated block since `apply`.
+        FoldError: The model could not be analysed, or a product is not finite; nothing was changed.
+    """
+    gates = gates_of(model)
+    if not gates:
+        raise NotGatedError("the model has no gates; there is nothing to fold")
+    _check_classes(model)
+    plan = _plan(model, gates, example)
+    if stays := _stays(plan, gates):
+        told = f"{len(stays)} of {len(gates)} gates keep one multiplication: {_listed(stays)}"
+        warnings.warn(told, stacklevel=2)
+    return _settled(model if inplace else copied(model), plan, gates)
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Takes every gate out of ``model`` in place and returns ``model``, as it was before `apply`.
+
+    Under ``scaling="paper"`` this drops the evaluation scales; `fold` keeps them. Weights that were divided
+    for ``keep_eval=True`` are multiplied again, as `fold` does: evaluation stays, and the weights are those
+    from before `apply`, or what training has made of them, to rounding.
+
+    Raises:
+        NotGatedError: The model has no gates.
+        WrappedModelError: Something else has been put onto a gated block since `apply`.
+        FoldError: With ``keep_eval=True`` alone: as for `fold`, or a branch was changed since so that no
+            weight takes its scale any more. Nothing was changed.
+    """
+    if not is_gated(model):
+        raise NotGatedError("the model has no gates; there is nothing to remove")
+    _check_classes(model)
+    gates = gates_of(model)
+    if any(gate.keep_eval for gate in gates):
+        plan = _plan(model, gates, None)
+        if stays := _stays(plan, gates):
+            raise FoldError(
+                f"the gates cannot be removed: no weight takes the scale of {len(stays)} of {len(gates)} "
+                f"any more ({_listed(stays)}), and the weights were divided by it (keep_eval=True). "
+                "surgeon.fold(model) keeps one multiplication for each"
+            )
+        return _settled(model, plan, gates)
+    for _, block, _ in list(gated_blocks(model)):
+        ungate_block(block)
+    return model
+
+
+def _plan(model: nn.Module, gates: Sequence[Gate], example: Example) -> FoldPlan:
+    """Which weights take the scales of the gates, which the plan numbers as `_scaled` has them."""
+    scaled = _scaled(gates)
+    if not scaled:
+        return FoldPlan((), ())
+    scales = {number: gate.scale for number, gate in enumerate(scaled)}
+    return plan_gates(model, scaled, scales, *recorded_inputs(model, gates[0], example))
+
+
+def _scaled(gates: Sequence[Gate]) -> list[Gate]:
+    return [gate for gate in gates if gate.scale != 1.0]
+
+
+def _stays(plan: FoldPlan, gates: Sequence[Gate]) -> dict[str, tuple[str, str]]:
+    """The gates that keep a multiplication, with the reason and the operator to blame."""
+    scaled = _scaled(gates)
+    return {scaled[kept.gate].name: (kept.reason, kept.operator) for kept in plan.kept}
+
+
+def _listed(stays: Mapping[str, tuple[str, str]]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, (reason, _) in stays.items())
+
+
+def _settled(target: nn.Module, plan: FoldPlan, gates: Sequence[Gate]) -> nn.Module:
+    """Carries out a plan for ``gates`` on their model or a copy of it, in place."""
+    stays = _stays(plan, gates)
+    commit(target, plan, {number: gate.scale for number, gate in enumerate(_scaled(gates))})
+    for _, block, gating in list(gated_blocks(target)):
+        for gate in gating.gates:
+            gate.settle(*stays.get(gate.name, ()))
+        if all(gate.folded for gate in gating.gates):
+            ungate_block(block)
+    return target
+
+
+def _check_classes(model: nn.Module) -> None:
+    for name, block, _ in gated_blocks(model):
+        check_class(name, block)
