@@ -45,7 +45,7 @@ from fractions import Fraction
 from numbers import Number
 from typing import Any, NamedTuple
 
-from surgeon._folding.recorder import Call, Value
+from surgeon._folding.recorder import OpCall, Value
 
 NO_SCALE = "does not commute with a scale"
 
@@ -58,7 +58,7 @@ class Law(NamedTuple):
 
 
 Laws = Iterable[Law]
-Rule = Callable[[Call], Laws]
+Rule = Callable[[OpCall], Laws]
 
 
 # The forms a law can take.
@@ -88,41 +88,41 @@ def power(out: Value, base: Any, exponent: Fraction) -> Laws:
 # Rules: from a call to its laws.
 
 
-def nothing(call: Call) -> Laws:
+def nothing(call: OpCall) -> Laws:
     """No law is known: nothing around the call may be scaled."""
     return zero((*call.outputs, *call.inputs), NO_SCALE if call.inputs else "makes a constant")
 
 
-def carries(call: Call) -> Laws:
+def carries(call: OpCall) -> Laws:
     """Homogeneous in its first tensor; the others (indices, slopes, places to sample at) stay as they are."""
     first, *others = call.inputs
     out, *indices = call.outputs
     return [*equal((first, out, *(value for value in indices if value.scalable))), *zero(others)]
 
 
-def leaks(call: Call) -> Laws:
+def leaks(call: OpCall) -> Laws:
     """A leaky ReLU of random slope, whose mean it takes in evaluation."""
     return nothing(call) if call.arguments["training"] else carries(call)
 
 
-def joins(call: Call) -> Laws:
+def joins(call: OpCall) -> Laws:
     """Homogeneous in all its tensors together; an index that comes out besides does not see the scale."""
     return equal((*call.inputs, *(value for value in call.outputs if value.scalable)))
 
 
-def multiplies(call: Call) -> Laws:
+def multiplies(call: OpCall) -> Laws:
     """Linear in each of its tensors."""
     return product(call.outputs[0], *call.inputs)
 
 
-def adds(call: Call) -> Laws:
+def adds(call: OpCall) -> Laws:
     """A sum or difference; a number other than 0 on one side is a constant that cannot be scaled."""
     if any(_is_number(call.arguments.get(side)) and call.arguments[side] for side in ("self", "other")):
         return zero((*call.outputs, *call.inputs), "adds a constant")
     return joins(call)
 
 
-def selects(call: Call) -> Laws:
+def selects(call: OpCall) -> Laws:
     """``where``: entries of two sides, either of which may be zeros."""
     sides = call.arguments["self"], call.arguments["other"]
     if not all(isinstance(side, Value) or is_scale_free(side) for side in sides):
@@ -130,7 +130,7 @@ def selects(call: Call) -> Laws:
     return equal((call.outputs[0], *sides))
 
 
-def writes(call: Call) -> Laws:
+def writes(call: OpCall) -> Laws:
     """Entries of one tensor replaced by, or summed with, those of another or a number."""
     held = call.arguments
     new = next(held[name] for name in ("src", "source", "values", "value") if name in held)
@@ -139,7 +139,7 @@ def writes(call: Call) -> Laws:
     return equal((call.outputs[0], held["self"], new))
 
 
-def divides(call: Call) -> Laws:
+def divides(call: OpCall) -> Laws:
     """A quotient without rounding."""
     if call.arguments.get("rounding_mode") is not None:
         return nothing(call)
@@ -151,14 +151,14 @@ def divides(call: Call) -> Laws:
 def affine(data: str, weight: str, bias: str) -> Rule:
     """A product of two arguments plus a third: convolution, ``addmm`` and their kin."""
 
-    def rule(call: Call) -> Laws:
+    def rule(call: OpCall) -> Laws:
         out, held = call.outputs[0], call.arguments
         return [*product(out, held[data], held[weight]), *equal((out, held[bias]))]
 
     return rule
 
 
-def normalises(call: Call) -> Laws:
+def normalises(call: OpCall) -> Laws:
     """A normalisation: the statistics hold an epsilon, so its input stays; its affine part scales."""
     held, out = call.arguments, call.outputs[0]
     others = [held.get(name) for name in ("input", "running_mean", "running_var")]
@@ -168,7 +168,7 @@ def normalises(call: Call) -> Laws:
     return [*pinned, *equal((out, held["weight"], held.get("bias")))]
 
 
-def normalises_by_buffers(call: Call) -> Laws:
+def normalises_by_buffers(call: OpCall) -> Laws:
     """An evaluating batch norm whose running mean may be scaled with its input; see `_folding.freed`."""
     held, out = call.arguments, call.outputs[0]
     pinned = zero((held["running_var"], *call.outputs[1:]))
@@ -176,20 +176,20 @@ def normalises_by_buffers(call: Call) -> Laws:
     return [*pinned, *moved, *product(out, held["input"], held["weight"]), *equal((out, held["bias"]))]
 
 
-def weight_norm(call: Call) -> Laws:
+def weight_norm(call: OpCall) -> Laws:
     """``w = g v / |v|`` without an epsilon: ``g`` carries the scale."""
     out, norms = call.outputs
     return [*equal((out, call.arguments["g"])), *equal((norms, call.arguments["v"]))]
 
 
-def attends(call: Call) -> Laws:
+def attends(call: OpCall) -> Laws:
     """Fused attention: linear in the values, a softmax in queries, keys and bias."""
     value, out = call.arguments["value"], call.outputs[0]
     rest = [v for v in (*call.inputs, *call.outputs[1:]) if v != value]
     return [*equal((out, value)), *zero(rest)]
 
 
-def deforms(call: Call) -> Laws:
+def deforms(call: OpCall) -> Laws:
     """A deformable convolution: a product of input, weight and mask, at offsets that stay."""
     held, out = call.arguments, call.outputs[0]
     mask = held["mask"] if held["use_mask"] else None
@@ -200,7 +200,7 @@ def deforms(call: Call) -> Laws:
 def adds_product(sign: int) -> Rule:
     """``addcmul`` and ``addcdiv``: a tensor plus a product or quotient of two."""
 
-    def rule(call: Call) -> Laws:
+    def rule(call: OpCall) -> Laws:
         held, out = call.arguments, call.outputs[0]
         terms = ((out, 1), (held["tensor1"], -1), (held["tensor2"], -sign))
         return [*equal((out, held["self"])), Law(terms)]
@@ -208,7 +208,7 @@ def adds_product(sign: int) -> Rule:
     return rule
 
 
-def raises(call: Call) -> Laws:
+def raises(call: OpCall) -> Laws:
     """A power with a constant rational exponent."""
     base, exponent = call.arguments["self"], call.arguments["exponent"]
     if not (isinstance(base, Value) and isinstance(exponent, int | float) and math.isfinite(exponent)):
@@ -222,18 +222,18 @@ def power_of(exponent: Fraction) -> Rule:
     return lambda call: power(call.outputs[0], call.inputs[0], exponent)
 
 
-def variance(call: Call) -> Laws:
+def variance(call: OpCall) -> Laws:
     """The variance, alone or before the mean."""
     spread, *mean = call.outputs
     return [*power(spread, call.inputs[0], Fraction(2)), *equal((call.inputs[0], *mean))]
 
 
-def views(call: Call) -> Laws:
+def views(call: OpCall) -> Laws:
     """The same numbers in another form, unless their bits are taken for another type."""
     return carries(call) if call.arguments.get("dtype") is None else nothing(call)
 
 
-def compares(call: Call) -> Laws:
+def compares(call: OpCall) -> Laws:
     """A truth value: blind to a scale on both sides, or on one against 0."""
     other = call.arguments.get("other")
     if _is_number(other) and other:
@@ -241,23 +241,23 @@ def compares(call: Call) -> Laws:
     return equal(call.inputs)
 
 
-def ignores(call: Call) -> Laws:
+def ignores(call: OpCall) -> Laws:
     """The result does not see a positive scale on what is read (an index, a sign, a shape)."""
     return zero(call.outputs)
 
 
-def makes_free(_: Call) -> Laws:
+def makes_free(_: OpCall) -> Laws:
     """Memory without content, or zeros: any scale leaves them what they are."""
     return []
 
 
-def fills(call: Call) -> Laws:
+def fills(call: OpCall) -> Laws:
     """A new tensor of one number; zeros carry any scale."""
     number = call.arguments.get("fill_value", call.arguments.get("value", call.arguments.get("s")))
     return [] if is_scale_free(number) else zero((*call.outputs, number), "is a constant")
 
 
-def pads(call: Call) -> Laws:
+def pads(call: OpCall) -> Laws:
     """Padding by 0 or infinity carries a scale, by another number not."""
     return carries(call) if is_scale_free(call.arguments.get("value", 0)) else nothing(call)
 
@@ -265,7 +265,7 @@ def pads(call: Call) -> Laws:
 def clamps(*bounds: str) -> Rule:
     """A clamp whose bounds are all absent, 0 or infinite; ReLU is one, ReLU6 is not."""
 
-    def rule(call: Call) -> Laws:
+    def rule(call: OpCall) -> Laws:
         limits = [call.arguments.get(bound) for bound in bounds]
         if any(_is_number(limit) and not is_scale_free(limit) for limit in limits):
             return nothing(call)
@@ -274,23 +274,23 @@ def clamps(*bounds: str) -> Rule:
     return rule
 
 
-def copies(call: Call) -> Laws:
+def copies(call: OpCall) -> Laws:
     """``copy(self, src)``: the content of ``src`` in the form of ``self``."""
     return equal((call.outputs[0], call.arguments["src"]))
 
 
-def looks_up(call: Call) -> Laws:
+def looks_up(call: OpCall) -> Laws:
     """An embedding: rows of its weight."""
     return equal((call.outputs[0], call.arguments["weight"]))
 
 
-def interpolates(call: Call) -> Laws:
+def interpolates(call: OpCall) -> Laws:
     """``lerp``: between two tensors, by a number or a tensor that stays."""
     held = call.arguments
     return [*equal((call.outputs[0], held["self"], held["end"])), *zero((held["weight"],))]
 
 
-def norm_of(call: Call) -> Laws:
+def norm_of(call: OpCall) -> Laws:
     """A vector norm of positive order."""
     order = call.arguments.get("ord", call.arguments.get("p"))
     return carries(call) if order is None or order > 0 else nothing(call)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from surgeon._folding.algebra import Law
 from surgeon._folding.flat import Flat
 from surgeon._folding.operators import laws
-from surgeon._folding.recorder import Call, Value
+from surgeon._folding.recorder import OpCall, Value
 
 MARK = "surgeon.mark"
 STAYS = -1
@@ -22,7 +22,7 @@ STAYS = -1
 class Pin:
     """A value that must stay, by which call (none for a source), and why."""
 
-    call: Call | None
+    call: OpCall | None
     why: str
 
 
@@ -31,14 +31,14 @@ class Balance:
 
     def __init__(self, flat: Flat) -> None:
         self.flat = flat
-        self.marks: dict[int, list[Call]] = {}
+        self.marks: dict[int, list[OpCall]] = {}
         for call in flat.calls:
             if call.name == MARK:
                 self.marks.setdefault(int(call.arguments["gate"]), []).append(call)
         self.reach = _reach(flat)
         self.fixed = _independent_of_inputs(flat)
-        self.readers: dict[Value, list[Call]] = {}
-        self.producer: dict[Value, Call] = {}
+        self.readers: dict[Value, list[OpCall]] = {}
+        self.producer: dict[Value, OpCall] = {}
         known = {*flat.parameters, *flat.buffers}
         for call in flat.calls:
             known.update(call.inputs)
@@ -47,11 +47,11 @@ class Balance:
             for value in dict.fromkeys(call.inputs):
                 self.readers.setdefault(value, []).append(call)
         self.pins: dict[Value, Pin] = {}
-        self.near: dict[Value, list[tuple[Value, Call]]] = {}
+        self.near: dict[Value, list[tuple[Value, OpCall]]] = {}
         """Which values share a value's exponent, and by which call."""
         self._root: dict[Value, int] = {}
         self._parent: dict[int, int] = {}
-        self.kept: list[tuple[Law, Call]] = []
+        self.kept: list[tuple[Law, OpCall]] = []
         self._merge(list(self._laws()))
         self.members: dict[int, list[Value]] = {}
         for value in self.reach:
@@ -76,7 +76,7 @@ class Balance:
             number = above
         return number
 
-    def _laws(self) -> Iterator[tuple[Law, Call]]:
+    def _laws(self) -> Iterator[tuple[Law, OpCall]]:
         """Every law between values that matter; pins are noted on the way."""
         for call in self.flat.calls:
             idle = call.outputs and not any(self.reach.get(value) for value in call.outputs)
@@ -108,7 +108,7 @@ class Balance:
     def _may_scale(self, value: Value) -> bool:
         return value in self.producer or value in self.flat.parameters
 
-    def _merge(self, found: list[tuple[Law, Call]]) -> None:
+    def _merge(self, found: list[tuple[Law, OpCall]]) -> None:
         """Join classes until only laws with a choice are left; equalities first, as they say most."""
         for value in self.pins:
             self._parent[self._find(value.number)] = STAYS
@@ -119,7 +119,7 @@ class Balance:
                 return
             found = self.kept
 
-    def _joined(self, law: Law, call: Call) -> bool:
+    def _joined(self, law: Law, call: OpCall) -> bool:
         """Whether a law is done with: empty, a zero, or an equality, which are carried out here."""
         values = [value for value, _ in law.terms]
         live = [value for value in values if self.root(value) != STAYS]
@@ -139,7 +139,7 @@ class Balance:
                 return True
         return False
 
-    def _link(self, those: list[Value], to: list[Value], call: Call) -> None:
+    def _link(self, those: list[Value], to: list[Value], call: OpCall) -> None:
         """Note that values stay or go with others because of a call; what stays already is not to blame."""
         for value in those:
             self.near.setdefault(value, []).extend((other, call) for other in to if other != value)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from surgeon._folding.recorder import Call, Recorder, Value
+from surgeon._folding.recorder import OpCall, Recorder, Value
 from surgeon._folding.results import tensors_in
 from surgeon._folding.state import address, named_tensors
 from surgeon._folding.still import evaluating, noting
@@ -52,7 +52,7 @@ class Source:
 class Flat:
     """The whole evaluating model: calls in execution order, and what the named values are."""
 
-    calls: tuple[Call, ...]
+    calls: tuple[OpCall, ...]
     parameters: Mapping[Value, Source]
     buffers: Mapping[Value, str]
     """Named tensors that must not be written: buffers, and parameters that share part of their memory."""

@@ -18,7 +18,7 @@ from surgeon._folding.balance import Balance
 from surgeon._folding.flat import Flat, flatten
 from surgeon._folding.freed import INVERTIBLE, freed
 from surgeon._folding.rows import by_rows
-from surgeon._folding.search import Exponents, Refusal, solve, spoken
+from surgeon._folding.search import Exponents, NoSolution, solve, spoken
 from surgeon._folding.state import place, repeats
 from surgeon.errors import FoldError
 
@@ -101,10 +101,10 @@ def plan(
     for gate, scale in scales.items():
         if not (math.isfinite(scale) and scale > 0):
             raise FoldError(f"gate {gate} has the scale {scale}; only a finite scale above 0 can be folded")
-    return analyse(flatten(model, args, kwargs), scales)
+    return plan_flat(flatten(model, args, kwargs), scales)
 
 
-def analyse(flat: Flat, scales: Mapping[int, float]) -> FoldPlan:
+def plan_flat(flat: Flat, scales: Mapping[int, float]) -> FoldPlan:
     """The plan for a model already flattened.
 
     Each gate alone, then gates of equal scale that get into each other's way, then what is still refused
@@ -115,11 +115,11 @@ def analyse(flat: Flat, scales: Mapping[int, float]) -> FoldPlan:
     together = []
     for group in _related(found, scales):
         result = solve(balance, frozenset(group))
-        if not isinstance(result, Refusal):
+        if not isinstance(result, NoSolution):
             found.update({gate: {} for gate in group} | {group[0]: result})
             together.append(group)
-    steps = {gate: _steps(flat, gate, one) for gate, one in found.items() if not isinstance(one, Refusal)}
-    refused = {gate: one for gate, one in found.items() if isinstance(one, Refusal)}
+    steps = {gate: _steps(flat, gate, one) for gate, one in found.items() if not isinstance(one, NoSolution)}
+    refused = {gate: one for gate, one in found.items() if isinstance(one, NoSolution)}
     if any(gate in balance.marks for gate in refused):
         apart = by_rows(flat)
         for view in (apart, freed(flat), freed(apart)):
@@ -128,14 +128,14 @@ def analyse(flat: Flat, scales: Mapping[int, float]) -> FoldPlan:
     return FoldPlan(tuple(step for gate in sorted(steps) for step in steps[gate]), kept, tuple(together))
 
 
-def _kept(gate: int, refusal: Refusal) -> Kept:
+def _kept(gate: int, refusal: NoSolution) -> Kept:
     call = refusal.call
     return Kept(gate, refusal.reason, spoken(call) if call else "", call.module if call else "")
 
 
-def _solved(balance: Balance, gate: int) -> Exponents | Refusal:
+def _solved(balance: Balance, gate: int) -> Exponents | NoSolution:
     if gate not in balance.marks:
-        return Refusal("the model's forward did not pass it", frozenset())
+        return NoSolution("the model's forward did not pass it", frozenset())
     return solve(balance, frozenset([gate]))
 
 
@@ -143,14 +143,16 @@ def _further_steps(flat: Flat, gates: Iterable[int]) -> dict[int, list[Step]]:
     """Steps for those gates that fold on another view of the model."""
     balance = Balance(flat)
     found = {gate: _solved(balance, gate) for gate in sorted(gates)}
-    return {gate: _steps(flat, gate, one) for gate, one in found.items() if not isinstance(one, Refusal)}
+    return {gate: _steps(flat, gate, one) for gate, one in found.items() if not isinstance(one, NoSolution)}
 
 
-def _related(found: Mapping[int, Exponents | Refusal], scales: Mapping[int, float]) -> list[tuple[int, ...]]:
+def _related(
+    found: Mapping[int, Exponents | NoSolution], scales: Mapping[int, float]
+) -> list[tuple[int, ...]]:
     """Refused gates of equal scale that tried to write the same parameters."""
     groups: list[tuple[float, set[int], set[object]]] = []
     for gate, result in found.items():
-        if not isinstance(result, Refusal) or not result.tried:
+        if not isinstance(result, NoSolution) or not result.tried:
             continue
         gates, tried = {gate}, set[object](result.tried)
         for other in [g for g in groups if g[0] == scales[gate] and not g[2].isdisjoint(tried)]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from surgeon._folding.flat import Flat, Source
-from surgeon._folding.recorder import Call, Value
+from surgeon._folding.recorder import OpCall, Value
 
 Function = Callable[[Tensor], Tensor]
 
@@ -81,5 +81,5 @@ def _moving_means(flat: Flat, readers: Counter[Value]) -> Flat:
     return replace(flat, calls=tuple(calls), parameters=sources, buffers=buffers)
 
 
-def _trains(call: Call) -> bool:
+def _trains(call: OpCall) -> bool:
     return bool(call.arguments.get("training", False))

@@ -36,10 +36,10 @@ from surgeon._folding.algebra import (
     weight_norm,
     writes,
 )
-from surgeon._folding.recorder import WRITTEN, Call
+from surgeon._folding.recorder import WRITTEN, OpCall
 
 
-def laws(call: Call) -> Laws:
+def laws(call: OpCall) -> Laws:
     """The laws of one call; an unknown operator lets no scale through."""
     return RULES.get(call.name, nothing)(call)
 

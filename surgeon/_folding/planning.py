@@ -11,7 +11,7 @@ from torch import nn
 from surgeon._finding.flow import Flow
 from surgeon._folding.balance import MARK
 from surgeon._folding.flat import Flat, flatten
-from surgeon._folding.fold import FoldPlan, Kept, analyse, held, plan
+from surgeon._folding.fold import FoldPlan, Kept, held, plan, plan_flat
 from surgeon._folding.operators import laws
 from surgeon._folding.state import place
 from surgeon._folding.still import spelled_out
@@ -182,7 +182,7 @@ class _Other:
                 there, known
             ):
                 return {}
-            here = analyse(there, scales)
+            here = plan_flat(there, scales)
         except (FoldError, UnseenCallError):
             return dict.fromkeys(scales, _UNKNOWN)
         leads = {number: group[0] for group in found.together for number in group}

@@ -34,7 +34,7 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class OpCall:
     """One operator call."""
 
     name: str
@@ -72,7 +72,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[Call] = []
+        self.calls: list[OpCall] = []
         self.running: list[str] = []
         self.constants: list[Tensor] = []
         """What was read without having been made or handed in."""
@@ -113,7 +113,7 @@ class Recorder(TorchDispatchMode):
 
     def _note(self, name: str, arguments: Mapping[str, Any], inputs: Any, outputs: Any) -> None:
         module = next((name for name in reversed(self.running) if name), "")
-        self.calls.append(Call(name, arguments, tuple(inputs), tuple(outputs), module))
+        self.calls.append(OpCall(name, arguments, tuple(inputs), tuple(outputs), module))
 
     def _spread(self, tensor: Tensor) -> None:
         """Tie all values on the memory of a tensor to it, as it was written to."""

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from surgeon._folding.flat import Flat, Source
-from surgeon._folding.recorder import Call, Value
+from surgeon._folding.recorder import OpCall, Value
 
 Span = tuple[int, int]
 Owners = Mapping[str, int]
@@ -28,7 +28,7 @@ class _Want:
     span: Span
     made: Value
     """The value that holds these rows."""
-    call: Call
+    call: OpCall
     """The call that made it."""
 
 
@@ -44,7 +44,7 @@ class _Splitter:
     flat: Flat
     whole: set[Value] = field(default_factory=set)
     wants: dict[Value, list[_Want]] = field(default_factory=dict)
-    backwards: list[Call] = field(default_factory=list)
+    backwards: list[OpCall] = field(default_factory=list)
     count: int = 0
 
     def run(self) -> Flat:
@@ -62,7 +62,7 @@ class _Splitter:
             self._emit_readers(value)
         return replace(flat, calls=tuple(reversed(self.backwards)), parameters=parameters)
 
-    def _visit(self, call: Call) -> None:
+    def _visit(self, call: OpCall) -> None:
         """Emit a call, as it is or in parts; a call that only reads rows waits for what it reads."""
         if not call.outputs:
             self._emit(call)
@@ -93,11 +93,11 @@ class _Splitter:
     def _want(self, value: Value, want: _Want) -> None:
         self.wants.setdefault(value, []).append(want)
 
-    def _emit(self, call: Call) -> None:
+    def _emit(self, call: OpCall) -> None:
         self.backwards.append(call)
         self.whole.update(call.inputs)
 
-    def _join(self, call: Call, dim: int, pieces: Sequence["_Piece"]) -> None:
+    def _join(self, call: OpCall, dim: int, pieces: Sequence["_Piece"]) -> None:
         """Make what is read of joined pieces from those it touches, and the whole only where it is read."""
         out = call.outputs[0]
         if any(want.dim != dim for want in self.wants.get(out, [])):
@@ -109,9 +109,9 @@ class _Splitter:
             found = [self._touched(piece, dim, want.span, call) for piece in pieces]
             joined = tuple(value for value in found if value is not None)
             module = want.call.module
-            self._emit(Call("aten.cat", {"tensors": joined, "dim": dim}, joined, (want.made,), module))
+            self._emit(OpCall("aten.cat", {"tensors": joined, "dim": dim}, joined, (want.made,), module))
 
-    def _touched(self, piece: "_Piece", dim: int, span: Span, call: Call) -> Value | None:
+    def _touched(self, piece: "_Piece", dim: int, span: Span, call: OpCall) -> Value | None:
         """The rows of one piece that lie in a span of the joined value."""
         start, end = max(span[0], piece.span[0]), min(span[1], piece.span[1])
         if start >= end:
@@ -136,7 +136,7 @@ class _Splitter:
         ]
         return None if spans == [(0, value.shape[wants[0].dim])] else spans
 
-    def _split(self, call: Call, owners: Owners, parts: list[Span]) -> None:
+    def _split(self, call: OpCall, owners: Owners, parts: list[Span]) -> None:
         """One call per part, on the rows of its arguments that belong to it."""
         out = call.outputs[0]
         pieces = [self._like(out, self.wants[out][0].dim, part) for part in parts]
@@ -149,10 +149,10 @@ class _Splitter:
             self.backwards.append(replace(call, arguments=arguments, inputs=inputs, outputs=(piece,)))
             self.whole.update(_values_in(arguments[name] for name in arguments.keys() - owners.keys()))
 
-    def _rows_of(self, argument: Value, dim: int, part: Span, call: Call) -> Value:
+    def _rows_of(self, argument: Value, dim: int, part: Span, call: OpCall) -> Value:
         """Rows of an argument as a value of their own."""
         made = self._like(argument, dim, part)
-        cut = Call("aten.slice", {"self": argument}, (argument,), (made,), call.module)
+        cut = OpCall("aten.slice", {"self": argument}, (argument,), (made,), call.module)
         self._want(argument, _Want(dim, part, made, cut))
         return made
 
@@ -170,13 +170,13 @@ class _Splitter:
                 if want.span[0] <= start and end <= want.span[1]
             )
             arguments = {"tensors": covered}
-            self.backwards.append(Call("aten.cat", arguments, covered, (want.made,), want.call.module))
+            self.backwards.append(OpCall("aten.cat", arguments, covered, (want.made,), want.call.module))
 
     def _emit_readers(self, value: Value) -> None:
         """Read rows from the whole value after all."""
         for want in self.wants.pop(value, []):
             self.backwards.append(
-                Call("aten.slice", {"self": value}, (value,), (want.made,), want.call.module)
+                OpCall("aten.slice", {"self": value}, (value,), (want.made,), want.call.module)
             )
             self.whole.add(value)
 
@@ -203,7 +203,7 @@ def _values_in(arguments: Iterable[Any]) -> Iterable[Value]:
 # Calls that read rows.
 
 
-def _spans(call: Call) -> tuple[Value, int, list[Span]] | None:
+def _spans(call: OpCall) -> tuple[Value, int, list[Span]] | None:
     """What a call reads rows of, along which dimension, and which rows each output holds."""
     held = call.arguments
     source = held.get("self")
@@ -259,7 +259,7 @@ class _Piece:
     shift: int
 
 
-def _pieces(call: Call) -> tuple[int, list[_Piece]] | None:
+def _pieces(call: OpCall) -> tuple[int, list[_Piece]] | None:
     """What a call puts together along which dimension; None for other calls."""
     held, out = call.arguments, call.outputs[0]
     if call.name == "aten.cat" and all(len(one.shape) == len(out.shape) for one in held["tensors"]):
@@ -282,14 +282,14 @@ def _pieces(call: Call) -> tuple[int, list[_Piece]] | None:
 # Calls whose rows are made of rows.
 
 
-def _owners(call: Call, dim: int) -> Owners | None:
+def _owners(call: OpCall, dim: int) -> Owners | None:
     """Which arguments' rows make the rows of the output along ``dim``; None where that is not so simple."""
     rule = _OWNERS.get(call.name)
     found = rule(call, dim) if rule else None
     return found and {name: at for name, at in found.items() if isinstance(call.arguments.get(name), Value)}
 
 
-def _each_entry(call: Call, dim: int) -> Owners | None:
+def _each_entry(call: OpCall, dim: int) -> Owners | None:
     """Entry by entry, with broadcasting."""
     out, found = call.outputs[0], {}
     for name in ("self", "other", "branch"):
@@ -301,43 +301,43 @@ def _each_entry(call: Call, dim: int) -> Owners | None:
     return found
 
 
-def _each_channel(_: Call, dim: int) -> Owners | None:
+def _each_channel(_: OpCall, dim: int) -> Owners | None:
     """Pooling: every channel by itself."""
     return {"self": dim} if dim == 1 else None
 
 
-def _of_norm(_: Call, dim: int) -> Owners | None:
+def _of_norm(_: OpCall, dim: int) -> Owners | None:
     names = {"input": 1, "weight": 0, "bias": 0, "running_mean": 0, "running_var": 0}
     return names if dim == 1 else None
 
 
-def _of_convolution(call: Call, dim: int) -> Owners | None:
+def _of_convolution(call: OpCall, dim: int) -> Owners | None:
     held = call.arguments
     if dim != 1 or held["groups"] != 1:
         return None
     return {"weight": 1 if held["transposed"] else 0, "bias": 0}
 
 
-def _of_matmul(call: Call, dim: int) -> Owners | None:
+def _of_matmul(call: OpCall, dim: int) -> Owners | None:
     """A product of matrices, and a bias that may stand for all rows or columns."""
     bias = call.arguments["self"].shape
     own = {"self": len(bias) - 1} if bias[-1:] == call.outputs[0].shape[-1:] else {}
     return {"mat2": 1, **own} if dim == 1 else None
 
 
-def _of_mm(_: Call, dim: int) -> Owners | None:
+def _of_mm(_: OpCall, dim: int) -> Owners | None:
     return {"mat2": 1} if dim == 1 else {"self": 0}
 
 
-def _turned(call: Call, dim: int) -> Owners | None:
+def _turned(call: OpCall, dim: int) -> Owners | None:
     return {"self": 1 - dim} if len(call.outputs[0].shape) == 2 else None
 
 
-def _permuted(call: Call, dim: int) -> Owners | None:
+def _permuted(call: OpCall, dim: int) -> Owners | None:
     return {"self": call.arguments["dims"][dim] % len(call.outputs[0].shape)}
 
 
-def _reshaped(call: Call, dim: int) -> Owners | None:
+def _reshaped(call: OpCall, dim: int) -> Owners | None:
     """A view that leaves a dimension alone: as long as before, and as much in front of it."""
     old, new = call.arguments["self"].shape, call.outputs[0].shape
     before = math.prod(new[:dim])
@@ -345,13 +345,13 @@ def _reshaped(call: Call, dim: int) -> Owners | None:
     return {"self": same[0]} if same else None
 
 
-def _of_layer_norm(call: Call, dim: int) -> Owners | None:
+def _of_layer_norm(call: OpCall, dim: int) -> Owners | None:
     """Rows that are normalised one by one."""
     held = call.arguments
     return {"input": dim} if dim < len(held["input"].shape) - len(held["normalized_shape"]) else None
 
 
-_OWNERS: dict[str, Callable[[Call, int], Owners | None]] = {
+_OWNERS: dict[str, Callable[[OpCall, int], Owners | None]] = {
     **dict.fromkeys(
         (
             *("aten.relu", "aten.leaky_relu", "aten.hardtanh", "aten.silu", "aten.gelu"),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from surgeon._folding.algebra import Law
 from surgeon._folding.balance import STAYS, Balance
 from surgeon._folding.flat import Source
-from surgeon._folding.recorder import Call, Value
+from surgeon._folding.recorder import OpCall, Value
 
 _MOST = 4  # the largest power of a scale worth writing into a weight
 _REACHES_SHORTCUT = (
@@ -30,17 +30,17 @@ class Obstacle:
     depth: int
     """How many laws lie between it and the gate."""
     reason: str
-    call: Call | None = None
+    call: OpCall | None = None
     """The operator that is to blame, if it is one."""
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class NoSolution:
     """Why no exponents exist, and which parameters were tried on the way."""
 
     reason: str
     tried: frozenset[Value]
-    call: Call | None = None
+    call: OpCall | None = None
 
 
 Exponents = Mapping[Value, int]
@@ -53,7 +53,7 @@ class _Search:
 
     balance: Balance
     gates: frozenset[int]
-    equations: list[tuple[dict[int, int], Law, Call]]
+    equations: list[tuple[dict[int, int], Law, OpCall]]
     touching: dict[int, list[int]]
     exponents: dict[int, int] = field(default_factory=dict)
     depth: dict[int, int] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class _Search:
     obstacles: list[Obstacle] = field(default_factory=list)
     choices: int = 0
 
-    def run(self) -> Exponents | Refusal:
+    def run(self) -> Exponents | NoSolution:
         """Exponents of the parameters, or the reason nearest to the gate."""
         marks = [call for gate in sorted(self.gates) for call in self.balance.marks[gate]]
         seeds = [(mark, mark.outputs[0], 0) for mark in marks] + [(mark, mark.inputs[0], 1) for mark in marks]
@@ -75,16 +75,16 @@ class _Search:
             return self._refusal()
         found = {v: self.exponents.get(self.balance.root(v), 0) for v in self.balance.flat.parameters}
         changed = {value: exponent for value, exponent in found.items() if exponent}
-        return changed or Refusal("the branch is always zero, or no parameter leads to it", frozenset())
+        return changed or NoSolution("the branch is always zero, or no parameter leads to it", frozenset())
 
-    def _refusal(self) -> Refusal:
+    def _refusal(self) -> NoSolution:
         if self.choices >= _CHOICES:
             cut = f"the search for a place to put the scale was cut after {_CHOICES} tries"
             self.obstacles.append(Obstacle(0, cut))
         nearest = min(self.obstacles, key=lambda one: one.depth)
-        return Refusal(nearest.reason, frozenset(self.tried), nearest.call)
+        return NoSolution(nearest.reason, frozenset(self.tried), nearest.call)
 
-    def _assign(self, root: int, exponent: int, entry: Value, depth: int, call: Call) -> bool:
+    def _assign(self, root: int, exponent: int, entry: Value, depth: int, call: OpCall) -> bool:
         """Give a class its exponent; on a contradiction note why."""
         known = self.exponents.get(root)
         if known == exponent or (root == STAYS and not exponent):
@@ -182,7 +182,7 @@ class _Search:
 
     # Words for what went wrong.
 
-    def _why(self, root: int, entry: Value, depth: int, call: Call) -> Obstacle:
+    def _why(self, root: int, entry: Value, depth: int, call: OpCall) -> Obstacle:
         """Why a class cannot have the exponent asked of it.
 
         A class stays because of a pin in it; another one may not be scaled because one of its values does
@@ -210,7 +210,7 @@ class _Search:
         nowhere = "no parameter of the branch can take the scale without changing something else"
         return Obstacle(depth, nowhere)
 
-    def _is_shortcut(self, call: Call) -> bool:
+    def _is_shortcut(self, call: OpCall) -> bool:
         behind = {mark.outputs[0] for gate in self.gates for mark in self.balance.marks[gate]}
         return not behind.isdisjoint(call.inputs)
 
@@ -225,13 +225,13 @@ class _Search:
         return f"the scale would have to pass {described(pin.call)}, which {pin.why}"
 
 
-def _outside(source: Source | None, call: Call) -> str:
+def _outside(source: Source | None, call: OpCall) -> str:
     if source is not None:
         return f"the parameter {source.names[0]!r} is also used outside of the branch"
     return f"a value inside the branch is also read outside of it, by {described(call)}"
 
 
-def solve(balance: Balance, gates: frozenset[int]) -> Exponents | Refusal:
+def solve(balance: Balance, gates: frozenset[int]) -> Exponents | NoSolution:
     """Push the common scale of some gates into parameters.
 
     Args:
@@ -272,12 +272,12 @@ _SPOKEN = {
 }
 
 
-def described(call: Call) -> str:
+def described(call: OpCall) -> str:
     """An operator as a user knows it, with the module it ran in."""
     return f"{spoken(call)} in {call.module!r}" if call.module else spoken(call)
 
 
-def spoken(call: Call) -> str:
+def spoken(call: OpCall) -> str:
     """An operator as a user knows it."""
     name = call.name.removeprefix("aten.").removeprefix("surgeon.")
     name = _SPOKEN.get(name, name.removeprefix("_"))

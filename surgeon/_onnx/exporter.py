@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from surgeon._onnx.padding import keep_zeros
-from surgeon._onnx.signature import Flat, Signature, drop_caches, flatten
+from surgeon._onnx.signature import Signature, TensorModule, drop_caches, tensors_by_name
 from surgeon._text import first_line
 from surgeon.errors import ExportError
 
@@ -65,10 +65,10 @@ def to_onnx(
     if dynamic_batch and tensors[0].shape[0] < 2:
         tensors = called.draw(2, torch.Generator().manual_seed(0))
     axes = _axes(called, batch=dynamic_batch, size=dynamic_size)
-    flat = Flat(model, called).eval()
+    flat = TensorModule(model, called).eval()
     try:
         with _quiet(), _plain_attention(model, opset), torch.no_grad():
-            outputs = [name for name, _ in flatten(called.call(model, tensors))]
+            outputs = [name for name, _ in tensors_by_name(called.call(model, tensors))]
             drop_caches(model)
             program = torch.onnx.export(
                 flat,

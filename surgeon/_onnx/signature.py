@@ -94,14 +94,14 @@ def _on_cpu(tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor.detach().cpu()
 
 
-def flatten(value: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
+def tensors_by_name(value: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
     """The tensors in a result, each with a name: keys and fields as they are, positions as ``name_0``."""
     if isinstance(value, Tensor):
         yield name, value
         return
     single = name == "output"
     for key, held in _held(value):
-        yield from flatten(held, key if single and not key.isdigit() else f"{name}_{key}")
+        yield from tensors_by_name(held, key if single and not key.isdigit() else f"{name}_{key}")
 
 
 def _held(value: Any) -> Iterator[tuple[str, Any]]:
@@ -115,7 +115,7 @@ def _held(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((str(index), held) for index, held in enumerate(value))
 
 
-class Flat(nn.Module):
+class TensorModule(nn.Module):
     """A model whose forward takes and returns nothing but tensors; holds the model itself, no copy."""
 
     def __init__(self, model: nn.Module, called: Signature) -> None:
@@ -124,7 +124,7 @@ class Flat(nn.Module):
         self.called = called
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor for _, tensor in flatten(self.called.call(self.model, tensors)))
+        return tuple(tensor for _, tensor in tensors_by_name(self.called.call(self.model, tensors)))
 
 
 def evaluating_copy(model: nn.Module) -> nn.Module:

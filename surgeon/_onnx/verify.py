@@ -15,7 +15,7 @@ from surgeon._onnx.divergence import first_divergence
 from surgeon._onnx.file import OnnxFile, open_onnx
 from surgeon._onnx.hygiene import graph_findings
 from surgeon._onnx.parity import Array, ParityReport, ParityRow, compare
-from surgeon._onnx.signature import Signature, evaluating_copy, flatten, signature
+from surgeon._onnx.signature import Signature, evaluating_copy, signature, tensors_by_name
 from surgeon._plain import check_plain
 from surgeon._text import first_line
 from surgeon._tracing.example import default_input
@@ -228,7 +228,7 @@ def evaluate(model: nn.Module, called: Signature, tensors: Sequence[Tensor]) -> 
     except Exception as error:  # Whatever the user's forward raises.
         shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(called.names, tensors, strict=True))
         raise UsageError(f"{type(model).__name__} cannot run on {shapes}: {first_line(error)}") from error
-    return {name: tensor.numpy() for name, tensor in flatten(result)}
+    return {name: tensor.numpy() for name, tensor in tensors_by_name(result)}
 
 
 def _fixed_batch(file: OnnxFile) -> int | None:

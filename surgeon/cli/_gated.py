@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from surgeon.cli._subject import Gating, Subject
+from surgeon.cli._subject import GateOptions, Subject
 from surgeon.errors import UsageError
 
 
-def with_scales(subject: Subject, gating: Gating) -> Subject:
+def with_scales(subject: Subject, gating: GateOptions) -> Subject:
     """Gates the subject's model, in place, where its weights need an evaluation scale; returns the subject.
 
     They do when they were trained with ``scaling="paper"`` and nobody has folded them: the option says so, or
@@ -34,7 +34,7 @@ def with_scales(subject: Subject, gating: Gating) -> Subject:
     return subject
 
 
-def _agrees(subject: Subject, gating: Gating) -> bool:
+def _agrees(subject: Subject, gating: GateOptions) -> bool:
     """Whether the scales that the checkpoint itself notes are the ones to use; options win over them.
 
     Raises:
@@ -57,7 +57,7 @@ def _regated(subject: Subject) -> Subject:
     return subject
 
 
-def _noted(subject: Subject, gating: Gating) -> Subject:
+def _noted(subject: Subject, gating: GateOptions) -> Subject:
     """The subject with the options among what is known of it, for the record; there is nothing to fold."""
     from surgeon._checkpoint import strings
 

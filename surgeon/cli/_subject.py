@@ -51,7 +51,7 @@ class Making:
 
 
 @dataclass(frozen=True, slots=True)
-class Gating:
+class GateOptions:
     """The options that say which gates a model gets."""
 
     schedule: str | None
@@ -99,7 +99,7 @@ def made_options(body: Body) -> Body:
 
 
 def schedule_options(body: Body) -> Body:
-    """Adds the options of `Gating`, which the body gets as ``gating``."""
+    """Adds the options of `GateOptions`, which the body gets as ``gating``."""
     options = (
         click.option("--schedule", help="linear, linear-from-zero, uniform, or drop rates as 0,0.1,0.2."),
         click.option("--drop-rate", type=float, help="The last gate's drop rate, 0 to below 1. Default 0.5."),
@@ -109,7 +109,7 @@ def schedule_options(body: Body) -> Body:
             "--exclude", multiple=True, metavar="PATTERN", help="Do not gate these; may be repeated."
         ),
     )
-    return _bundled("gating", Gating, options, body)
+    return _bundled("gating", GateOptions, options, body)
 
 
 def load_subject(model: str, making: Making) -> Subject:

@@ -9,7 +9,7 @@ import click
 from surgeon.cli._gated import with_scales
 from surgeon.cli._run import MODEL_HELP, Output
 from surgeon.cli._run import command as surgeon_command
-from surgeon.cli._subject import Gating, Making, Subject, load_subject, model_options, schedule_options
+from surgeon.cli._subject import GateOptions, Making, Subject, load_subject, model_options, schedule_options
 from surgeon.errors import UsageError
 
 _EXAMPLES = """
@@ -51,7 +51,7 @@ def command(  # noqa: PLR0913 - one for each option
     model: str,
     output: str,
     making: Making,
-    gating: Gating,
+    gating: GateOptions,
     opset: int | None,
     static_batch: bool,
     dynamic_size: bool,

@@ -9,7 +9,7 @@ import click
 from surgeon.cli._gated import with_scales
 from surgeon.cli._run import DONE, MODEL_HELP, NOTHING, Output
 from surgeon.cli._run import command as surgeon_command
-from surgeon.cli._subject import Gating, Making, Subject, load_subject, made_options, schedule_options
+from surgeon.cli._subject import GateOptions, Making, Subject, load_subject, made_options, schedule_options
 from surgeon.errors import FoldError, ParityError, UsageError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def command(
     model: str | None,
     output: str,
     making: Making,
-    gating: Gating,
+    gating: GateOptions,
     tolerance: float,
     overwrite: bool,
 ) -> int:
@@ -85,7 +85,7 @@ def command(
     return DONE
 
 
-def _subject(model: str | None, making: Making, gating: Gating) -> tuple[Subject, Gating]:
+def _subject(model: str | None, making: Making, gating: GateOptions) -> tuple[Subject, GateOptions]:
     """The checkpoint's model with its weights, and the options with what they imply."""
     from dataclasses import replace
 
@@ -106,7 +106,7 @@ def _subject(model: str | None, making: Making, gating: Gating) -> tuple[Subject
     return subject, replace(gating, scaling=implied)
 
 
-def _has_scales(subject: Subject, gating: Gating) -> bool:
+def _has_scales(subject: Subject, gating: GateOptions) -> bool:
     noted = subject.metadata
     if gating.scaling == "inverted" or noted.get("weights") == "plain":
         return gating.scaling == "paper"  # which is refused with the reason
@@ -165,7 +165,7 @@ def _difference(one: "Tensor", other: "Tensor") -> float:
     return float((one - other).abs().max() / largest)
 
 
-def _metadata(subject: Subject, gating: Gating) -> dict[str, Any]:
+def _metadata(subject: Subject, gating: GateOptions) -> dict[str, Any]:
     """What the file written says of itself: what the one read said, and the options."""
     kept = {key: value for key, value in subject.metadata.items() if key not in ("scales", "weights")}
     settings = {**gating.given(), "scaling": "paper"}

@@ -7,7 +7,7 @@ import click
 
 from surgeon.cli._run import MODEL_HELP, NOTHING, Output
 from surgeon.cli._run import command as surgeon_command
-from surgeon.cli._subject import Gating, Making, Subject, load_subject, model_options, schedule_options
+from surgeon.cli._subject import GateOptions, Making, Subject, load_subject, model_options, schedule_options
 
 _EXAMPLES = """
 surgeon inspect timm:resnet50
@@ -29,7 +29,7 @@ def command(
     *,
     model: str,
     making: Making,
-    gating: Gating,
+    gating: GateOptions,
     unit: Literal["sample", "batch"],
 ) -> int | None:
     """Shows the residual adds of MODEL, the gates they get, and what is left alone.

@@ -5,7 +5,7 @@ import click
 from surgeon.cli._gated import with_scales
 from surgeon.cli._run import DONE, MODEL_HELP, PARITY, Output
 from surgeon.cli._run import command as surgeon_command
-from surgeon.cli._subject import Gating, Making, load_subject, model_options, schedule_options
+from surgeon.cli._subject import GateOptions, Making, load_subject, model_options, schedule_options
 
 _EXAMPLES = """
 surgeon verify model.onnx timm:resnet50 --checkpoint model.safetensors
@@ -36,7 +36,7 @@ def command(
     file: str,
     model: str,
     making: Making,
-    gating: Gating,
+    gating: GateOptions,
     batch_sizes: tuple[int, ...],
     tolerance: float | None,
     seed: int,
