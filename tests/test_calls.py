@@ -6,6 +6,7 @@ example's takes a graph of its own or a clear error, never a wrong result.
 
 import dataclasses
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -251,6 +252,25 @@ def test_a_way_that_cannot_be_traced_says_what_to_do() -> None:
         match=r"failed: .*\. Leave the block out \(exclude='block'\) or call it as on the example$",
     ):
         model.block(X, bare=True)
+
+
+class ByNumber(Branch):
+    def forward(self, x: Tensor, strength: float) -> Tensor:
+        return x + self.f(x) * (strength if strength > 0 else 1.0)
+
+
+def test_a_number_that_keeps_changing_is_said_once_to_cost_a_trace_each_time() -> None:
+    net = surgeon.apply(ByNumber(), drop_rate=0.0, example=(X, 0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number in range(63):  # the example's 0.5 among them
+            net(X, number / 10)
+        with pytest.warns(UserWarning, match=r"traced for 64 ways .* 7\.5\).*exclude='ByNumber'") as told:
+            net(X, 7.5)
+        net(X, 0.3)
+        net(X, 8.5)
+    assert len(told) == 1
+    torch.testing.assert_close(net(X, 7.5), net._ungated_forward(X, 7.5))
 
 
 def test_attributes_read_by_the_forward_stay_live() -> None:

@@ -8,6 +8,7 @@ class back.
 
 import copy
 import functools
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,6 +34,8 @@ from surgeon._tracing.reads import attribute
 from surgeon._tracing.state import ambient, kind, state
 from surgeon._tracing.trace import Unannounced, trace
 from surgeon.errors import CheckpointError, TraceError, UnseenCallError, WrappedModelError
+
+_MANY = 64  # ways of calling one block, each traced and kept
 
 
 class Gating:
@@ -149,7 +152,18 @@ class Gating:
                 f"{self._called(args, kwargs)}, and tracing it that way failed: {error}. Leave the block out "
                 f"(exclude={self.name or type(block).__name__!r}) or call it as on the example"
             ) from error
+        if len(self.runs) == _MANY:
+            self._warn_of_many(type(block), args, kwargs)
         return self.runs[self._key(block, args, kwargs)]
+
+    def _warn_of_many(self, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        warnings.warn(
+            f"{self.name or 'the model'} has been traced for {_MANY} ways of calling it, the last one "
+            f"({_pattern(args, kwargs)}). Its forward looks at numbers, sizes or attributes that keep "
+            "changing, and each new one costs a trace, which stays in memory: pass numbers as tensors, bring "
+            f"sizes to a few values, or leave the block out (exclude={self.name or cls.__name__!r})",
+            stacklevel=2,
+        )
 
     def _chosen(self, flow: Flow) -> list[Addition]:
         """The additions that the gates belong to; called in another way a block may perform others."""
@@ -188,10 +202,8 @@ class Gating:
         )
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        pattern = [str(kind(a, True)) for a in args] + [f"{k}={kind(v, True)}" for k, v in kwargs.items()]
-        return (
-            f"{self.name or 'the model'} is called in a way not seen on the example: ({', '.join(pattern)})"
-        )
+        called = _pattern(args, kwargs)
+        return f"{self.name or 'the model'} is called in a way not seen on the example: ({called})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Gating":
         twin = Gating(self.name, copy.deepcopy(self.gates, memo), self.rewritten, self.kept)
@@ -205,6 +217,11 @@ class Gating:
     def __getstate__(self) -> dict[str, Any]:
         # Generated functions do not pickle; they are made again at the first call.
         return {**self.__dict__, "runs": {}, "ways": {}}
+
+
+def _pattern(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The arguments of a call in words, tensors by shape, type and device."""
+    return ", ".join([str(kind(a, True)) for a in args] + [f"{k}={kind(v, True)}" for k, v in kwargs.items()])
 
 
 def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
