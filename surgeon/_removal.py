@@ -26,8 +26,9 @@ def fold(model: nn.Module, *, inplace: bool = False, example: Example = None) ->
 
     The weights are found by one evaluating call on the example. Where a gated block has been called in other
     ways since `apply` (with an optional argument, say), a gate folds only if the same weights take its scale
-    in those, too. What no gated block has seen does not count: a path that a layer inside a block, or the
-    model around the blocks, takes for other sizes or values than the example's is not looked at.
+    in those, too. What no gated block has seen does not count: a path that a layer inside a block takes for
+    other sizes than the example's, or the model around the blocks for other sizes or values, is not looked
+    at. Where values decide inside a block what runs (a mixture of experts), its gates stay multiplications.
 
     Args:
         model: A gated model.

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from surgeon._finding.adders import adders
 from surgeon._finding.addition import Addition
+from surgeon._finding.below import below
 from surgeon._finding.choice import Choice
 from surgeon._finding.drops import mask_nodes
 from surgeon._finding.findings import REASONS, Findings, Refusal, Residual, gate_name
@@ -24,7 +25,7 @@ from surgeon._tracing.alike import likeness
 from surgeon._tracing.example import mode, no_inference_mode, tensors, untouched
 from surgeon._tracing.facts import is_size
 from surgeon._tracing.fake import held_open
-from surgeon._tracing.operators import drops_rows, projects
+from surgeon._tracing.operators import projects
 from surgeon._tracing.oplog import OpLog, layout
 from surgeon._tracing.reads import Reads
 from surgeon._tracing.record import Call, Recording, record
@@ -203,43 +204,17 @@ class _Scan:
 
     def _traced_anew(self, call: Call, arguments: _Arguments) -> _Traced:
         replays = self.recording.replays(call) if self.recording.training else {}
-        opened = self._holding_drops(call) | self._adding(call)
+        leaves = below(self.recording, call, self.adders)
         try:
-            flow = Flow(trace(call.module, *arguments, replays, opened))
+            flow = Flow(trace(call.module, *arguments, replays, leaves))
         except TraceError:
-            if not opened:
+            if not leaves.opened:
                 raise
-            flow = Flow(trace(call.module, *arguments, replays))
+            flow = Flow(trace(call.module, *arguments, replays, replace(leaves, opened=frozenset())))
         traced = _Traced(flow, additions(flow))
         if any(drop.op != "call_module" for addition in traced.additions for drop in addition.drops):
             self._check_drops(call, arguments, traced)
         return traced
-
-    def _adding(self, call: Call) -> frozenset[str]:
-        """The modules that a block calls to have its sums made."""
-        paths = {module: path for path, module in call.module.named_modules()}
-        called = (below for below in self.recording.children(call) if below.place in self.adders)
-        return frozenset(paths[below.module] for below in called)
-
-    def _holding_drops(self, call: Call) -> frozenset[str]:
-        """The modules below a block that hold stochastic depth but no addition: steps of its own branch.
-
-        They are traced through, so that the gate on the branch stands in for what they hold.
-        """
-        calls, log = self.recording.calls, self.recording.log
-        paths = {module: path for path, module in call.module.named_modules()}
-        opened: set[str] = set()
-        for below in self.recording.below(call):
-            rows = next((t.shape[0] for t in tensors(below.output) if t.ndim), 0)
-            if not drops_rows(log.ops[below.first_op : below.last_op], rows):
-                continue
-            between = []
-            while (below := calls[below.parent]) is not call:
-                between.append(below)
-            ops = [log.ops[one.first_op : one.last_op] for one in between]
-            if not any(one.additions or drops_rows(o, rows) for one, o in zip(between, ops, strict=True)):
-                opened.update(paths[one.module] for one in between)
-        return frozenset(opened)
 
     def _check_drops(self, call: Call, arguments: _Arguments, traced: _Traced) -> None:
         """Refuses branches with stochastic depth written out whose correction would stay when the mask goes.
@@ -248,7 +223,7 @@ class _Scan:
         """
         plain: dict[int, Addition] = {}
         with suppress(TraceError), mode(call.module, False):
-            evaluating = Flow(trace(call.module, *arguments, opened=traced.flow.trace.opened))
+            evaluating = Flow(trace(call.module, *arguments, below=traced.flow.trace.below))
             traced.evaluating = evaluating.trace.reads
             plain = {a.ordinal: a for a in additions(evaluating)}
         for place, addition in enumerate(traced.additions):

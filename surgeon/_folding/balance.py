@@ -36,7 +36,7 @@ class Balance:
             if call.name == MARK:
                 self.marks.setdefault(int(call.arguments["gate"]), []).append(call)
         self.reach = _reach(flat)
-        self.fixed = _independent_of_inputs(flat)
+        self.fixed = independent_of_inputs(flat)
         self.readers: dict[Value, list[OpCall]] = {}
         self.producer: dict[Value, OpCall] = {}
         known = {*flat.parameters, *flat.buffers}
@@ -160,7 +160,7 @@ def _reach(flat: Flat) -> dict[Value, int]:
     return reach
 
 
-def _independent_of_inputs(flat: Flat) -> frozenset[Value]:
+def independent_of_inputs(flat: Flat) -> frozenset[Value]:
     """Values made of parameters and buffers alone."""
     fixed = {*flat.parameters, *flat.buffers}
     for call in flat.calls:

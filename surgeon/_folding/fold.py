@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon._folding.balance import Balance
+from surgeon._folding.balance import MARK, Balance, independent_of_inputs
 from surgeon._folding.flat import Flat, flatten
 from surgeon._folding.freed import INVERTIBLE, freed
+from surgeon._folding.recorder import OpCall
 from surgeon._folding.rows import by_rows
-from surgeon._folding.search import Exponents, NoSolution, solve, spoken
+from surgeon._folding.search import Exponents, NoSolution, described, solve, spoken
 from surgeon._folding.state import place, repeats
 from surgeon.errors import FoldError
 
@@ -110,8 +111,8 @@ def plan_flat(flat: Flat, scales: Mapping[int, float]) -> FoldPlan:
     Each gate alone, then gates of equal scale that get into each other's way, then what is still refused
     on the model taken apart by rows, at last with functions of parameters in place of the parameters.
     """
-    balance = Balance(flat)
-    found = {gate: _solved(balance, gate) for gate in sorted(scales)}
+    balance, decided = Balance(flat), _decided(flat)
+    found = {gate: decided.get(gate) or _solved(balance, gate) for gate in sorted(scales)}
     together = []
     for group in _related(found, scales):
         result = solve(balance, frozenset(group))
@@ -123,7 +124,7 @@ def plan_flat(flat: Flat, scales: Mapping[int, float]) -> FoldPlan:
     if any(gate in balance.marks for gate in refused):
         apart = by_rows(flat)
         for view in (apart, freed(flat), freed(apart)):
-            steps |= _further_steps(view, refused.keys() - steps)
+            steps |= _further_steps(view, refused.keys() - steps.keys() - decided.keys())
     kept = tuple(_kept(gate, one) for gate, one in refused.items() if gate not in steps)
     return FoldPlan(tuple(step for gate in sorted(steps) for step in steps[gate]), kept, tuple(together))
 
@@ -131,6 +132,28 @@ def plan_flat(flat: Flat, scales: Mapping[int, float]) -> FoldPlan:
 def _kept(gate: int, refusal: NoSolution) -> Kept:
     call = refusal.call
     return Kept(gate, refusal.reason, spoken(call) if call else "", call.module if call else "")
+
+
+def _decided(flat: Flat) -> dict[int, NoSolution]:
+    """The gates in whose blocks activations decide what runs: a mixture of experts, say.
+
+    Such a model has run on real numbers, and what they did not choose was not seen.
+    """
+    fixed, found = independent_of_inputs(flat), dict[int, NoSolution]()
+    deciding: list[OpCall] = []
+    for call in flat.calls:
+        if call.decides and not fixed.issuperset(call.inputs):
+            deciding.append(call)
+        if call.name == MARK:
+            inside = next((one for one in deciding if _is_in(one.module, call.module)), None)
+            if inside is not None:
+                why = f"values decide what runs ({described(inside)}), so other inputs may use other weights"
+                found.setdefault(int(call.arguments["gate"]), NoSolution(why, frozenset(), inside))
+    return found
+
+
+def _is_in(module: str, block: str) -> bool:
+    return not block or module == block or module.startswith(f"{block}.")
 
 
 def _solved(balance: Balance, gate: int) -> Exponents | NoSolution:

@@ -112,7 +112,7 @@ def _make_forwards(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
                 untouched(call.module),
                 held_open(),
             ):
-                flow = Flow(trace(call.module, given, named, log, opened=gating.opened))
+                flow = Flow(trace(call.module, given, named, log, below=gating.below))
                 gating.prepare(call.module, flow, given, named)
 
 

@@ -47,6 +47,8 @@ class OpCall:
     """None where Python looked at a number."""
     module: str
     """Name of the module whose ``forward`` was running; empty for the model itself."""
+    decides: bool = False
+    """Whether values decide what Python gets of it: a number, or a size."""
 
 
 _FORM_ONLY = frozenset(
@@ -106,14 +108,16 @@ class Recorder(TorchDispatchMode):
         written = _written(func, given)
         if inputs or made:
             outputs = tuple(self.value(tensor) for tensor in made or written)
-            self._note(name, arguments, inputs, outputs)
+            self._note(name, arguments, inputs, outputs, decides=_decides(func, given))
         for tensor in written:
             self._spread(tensor)
         return result
 
-    def _note(self, name: str, arguments: Mapping[str, Any], inputs: Any, outputs: Any) -> None:
+    def _note(
+        self, name: str, arguments: Mapping[str, Any], inputs: Any, outputs: Any, *, decides: bool = False
+    ) -> None:
         module = next((name for name in reversed(self.running) if name), "")
-        self.calls.append(OpCall(name, arguments, tuple(inputs), tuple(outputs), module))
+        self.calls.append(OpCall(name, arguments, tuple(inputs), tuple(outputs), module, decides))
 
     def _spread(self, tensor: Tensor) -> None:
         """Tie all values on the memory of a tensor to it, as it was written to."""
@@ -160,6 +164,12 @@ def _written(func: Any, given: Mapping[str, Any]) -> list[Tensor]:
 
 def _overwrites(argument: Any) -> bool:
     return argument.alias_info is not None and bool(argument.alias_info.is_write)
+
+
+def _decides(func: Any, given: Mapping[str, Any]) -> bool:
+    if func is torch.ops.aten.index.Tensor:  # by numbers it has the sizes of these, whatever they are
+        return any(t.dtype in (torch.bool, torch.uint8) for t in _tensors(given["indices"]))
+    return not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.isdisjoint(func.tags)
 
 
 def _by_name(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from surgeon._gating.gate import NOTE, Gate
 from surgeon._gating.places import Mark, again, located
 from surgeon._gating.splice import Run, Spliced, splice
 from surgeon._gating.ways import Arguments, forms
+from surgeon._tracing.below import Below
 from surgeon._tracing.example import no_inference_mode, tensors, untouched
 from surgeon._tracing.facts import Path
 from surgeon._tracing.fake import held_open, to_fake
@@ -58,7 +59,7 @@ class Gating:
         self.marks: tuple[Mark, ...] = ()  # what the gates' additions are known by
         self.exact = False
         self.ambient = False
-        self.opened: frozenset[str] = frozenset()
+        self.below = Below()
         self.sides: dict[int, str] = {}  # for each gate, by ordinal, which operand was its shortcut
         self.attributes: tuple[str, ...] = ()
         self.given: dict[Path, bool] = {}
@@ -104,7 +105,7 @@ class Gating:
         found = flow.trace
         self.exact |= found.exact
         self.ambient |= found.ambient
-        self.opened |= found.opened
+        self.below |= found.below
         self.attributes = tuple(sorted({*self.attributes, *found.attributes}))
         self.given |= {path: whole or self.given.get(path, False) for path, whole in found.given.items()}
         self.runs[self._key(block, args, kwargs)] = spliced.run
@@ -144,7 +145,7 @@ class Gating:
                     tensors((args, kwargs)), tensors((fake_args, fake_kwargs)), strict=True
                 ):
                     fake.requires_grad_(real.requires_grad)
-                flow = Flow(trace(block, fake_args, fake_kwargs, log, opened=self.opened))
+                flow = Flow(trace(block, fake_args, fake_kwargs, log, below=self.below))
             self.prepare(block, flow, args, kwargs)
             self.ways.setdefault(self.way(args, kwargs), forms(args, kwargs))
         except TraceError as error:
@@ -209,7 +210,7 @@ class Gating:
         twin = Gating(self.name, copy.deepcopy(self.gates, memo), self.rewritten, self.kept)
         twin.complete, twin.marks = self.complete, self.marks
         twin.exact, twin.ambient, twin.attributes = self.exact, self.ambient, self.attributes
-        twin.given, twin.opened, twin.sides = dict(self.given), self.opened, dict(self.sides)
+        twin.given, twin.below, twin.sides = dict(self.given), self.below, dict(self.sides)
         twin.active, twin.runs = dict(self.active), dict(self.runs)
         twin.ways = dict(self.ways)
         return twin

@@ -102,7 +102,7 @@ def _evaluating(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], log
     if shared is not None:
         return shared
     with no_inference_mode(), untouched(block.module), held_open():
-        flow = Flow(trace(block.module, args, kwargs, log, opened=block.flow.trace.opened))
+        flow = Flow(trace(block.module, args, kwargs, log, below=block.flow.trace.below))
     alike.append(flow)
     return flow
 

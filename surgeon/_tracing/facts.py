@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from surgeon._tracing.below import Below
 from surgeon._tracing.example import tensors
 from surgeon._tracing.oplog import Op
 from surgeon._tracing.reads import Reads
@@ -52,7 +53,7 @@ class Trace:
         exact: Python control flow consumed a size or a number, so the graph holds for these shapes only.
         ambient: The forward asked for the grad or autocast mode, so the graph holds for this mode only.
         reads: The attributes of the block and its children that were read.
-        opened: The modules below the block that were traced through instead of being called as a whole.
+        below: How the modules below the block were treated.
         given: The parts of the arguments that were read beside their kind, as `Given.read`.
     """
 
@@ -61,7 +62,7 @@ class Trace:
     exact: bool
     ambient: bool
     reads: Reads
-    opened: frozenset[str] = frozenset()
+    below: Below = field(default_factory=Below)
     given: Mapping[Path, bool] = field(default_factory=dict)
 
     @property

@@ -25,6 +25,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 
+from surgeon._tracing.below import Below
 from surgeon._tracing.canonical import canonical
 from surgeon._tracing.example import generators_kept, no_autocast_cache, tensors, untouched
 from surgeon._tracing.facts import Fact, Trace, drop_unused
@@ -32,7 +33,7 @@ from surgeon._tracing.fake import storage
 from surgeon._tracing.given import Given
 from surgeon._tracing.guards import guarded
 from surgeon._tracing.leftovers import contents, held_elsewhere, kept, same_items
-from surgeon._tracing.oplog import OpLog
+from surgeon._tracing.oplog import Op, OpLog
 from surgeon._tracing.proxy import ValueProxy, isinstance_, sees
 from surgeon._tracing.reads import Reads, attribute, noted
 from surgeon._tracing.record import Call
@@ -49,7 +50,7 @@ def trace(
     kwargs: dict[str, Any],
     log: OpLog,
     replays: Mapping[nn.Module, list[Call]] | None = None,
-    opened: frozenset[str] = frozenset(),
+    below: Below | None = None,
 ) -> Trace:
     """Traces ``block`` as called with ``args`` and ``kwargs``; the block is left as it was.
 
@@ -59,7 +60,7 @@ def trace(
         kwargs: Keyword arguments, likewise.
         log: The operator log that knows which of them depend on a model input.
         replays: The recorded calls of its children in the same mode, whose results need no second run.
-        opened: Names of modules below it to trace through, which are leaves otherwise.
+        below: The modules below it that are no plain leaves.
 
     Raises:
         TraceError: The forward does something that a graph cannot hold, named in the message.
@@ -69,7 +70,8 @@ def trace(
     _check_class(type(block))
     before, reads = dict(block.__dict__), Reads()
     with _ONE_AT_A_TIME, untouched(block), generators_kept(), no_autocast_cache():
-        tracer = BlockTracer(log, args, kwargs, replays or {}, reads, opened)
+        below = below or Below()
+        tracer = BlockTracer(log, args, kwargs, replays or {}, reads, below)
         try:
             with guarded(tracer, block), _Capture(tracer):
                 graph = tracer.trace(block)
@@ -89,7 +91,7 @@ def trace(
         raise TraceError(f"its forward keeps a value in a {elsewhere} that is not its own")
     reads.walked({str(node.target) for node in graph.nodes if node.op == "call_module"})
     drop_unused(graph, tracer.facts)
-    return Trace(graph, tracer.facts, tracer.exact, tracer.ambient, reads, opened, tracer.given.read)
+    return Trace(graph, tracer.facts, tracer.exact, tracer.ambient, reads, below, tracer.given.read)
 
 
 def _check_class(cls: type[nn.Module]) -> None:
@@ -119,10 +121,10 @@ class BlockTracer(fx.Tracer):
         kwargs: dict[str, Any],
         replays: Mapping[nn.Module, list[Call]],
         reads: Reads,
-        opened: frozenset[str],
+        below: Below,
     ) -> None:
         super().__init__()
-        self._opened = opened
+        self._below = below
         self._reads = reads
         self._replays = {module: list(calls) for module, calls in replays.items()}
         self.log, self.args, self.kwargs = log, args, kwargs
@@ -285,7 +287,7 @@ class BlockTracer(fx.Tracer):
             path = self.path_of_module(m)
         except NameError:
             raise TraceError(f"its forward calls a {type(m).__name__} that is not its submodule") from None
-        if path in self._opened:
+        if path in self._below.opened:
             return forward(*args, **kwargs)
         return self.create_proxy("call_module", path, args, kwargs)
 
@@ -314,7 +316,7 @@ class BlockTracer(fx.Tracer):
         start = len(self.log.ops)
         self.log.touched.clear()
         with torch.no_grad(), self.log.fake, self.log:
-            value = self._call(node, args, kwargs)
+            value, ops = self._value_and_ops(node, args, kwargs, start)
         child = node.op == "call_module"
         for given, items in held:  # later readers of it would not be known to depend on this node
             if not same_items(contents(given, deep=not child), items):
@@ -324,11 +326,23 @@ class BlockTracer(fx.Tracer):
             value,
             frozenset(storage(t) for t in read),
             frozenset(storage(t) for t in written),
-            tuple(self.log.ops[start:]),
+            ops,
             any(self.log.active(t) for t in tensors(value)),
             frozenset({storage(t) for t in read} - {storage(t) for t in tensors(value)} - self.log.touched),
         )
         return value
+
+    def _value_and_ops(self, node: fx.Node, args: Any, kwargs: Any, start: int) -> tuple[Any, tuple[Op, ...]]:
+        """What a node gives, and what ran for it; or what stands for a child that only runs on numbers."""
+        stands = self._below.stand_ins.get(str(node.target)) if node.op == "call_module" else None
+        try:
+            value = self._call(node, args, kwargs)
+        except Exception:
+            given = tensors((args, kwargs))
+            if stands is None or stands.place >= len(given):
+                raise
+            return given[stands.place].clone(), stands.ops
+        return value, tuple(self.log.ops[start:])
 
     def _recorded(self, node: fx.Node, read: list[Tensor]) -> Call | None:
         """The recorded call that this node repeats, if its result can be taken as it is."""
