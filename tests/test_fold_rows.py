@@ -36,3 +36,21 @@ def test_a_bias_that_stands_for_all_columns(shape: tuple[int, ...], rows: int | 
         assert made.kept
     else:
         assert [step.rows for step in made.steps] == [(0, 8)] * rows
+
+
+@pytest.mark.parametrize("pool", [F.avg_pool2d, F.max_pool2d])
+def test_a_table_without_a_batch_is_pooled_over_its_last_two_dimensions(pool: Any) -> None:
+    """Columns that a pool has mixed are no rows of their own; channels, its first dimension, are."""
+
+    def forward(columns: bool) -> Any:
+        def run(held: Any, x: Tensor) -> Tensor:
+            gains = pool(held.gains, (3, 1), 1, (1, 0))
+            gain, other = (gains[0, 2], gains[0, 3]) if columns else (gains[0, 2], gains[1, 2])
+            return x.tanh() * gain * torch.sigmoid(x * other)
+
+        return run
+
+    for columns in (True, False):
+        model = randomised(Gated(Of(forward(columns), gains=torch.randn(2, 6, 8))))
+        made = folds(model, tokens())
+        assert bool(made.kept) == columns, made

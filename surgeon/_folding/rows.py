@@ -301,9 +301,9 @@ def _each_entry(call: OpCall, dim: int) -> Owners | None:
     return found
 
 
-def _each_channel(_: OpCall, dim: int) -> Owners | None:
-    """Pooling: every channel by itself."""
-    return {"self": dim} if dim == 1 else None
+def _each_channel(call: OpCall, dim: int) -> Owners | None:
+    """Pooling over the last two dimensions: every channel by itself; a tensor of three has no batch."""
+    return {"self": dim} if dim == len(call.outputs[0].shape) - 3 else None
 
 
 def _of_norm(_: OpCall, dim: int) -> Owners | None:
