@@ -147,3 +147,34 @@ def test_another_models_weights_part_at_the_first_layer(made, tmp_path):
     other = randomise(Net(), seed=2).eval()
     found = verify(other, save(graph, tmp_path), example=IMAGES).divergence
     assert (found.op_type, found.module) == ("Conv", "stem")
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 5)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(len(x), -1, 3, 8).unbind(2)
+        y = torch.softmax(q @ k.transpose(1, 2), -1) @ v
+        return self.head(y[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("changed", "module"), [("head.weight", "head"), ("head.bias", "head"), ("qkv.weight", "qkv")]
+)
+def test_parts_of_a_result_are_known_and_excuse_nothing(tmp_path, changed, module):
+    """What is picked out of a result (a token, one of q, k and v) is looked up like all else."""
+    torch.manual_seed(0)
+    model, tokens = Attention().eval(), torch.randn(2, 3, 8)
+    graph = _exporter.to_onnx(model, signature(model, tokens), opset=None, dynamic_batch=True)
+    ir.save(graph, tmp_path / "m.onnx")
+    with torch.no_grad():
+        model.get_parameter(changed)[8 if module == "qkv" else 0] += 1
+    found = verify(model, tmp_path / "m.onnx", example=tokens).divergence
+    assert found is not None
+    assert found.module == module
+    assert found.relative > 1e-3
+    if changed != "head.bias":  # of zeros, which the exporter leaves out
+        assert found.note.startswith(f"{changed} differs in")

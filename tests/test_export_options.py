@@ -130,7 +130,7 @@ def test_optimised_by_onnx_runtime(net, tmp_path, quick, monkeypatch, beside):
 def test_sizes_that_vary(net, tmp_path):
     report = export(net, tmp_path / "m.onnx", example=IMAGES, dynamic_size=True)
     assert report.inputs == {"input": ("batch", 3, "height", "width")}
-    assert [row.inputs for row in report.parity.rows] == ["random", "random", "extreme", "larger"]
+    assert [row.inputs for row in report.parity.rows] == ["random", "random", "extreme", "larger", "odd"]
     x = torch.randn(2, 3, 24, 40)
     with torch.no_grad():
         assert torch.allclose(run(tmp_path / "m.onnx", x), net(x), atol=1e-5)
@@ -194,3 +194,24 @@ def test_norms_before_layers_are_taken_in_when_asked(net, tmp_path, quick, monke
     assert asked == []
     export(net, tmp_path / "b.onnx", example=IMAGES, fuse_batchnorm=True)
     assert len(asked) == 1
+
+
+class PadsToEven(nn.Module):
+    def __init__(self, multiple):
+        super().__init__()
+        self.conv, self.multiple = nn.Conv2d(3, 4, 3, padding=1), multiple
+
+    def forward(self, x):
+        y = self.conv(x)
+        if y.shape[-1] % self.multiple:
+            y = nn.functional.pad(y, (0, self.multiple - y.shape[-1] % self.multiple))
+        return y.mean((2, 3))
+
+
+@pytest.mark.parametrize("multiple", [2, 32])
+def test_a_size_that_is_padded_is_tried(tmp_path, multiple):
+    """The example and a size 32 wider need no padding, so the graph has none."""
+    given = torch.zeros(2, 3, 64, 64)
+    with pytest.raises(ParityError, match="on odd inputs differs"):
+        export(PadsToEven(multiple), tmp_path / "m.onnx", example=given, dynamic_size=True)
+    assert not list(tmp_path.iterdir())

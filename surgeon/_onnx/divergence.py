@@ -24,9 +24,10 @@ from surgeon._folding.still import evaluating, noting
 from surgeon._onnx.exporter import MODULE
 from surgeon._onnx.file import OnnxFile
 from surgeon._onnx.parity import Array, Divergence
-from surgeon._onnx.signature import Signature
+from surgeon._onnx.signature import Signature, tensors_by_name
 from surgeon.errors import OnnxFileError
 
+_PARTS = {"Gather", "GatherElements", "GatherND", "Slice", "Split"}
 _AT_ONCE = 64  # values of the graph that are held at a time
 _NEAR = 12  # nodes behind the first wrong one that are searched for a weight that is off
 
@@ -47,10 +48,14 @@ def first_divergence(
     Returns:
         None if every value of the graph is known, or if it cannot be run with all of them as outputs.
     """
-    seen = _watch(model, called, tensors)
+    seen, results = _watch(model, called, tensors)
+    returned = _comparable(file, results)
     try:
         file.runtime.open(expose=True)
         known = _known(file, tensors, seen, tolerance / 10)
+        for name, value in zip(returned, file.runtime.run(tensors, list(returned)), strict=True):
+            same_form = value.shape == returned[name].values.shape
+            known[name] = same_form and returned[name].distance(value)[1] <= tolerance
     except OnnxFileError:
         return None
     wrong = _wrong(file.model.graph, known)
@@ -60,7 +65,8 @@ def first_divergence(
     name = node.outputs[0].name or ""
     label = node.metadata_props.get(MODULE, "")
     value = file.runtime.run(tensors, [name])[0]
-    near = _nearest(value, seen, label)
+    near = returned.get(name) or _nearest(value, seen, label)
+    near = near if near and near.values.size == value.size else None
     absolute, relative = near.distance(value) if near else (float("nan"), float("nan"))
     return Divergence(
         node=node.name or name,
@@ -129,7 +135,8 @@ class _Watch(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(result):
-            if isinstance(leaf, Tensor) and not func.is_view:
+            # The same numbers in another layout are known; a part of them (one of q, k and v) is not.
+            if isinstance(leaf, Tensor) and not (func.is_view and leaf.numel() == args[0].numel()):
                 self._keep(func.__name__, leaf)
         if func is torch.ops.aten.addmm.default:  # ONNX has a product here, and then a sum.
             self._keep("mm.default", result - args[0])
@@ -147,15 +154,17 @@ def _says_something(array: Array) -> bool:
     return array.dtype.kind == "f" and array.size > 1 and bool(np.isfinite(array).all() and np.ptp(array) > 0)
 
 
-def _watch(model: nn.Module, called: Signature, tensors: Sequence[Tensor]) -> dict[int, list[_Seen]]:
-    """What PyTorch computes, by size."""
+def _watch(
+    model: nn.Module, called: Signature, tensors: Sequence[Tensor]
+) -> tuple[dict[int, list[_Seen]], list[Array]]:
+    """What PyTorch computes, by size, and what it returns."""
     watch = _Watch()
     with evaluating(model), noting(model, watch.running), watch:
-        called.call(model, tensors)
+        results = [one.detach().numpy() for _, one in tensors_by_name(called.call(model, tensors))]
     found = defaultdict(list)
     for one in watch.seen:
         found[one.values.size].append(one)
-    return found
+    return found, results
 
 
 def _known(
@@ -172,6 +181,17 @@ def _known(
             elif _says_something(value):
                 found[name] = any(one.same(value, close) for one in seen.get(value.size, ()))
     return found
+
+
+def _comparable(file: OnnxFile, results: Sequence[Array]) -> dict[str, _Seen]:
+    """What the model returns, by the names of the file's outputs, where it has numbers to compare.
+
+    A value that the model computes, but does not return there, is no output of it: without its bias, say.
+    """
+    outputs = [(given.name or "", given.shape) for given in file.model.graph.outputs]
+    pairs = zip(outputs, results, strict=False)
+    fitting = ((name, want) for (name, shape), want in pairs if shape is None or len(shape) == want.ndim)
+    return {name: _Seen("", "", want) for name, want in fitting if _says_something(want)}
 
 
 def _wrong(graph: ir.Graph, known: Mapping[str, bool]) -> list[ir.Node]:
@@ -194,7 +214,8 @@ def _right(nodes: Sequence[ir.Node], known: Mapping[str, bool]) -> set[ir.Node]:
     """The nodes whose result, or something computed from it, is known."""
     right: set[ir.Node] = set()
     for node in reversed(nodes):
-        later = [use.node for out in node.outputs for use in out.uses()]
+        # What takes a part of a result (one of q, k and v) tells nothing of the others.
+        later = [use.node for out in node.outputs for use in out.uses() if use.node.op_type not in _PARTS]
         if any(known.get(out.name or "") for out in node.outputs) or any(
             after in right and _compared(after, known) for after in later
         ):

@@ -28,7 +28,7 @@ from surgeon._onnx.exporter import to_onnx
 from surgeon._onnx.file import open_onnx
 from surgeon._onnx.hygiene import graph_findings, node_counts
 from surgeon._onnx.parity import ParityReport, compare
-from surgeon._onnx.signature import Signature, evaluating_copy, signature
+from surgeon._onnx.signature import LARGER, Signature, evaluating_copy, signature
 from surgeon._onnx.verify import TOLERANCES, check_comparison, compare_runs, evaluate, explained
 from surgeon._plain import check_filled, check_plain
 from surgeon._removal import fold, remove
@@ -209,7 +209,7 @@ def _check_sizes(model: nn.Module, called: Signature) -> None:
             f"dynamic_size is for images, and none of {', '.join(called.names)} is B x C x H x W"
         )
     try:
-        evaluate(model, called, called.draw(1, torch.Generator().manual_seed(_SEED), larger=True))
+        evaluate(model, called, called.draw(1, torch.Generator().manual_seed(_SEED), LARGER))
     except UsageError as error:
         advice = "Some models take any size if they are made so, timm's often with dynamic_img_size=True"
         raise UsageError(f"no dynamic size is possible: {error}. {advice}") from error

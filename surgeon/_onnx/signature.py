@@ -15,6 +15,10 @@ from surgeon._copy import copied
 from surgeon._tracing.example import inputs
 from surgeon.errors import UsageError
 
+Grown = tuple[int, int]
+LARGER: Grown = (64, 32)  # which most models that take any size can halve five times
+ODD: Grown = (5, 3)
+
 
 @dataclass(frozen=True, slots=True)
 class Signature:
@@ -48,18 +52,17 @@ class Signature:
         first = next((size for size in sizes if size), None)
         return tuple(size == first for size in sizes)
 
-    def draw(self, batch: int, generator: torch.Generator, *, larger: bool = False) -> tuple[Tensor, ...]:
+    def draw(self, batch: int, generator: torch.Generator, grown: Grown = (0, 0)) -> tuple[Tensor, ...]:
         """Random tensors like the example's, with another batch size: normal, or integers in its range.
 
         Args:
             batch: Size of the batch.
             generator: Where the numbers come from.
-            larger: Whether images are 64 pixels higher and 32 wider.
+            grown: By how many pixels images are higher and wider.
         """
-        grown = self.images() if larger else [False] * len(self.tensors)
         return tuple(
-            _random(tensor, _shape(tensor, batch if batched else None, larger=more), generator)
-            for tensor, batched, more in zip(self.tensors, self.batched(), grown, strict=True)
+            _random(tensor, _shape(tensor, batch if batched else None, grown if image else (0, 0)), generator)
+            for tensor, batched, image in zip(self.tensors, self.batched(), self.images(), strict=True)
         )
 
     def extremes(self, batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -180,12 +183,12 @@ def _distinct(names: list[str]) -> tuple[str, ...]:
     )
 
 
-def _shape(tensor: Tensor, batch: int | None, *, larger: bool) -> tuple[int, ...]:
+def _shape(tensor: Tensor, batch: int | None, grown: Grown) -> tuple[int, ...]:
     shape = list(tensor.shape)
     if batch is not None:
         shape[0] = batch
-    if larger:
-        shape[2:] = shape[2] + 64, shape[3] + 32
+    if any(grown):
+        shape[2:] = shape[2] + grown[0], shape[3] + grown[1]
     return tuple(shape)
 
 

@@ -15,7 +15,7 @@ from surgeon._onnx.divergence import first_divergence
 from surgeon._onnx.file import OnnxFile, open_onnx
 from surgeon._onnx.hygiene import graph_findings
 from surgeon._onnx.parity import Array, ParityReport, ParityRow, compare
-from surgeon._onnx.signature import Signature, evaluating_copy, signature, tensors_by_name
+from surgeon._onnx.signature import LARGER, ODD, Signature, evaluating_copy, signature, tensors_by_name
 from surgeon._plain import check_plain
 from surgeon._text import first_line
 from surgeon._tracing.example import default_input
@@ -129,7 +129,7 @@ def compare_runs(
         try:
             reference = evaluate(model, called, tensors)
         except UsageError:
-            if kind == "larger":  # A file may leave open what its model does not.
+            if kind in ("larger", "odd"):  # A file may leave open what its model does not.
                 continue
             raise
         other = file.runtime.run(tensors)
@@ -155,7 +155,8 @@ def _inputs(
     given = [("random", called.draw(size, generator)) for size in sizes]
     given.append(("extreme", called.extremes(sizes[-1], generator)))
     if _takes_other_sizes(file, called):
-        given.append(("larger", called.draw(sizes[-1], generator, larger=True)))
+        given.append(("larger", called.draw(sizes[-1], generator, LARGER)))
+        given.append(("odd", called.draw(sizes[-1], generator, ODD)))  # where a graph pads for one size
     return given
 
 
@@ -228,7 +229,7 @@ def evaluate(model: nn.Module, called: Signature, tensors: Sequence[Tensor]) -> 
     except Exception as error:  # Whatever the user's forward raises.
         shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(called.names, tensors, strict=True))
         raise UsageError(f"{type(model).__name__} cannot run on {shapes}: {first_line(error)}") from error
-    return {name: tensor.numpy() for name, tensor in tensors_by_name(result)}
+    return {name: tensor.detach().numpy() for name, tensor in tensors_by_name(result)}
 
 
 def _fixed_batch(file: OnnxFile) -> int | None:
