@@ -278,6 +278,34 @@ def test_synchronised_draws_let_a_branch_be_sharded_by_itself(tmp_path: Path) ->
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["unit='batch'", "skip=True", "unit='batch', sync='ranks'"])
+def test_norms_over_all_ranks_are_run_by_all(tmp_path: Path, options: str) -> None:
+    """PyTorch's own wants a GPU; what counts is its class, and that its sum over the ranks meets on each."""
+    body = f"""
+    from torch.distributed.nn.functional import all_reduce
+
+    class Norm(nn.SyncBatchNorm):
+        def forward(self, x):
+            calls.append(1)
+            return x - all_reduce(x.mean(0)) / ranks if self.training else x
+
+    calls = []
+    model = gated(0.5, {options})
+    for block in model[1:5]:
+        block.f[1] = Norm(4)
+    model.double()
+    torch.manual_seed(100 + rank)
+    for step in range(12):
+        model(data(step)[2 * rank : 2 * rank + 2]).square().sum().backward()
+    every = [torch.zeros(()) for _ in range(ranks)]
+    dist.all_gather(every, torch.tensor(float(len(calls))))
+    assert every[0] == every[1], every
+    assert (len(calls) == 48) == ("sync" not in {options!r}), len(calls)
+    """
+    succeed(body, tmp_path)
+
+
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_with_other_schedules_are_named_at_the_first_draw(tmp_path: Path, ranks: int) -> None:
     """On every rank, at the first forward, instead of a hang or replicas that part."""

@@ -35,10 +35,10 @@ def pays(drop_rate: float, rows: float, flops: int, moved: int, device: str) -> 
 
     Args:
         drop_rate: In [0, 1).
-        rows: How many rows the batch has; infinity leaves the cost per call out.
+        rows: How many rows the batch has; infinity leaves the cost per call out, and none pay nothing.
         flops: Of the branch's forward on one row.
         moved: Bytes of what it reads per row and of the shortcut, one row of each.
         device: Type of the device, as in ``torch.device.type``.
     """
     cost = CPU if device == "cpu" else ACCELERATOR
-    return drop_rate * 3 * flops > cost.per_byte * moved + cost.per_call / rows
+    return rows > 0 and drop_rate * 3 * flops > cost.per_byte * moved + cost.per_call / rows

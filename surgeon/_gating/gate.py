@@ -123,6 +123,7 @@ class Gate:
     settled: bool = False
     folded: bool = False
     obstacle: str = ""
+    types: dict[Any, torch.dtype | None] = field(default_factory=dict, init=False, repr=False)
     keep: Tensor = field(init=False, repr=False)
     marked_as: int | None = field(default=None, init=False, repr=False)
 

@@ -25,6 +25,11 @@ Sync = Literal["none", "ranks"]
 _REMEMBERED = 1024  # draws per gate whose backward may still be to come
 
 
+def several() -> bool:
+    """Whether this process trains with others."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 class Member(Protocol):
     """What is to be known of a gate here."""
 

@@ -52,11 +52,17 @@ class Part(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Any) -> None:  # noqa: ARG004
         ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, whole: Tensor, part: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
         return Join.apply(whole, part.to(whole.dtype), rows, 1.0), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _rows: None) -> tuple[Tensor, Tensor]:
+        (rows,) = ctx.saved_tensors
+        return tangent.view_as(tangent), take(tangent, rows)
 
 
 class Join(torch.autograd.Function):
@@ -69,6 +75,7 @@ class Join(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
         ctx.save_for_backward(inputs[2])
+        ctx.save_for_forward(inputs[2])
         ctx.factor = inputs[3]
 
     @staticmethod
@@ -78,3 +85,8 @@ class Join(torch.autograd.Function):
         if ctx.factor != 1.0:  # in place unless a second derivative looks on
             part = part * ctx.factor if torch.is_grad_enabled() else part.mul_(ctx.factor)
         return grad, part, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, whole: Tensor, part: Tensor, *_: None) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        return put(whole, part, rows, ctx.factor)

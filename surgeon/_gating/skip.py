@@ -8,18 +8,25 @@ rounded up or down at random so that its mean is ``p B``; hence each row survive
 Rows are gathered and added back by their number, in ascending order, by the functions of `_gating.rowops`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from surgeon._gating.gate import Branch, Gate, combine, masked_add
+from surgeon._gating.ranks import several
 from surgeon._gating.rowops import Join, Part, take
 from surgeon._gating.saved import hooks_allowed, saved_once
-from surgeon._tracing.example import tensors
+from surgeon._tracing.example import generators_kept, no_autocast_cache, tensors, untouched
+from surgeon._tracing.fake import held_open, to_fake
+from surgeon._tracing.oplog import OpLog
+from surgeon._tracing.reads import attribute
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,8 @@ def batch_add(
         block: The block.
         *inputs: What the branch reads.
     """
+    if _mapped() or _asks_ranks(lifted, gate, block):
+        return masked_add(gate, shortcut, lifted.run(block, *inputs), onto)
     if gate.drop_rate > 0 and not gate.survives():
         return _dropped(lifted, gate, shortcut, onto, fresh, block, inputs)
     return _whole(lifted, gate, shortcut, onto, block, inputs)
@@ -69,7 +78,7 @@ def rows_add(
     lifted: Lifted, gate: Gate, shortcut: Tensor, onto: str, fresh: bool, block: nn.Module, *inputs: Any
 ) -> Tensor:
     """Training, unit ``"sample"``: runs the branch on the rows that survive; the arguments are as above."""
-    if _masks(lifted, gate, shortcut, inputs):
+    if _masks(lifted, gate, shortcut, inputs) or _asks_ranks(lifted, gate, block):
         return masked_add(gate, shortcut, lifted.run(block, *inputs), onto)
     count = shortcut.shape[0]
     kept = count if gate.drop_rate == 0 else gate.survivors(count)
@@ -89,12 +98,28 @@ def _masks(lifted: Lifted, gate: Gate, shortcut: Tensor, inputs: Sequence[Any]) 
         return True  # one graph; a number of rows that changes would break it
     if gate.drop_rate == 0:
         return False
+    if _mapped():
+        return True
     known = (1, shortcut.shape[0])
     if not gate.skipping(shortcut.device.type, shortcut.shape[0]):
         return True
     if any(inputs[i].shape[0] not in known for i in lifted.rows):
         return True
     return any(tensors(inputs[i])[place].shape[0] != 1 for i, place in lifted.single)
+
+
+def _mapped() -> bool:
+    """Whether `torch.vmap` runs this: coins are tensors then that Python cannot look at."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    return any(one.key() == TransformType.Vmap for one in retrieve_all_functorch_interpreters())
+
+
+def _asks_ranks(lifted: Lifted, gate: Gate, block: nn.Module) -> bool:
+    """Whether the branch takes statistics over ranks that draw otherwise: all of them have to run it."""
+    if gate.ranks is not None or torch.compiler.is_compiling() or not several():
+        return False
+    return any(isinstance(module, nn.SyncBatchNorm) for module in _modules(lifted, block))
 
 
 def _whole(
@@ -158,6 +183,8 @@ def _dropped(
     Where all before the branch is frozen, its parameters alone make that the result has a backward. They do
     so when it is dropped, too: else a step in which everything trainable is dropped would end in an error.
     """
+    into, shortcut = shortcut, shortcut.to(_result_type(lifted, gate, shortcut, onto, block, inputs))
+    fresh = fresh and shortcut is into
     needed = torch.is_grad_enabled() and (gate.zeroes or not shortcut.requires_grad)
     idle = list(_idle(lifted, block, inputs)) if needed else []
     if idle:
@@ -166,17 +193,61 @@ def _dropped(
     return shortcut.clone() if fresh else shortcut
 
 
+def _result_type(
+    lifted: Lifted, gate: Gate, shortcut: Tensor, onto: str, block: nn.Module, inputs: Sequence[Any]
+) -> torch.dtype:
+    """What the sum would be made of: under autocast, or with weights of another type, more than the shortcut.
+
+    Once for each state of autocast the branch is run to know, on fake tensors.
+    """
+    kind = shortcut.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    plain = autocast is None and all(t.dtype == shortcut.dtype for t in _floating(lifted, block))
+    if onto == "shortcut" or plain or torch.compiler.is_compiling():
+        return shortcut.dtype
+    key = shortcut.dtype, autocast
+    if key not in gate.types:
+        gate.types[key] = _branch_type(lifted, block, inputs)
+    branch = gate.types[key] or shortcut.dtype
+    return branch if onto == "branch" else torch.promote_types(shortcut.dtype, branch)
+
+
+def _branch_type(lifted: Lifted, block: nn.Module, inputs: Sequence[Any]) -> torch.dtype | None:
+    """The type of the branch's result; None if it does not run on fake tensors, or hooks would see them."""
+    if any(m._forward_pre_hooks or m._forward_hooks for m in _modules(lifted, block)):
+        return None
+    log = OpLog(FakeTensorMode(allow_non_fake_inputs=True))
+    with generators_kept(), no_autocast_cache(), torch.no_grad(), untouched(block), suppress(Exception):
+        given = to_fake(log.fake, tuple(inputs))
+        with log.fake, log, held_open():
+            return lifted.run(block, *given).dtype
+    return None
+
+
+def _floating(lifted: Lifted, block: nn.Module) -> Iterator[Tensor]:
+    """The weights of the branch that hold real numbers."""
+    return (t for t in _owned(lifted, block) if t.is_floating_point())
+
+
+def _modules(lifted: Lifted, block: nn.Module) -> Iterator[nn.Module]:
+    for name in lifted.owns:
+        value = attribute(block, name)
+        yield from value.modules() if isinstance(value, nn.Module) else ()
+
+
+def _owned(lifted: Lifted, block: nn.Module) -> Iterator[Tensor]:
+    for name in lifted.owns:
+        value = attribute(block, name)
+        own = value.parameters() if isinstance(value, nn.Module) else (value,)
+        yield from (t for t in own if isinstance(t, Tensor))
+
+
 def _idle(lifted: Lifted, block: nn.Module, inputs: Sequence[Any]) -> Iterable[Tensor]:
     """Every tensor that would have had its gradient from the branch alone, parameters once.
 
     Inputs are not compared: a compiled graph that looks at their identity holds for one step.
     """
-    found: dict[int, Tensor] = {}
-    for name in lifted.owns:
-        owner, _, last = name.rpartition(".")
-        value = getattr(block.get_submodule(owner), last)
-        own = value.parameters() if isinstance(value, nn.Module) else (value,)
-        found.update((id(t), t) for t in own if isinstance(t, Tensor))
+    found = {id(t): t for t in _owned(lifted, block)}
     given = [t for i in lifted.feeds for t in tensors(inputs[i])]
     return (t for t in (*found.values(), *given) if t.requires_grad)
 
@@ -185,19 +256,25 @@ class _Idle(torch.autograd.Function):
     """Passes its first argument through and gives the others a gradient of zeros, or none."""
 
     @staticmethod
-    def forward(ctx: Any, shortcut: Tensor, sharing: str, zeroes: bool, *idle: Tensor) -> Tensor:
-        ctx.zeroes = zeroes
-        ctx.like = [(t.shape, t.dtype, t.device) for t in idle]
-        ctx.idle = idle if any(type(t) not in (Tensor, nn.Parameter) for t in idle) else None
-        if sharing == "same":
-            ctx.mark_dirty(shortcut)
-            return shortcut
-        return shortcut.clone() if sharing == "copy" else shortcut.view_as(shortcut)
+    def forward(shortcut: Tensor, sharing: str, _zeroes: bool, *_idle: Tensor) -> Tensor:
+        return _passed(shortcut, sharing)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
+        shortcut, ctx.sharing, ctx.zeroes, *idle = inputs
+        ctx.like = [(t.shape, t.dtype, t.device) for t in idle]
+        ctx.idle = idle if any(type(t) not in (Tensor, nn.Parameter) for t in idle) else None
+        if ctx.sharing == "same":
+            ctx.mark_dirty(shortcut)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (grad if ctx.needs_input_grad[0] else None, None, None, *_Idle.gradients(ctx))
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Tensor | None:
+        """Of a shortcut that is not differentiated there is none."""
+        return None if tangent is None else _passed(tangent, ctx.sharing)
 
     @staticmethod
     def gradients(ctx: Any) -> list[Tensor | None]:
@@ -206,3 +283,9 @@ class _Idle(torch.autograd.Function):
         if ctx.idle is not None:  # sharded tensors and the like know how to make their own zeros
             return [torch.zeros_like(t) for t in ctx.idle]
         return [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like]
+
+
+def _passed(value: Tensor, sharing: str) -> Tensor:
+    if sharing == "same":
+        return value
+    return value.clone() if sharing == "copy" else value.view_as(value)
