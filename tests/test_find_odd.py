@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from blocks import Branch, coins, randomise, same
+from blocks import Branch, Plain, coins, randomise, same
 from torch import Tensor, nn
 
 import surgeon
@@ -227,3 +227,58 @@ def test_a_list_of_terms_handed_in() -> None:
     surgeon.apply(model, scaling="paper", drop_rate=0.5, example=(terms,))
     torch.testing.assert_close(model(terms), expected - 0.5 * model.f(terms[0]))
     model.train()(terms).sum().backward()
+
+
+class Constrained(nn.Linear):
+    """Gives its weight other memory whenever it runs, as layers with a bound on their norm do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.5)
+        return super().forward(x)
+
+
+class Centred(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.running_mean is not None
+        self.running_mean.data = self.running_mean.data * 0.5
+        return super().forward(x)
+
+
+class Itself(Branch):
+    def forward(self, x: Tensor) -> Tensor:
+        self.f[0].weight.data = self.f[0].weight.data.clamp(-0.1, 0.1)
+        return x + self.f(x)
+
+
+@pytest.mark.parametrize("block", [Constrained, Centred, Itself])
+@pytest.mark.parametrize("scaling", ["inverted", "paper"])
+def test_memory_that_a_forward_gives_its_weights_stays(block: type[nn.Module], scaling: str) -> None:
+    inner = {Constrained: lambda: Constrained(4, 4), Centred: lambda: Centred(4), Itself: Itself}[block]()
+    around = Branch()
+    around.f = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), inner)
+    model = randomise(nn.Sequential(Plain(), inner if block is Itself else Around(around.f)))
+    before = {name: (value.clone(), value.data_ptr()) for name, value in model.state_dict().items()}
+    surgeon.find(model, X)
+    surgeon.apply(model, scaling=scaling, example=X)  # type: ignore[arg-type]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name][0]), name
+        assert value.data_ptr() == before[name][1], name
+    assert torch.isfinite(model.eval()(X)).all()
+
+
+class Around(nn.Module):
+    def __init__(self, f: nn.Module) -> None:
+        super().__init__()
+        self.f = f
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+def test_a_forward_that_fx_wrote_is_refused() -> None:
+    """It may be written anew (`recompile`, a change of mode), and would lose the gates."""
+    made = torch.fx.symbolic_trace(Plain())
+    findings = surgeon.find(nn.Sequential(Plain(), made), X)
+    assert [r.name for r in findings] == ["0.add"]
+    assert [r.code for r in findings.refused] == ["untraceable"]
+    assert "torch.fx wrote its forward" in findings.refused[0].reason

@@ -28,6 +28,7 @@ _ELSEWHERE = (
     "its block was also called in another way than here, in which the scale would have to go elsewhere"
 )
 _UNKNOWN = "its block was also called in another way than here, which cannot be analysed"
+_CHOSEN = "its block was also called with other values of its attributes, which run other weights"
 
 Known = dict[Any, Arguments | None]
 """Ways in which a block was called, with their arguments."""
@@ -141,6 +142,9 @@ def _in_all_ways(model: nn.Module, found: FoldPlan, scales: Mapping[int, float],
             continue
         known = seen[id(gating)]
         gates = [g.marked_as for g in gating.gates if g.marked_as in found.folded and not g.keep_eval]
+        if gating.attributes_choose:
+            stays |= dict.fromkeys(gates, _CHOSEN)
+            continue
         others = [form for way, form in list(gating.ways.items()) if way not in known] if gates else []
         for form in others:
             stays |= _Other(block, gating, form).differing(model, found, {n: scales[n] for n in gates}, known)

@@ -27,9 +27,10 @@ from surgeon._gating.splice import Run, Spliced, splice
 from surgeon._gating.ways import Arguments, forms
 from surgeon._tracing.below import Below
 from surgeon._tracing.example import no_inference_mode, tensors, untouched
-from surgeon._tracing.facts import Path
+from surgeon._tracing.facts import Path, Trace
 from surgeon._tracing.fake import held_open, to_fake
 from surgeon._tracing.given import kinds
+from surgeon._tracing.mentions import Place
 from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.reads import attribute
 from surgeon._tracing.state import ambient, kind, state
@@ -62,10 +63,13 @@ class Gating:
         self.below = Below()
         self.sides: dict[int, str] = {}  # for each gate, by ordinal, which operand was its shortcut
         self.attributes: tuple[str, ...] = ()
+        self.places: tuple[Place, ...] = ()
+        self.around: tuple[Any, ...] = ()  # what lay there at the last look
         self.given: dict[Path, bool] = {}
         self.active: dict[str, bool] = {}
         self.runs: dict[Any, Run] = {}
         self.ways: dict[Any, Arguments | None] = {}  # arguments of each way that came later
+        self.weights: dict[Any, set[frozenset[str]]] = {}  # which weights ran in each, attributes aside
 
     def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The gated forward of ``block``."""
@@ -107,8 +111,12 @@ class Gating:
         self.ambient |= found.ambient
         self.below |= found.below
         self.attributes = tuple(sorted({*self.attributes, *found.attributes}))
+        places = {(id(one.holder), one.name): one for one in (*self.places, *found.places)}
+        self.places = tuple(places.values())
         self.given |= {path: whole or self.given.get(path, False) for path, whole in found.given.items()}
-        self.runs[self._key(block, args, kwargs)] = spliced.run
+        key = self._key(block, args, kwargs)
+        self.runs[key] = spliced.run
+        self.weights.setdefault((*key[:2], key[3]), set()).add(_weights(block, found))
         return spliced
 
     def _spliced(self, block: nn.Module, flow: Flow, batch: int | None) -> Spliced:
@@ -127,6 +135,11 @@ class Gating:
             )
         spliced: Spliced = flow.shared[key]
         return spliced
+
+    @property
+    def attributes_choose(self) -> bool:
+        """Whether calls alike but for attributes of the block have run different weights."""
+        return any(len(chosen) > 1 for chosen in self.weights.values())
 
     def note_active(self, args: tuple[Any, ...], kwargs: dict[str, Any], log: OpLog) -> None:
         """Remembers which tensors among the block's arguments depend on a model input."""
@@ -200,7 +213,13 @@ class Gating:
             self.way(args, kwargs),
             tuple([state(attribute(block, name)) for name in self.attributes]),
             ambient() if self.ambient else None,
+            self._around() if self.places else (),
         )
+
+    def _around(self) -> tuple[Any, ...]:
+        if not torch.compiler.is_compiling():  # which would guard on whole files
+            self.around = tuple([state(one.value()) for one in self.places])
+        return self.around
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         called = _pattern(args, kwargs)
@@ -210,14 +229,27 @@ class Gating:
         twin = Gating(self.name, copy.deepcopy(self.gates, memo), self.rewritten, self.kept)
         twin.complete, twin.marks = self.complete, self.marks
         twin.exact, twin.ambient, twin.attributes = self.exact, self.ambient, self.attributes
+        twin.places, twin.around = self.places, self.around
         twin.given, twin.below, twin.sides = dict(self.given), self.below, dict(self.sides)
         twin.active, twin.runs = dict(self.active), dict(self.runs)
-        twin.ways = dict(self.ways)
+        twin.ways, twin.weights = dict(self.ways), copy.deepcopy(self.weights)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         # Generated functions do not pickle; they are made again at the first call.
-        return {**self.__dict__, "runs": {}, "ways": {}}
+        return {**self.__dict__, "runs": {}, "ways": {}, "weights": {}, "places": (), "around": ()}
+
+
+def _weights(block: nn.Module, found: Trace) -> frozenset[str]:
+    """The children with weights, and the weights, that a trace has to do with."""
+    targets = {str(node.target) for node in found.graph.nodes if node.op in ("call_module", "get_attr")}
+    held = ((name, attribute(block, name)) for name in targets)
+    return frozenset(
+        name
+        for name, value in held
+        if isinstance(value, Tensor)
+        or (isinstance(value, nn.Module) and any(True for _ in value.parameters()))
+    )
 
 
 def _pattern(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

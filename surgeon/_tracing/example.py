@@ -156,9 +156,10 @@ def no_inference_mode() -> Iterator[None]:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Restores every module's attributes afterwards, and what lists, dicts, sets and objects in them hold.
 
-    A forward may store tensors on its module (LeViT caches its attention bias in evaluation) or outside; what
-    an analysis on fake tensors leaves there must not stay.
+    A forward may store tensors on its module (LeViT caches its attention bias in evaluation) or outside, or
+    give a weight other memory (``weight.data = ...``); what an analysis on fake tensors leaves must not stay.
     """
+    memory = [(t, t.data) for t in (*model.parameters(), *model.buffers()) if not nn.parameter.is_lazy(t)]
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     nests: dict[int, tuple[Any, list[Any]]] = {}
     for _, attributes in before:
@@ -174,6 +175,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 object.__setattr__(module, "__dict__", attributes)
         for nest, items in nests.values():
             _put_back(nest, items)
+        for tensor, data in memory:
+            if not _same_memory(tensor, data):
+                tensor.data = data
+
+
+def _same_memory(tensor: Tensor, data: Tensor) -> bool:
+    try:
+        return tensor.is_set_to(data)
+    except (RuntimeError, NotImplementedError):  # a subclass without memory of its own
+        return True
 
 
 def _note(values: Iterable[Any], nests: dict[int, tuple[Any, list[Any]]], depth: int) -> None:

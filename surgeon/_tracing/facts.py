@@ -10,6 +10,7 @@ from torch import fx
 
 from surgeon._tracing.below import Below
 from surgeon._tracing.example import tensors
+from surgeon._tracing.mentions import Place
 from surgeon._tracing.oplog import Op
 from surgeon._tracing.reads import Reads
 
@@ -54,6 +55,7 @@ class Trace:
         ambient: The forward asked for the grad or autocast mode, so the graph holds for this mode only.
         reads: The attributes of the block and its children that were read.
         below: How the modules below the block were treated.
+        places: Where plain values lie that its code mentions: globals, settings, closures.
         given: The parts of the arguments that were read beside their kind, as `Given.read`.
     """
 
@@ -64,6 +66,7 @@ class Trace:
     reads: Reads
     below: Below = field(default_factory=Below)
     given: Mapping[Path, bool] = field(default_factory=dict)
+    places: tuple[Place, ...] = ()
 
     @property
     def attributes(self) -> tuple[str, ...]:

@@ -71,7 +71,7 @@ def namespaces(model: nn.Module) -> list[Namespace]:
     held = (value for module in modules for value in vars(module).values())
     functions = {value for value in held if isinstance(value, types.FunctionType)}
     places = [place for cls in set(map(type, modules)) for place in _of_class(cls)]
-    places += [value.__globals__ for value in functions if not _of_library(value.__module__)]
+    places += [value.__globals__ for value in functions if not is_library(value.__module__)]
     places = list({id(place): place for place in places}.values())
     cells = [cell for place in places if isinstance(place, dict) for cell in _cells(place)]
     return [*places, MappingProxyType({str(i): cell.cell_contents for i, cell in enumerate(cells)})]
@@ -79,7 +79,7 @@ def namespaces(model: nn.Module) -> list[Namespace]:
 
 def _of_class(cls: type) -> tuple[Namespace, ...]:
     if cls not in _places:
-        own = [base for base in cls.__mro__ if not _of_library(base.__module__)]
+        own = [base for base in cls.__mro__ if not is_library(base.__module__)]
         files = [vars(sys.modules[base.__module__]) for base in own if base.__module__ in sys.modules]
         imported = [_from(value, cls) for file in files for value in list(file.values())]
         found = [*map(vars, own), *files, *(place for place in imported if place is not None)]
@@ -92,7 +92,7 @@ def _from(value: Any, cls: type) -> Namespace | None:
     if isinstance(value, types.ModuleType):
         return vars(value) if value.__name__.split(".")[0] == cls.__module__.split(".")[0] else None
     function = value.__wrapped__ if type(value) is _CACHED else value
-    if isinstance(function, types.FunctionType) and not _of_library(function.__module__):
+    if isinstance(function, types.FunctionType) and not is_library(function.__module__):
         return function.__globals__
     return None
 
@@ -108,7 +108,7 @@ def _cells(file: dict[str, Any]) -> list[types.CellType]:
     return cells
 
 
-def _of_library(module: str | None) -> bool:
+def is_library(module: str | None) -> bool:
     return (module or "torch").split(".")[0] in _LIBRARIES
 
 

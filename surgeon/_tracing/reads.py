@@ -88,7 +88,14 @@ def noted(block: nn.Module, reads: Reads, listening: Callable[[], bool]) -> Iter
         prefix, held = hidden.get(id(module), ("", {}))
         own = listening()
         if name not in held:
-            found = original(module, name)
+            try:
+                found = original(module, name)
+            except AttributeError:
+                found = None
+                raise
+            finally:
+                if own and found is None and id(module) in hidden:  # it may become something later
+                    reads.note(prefix + name, None, own)
             if own and id(found) in hidden and isinstance(found, nn.Module):
                 reads.fetched[hidden[id(found)][0][:-1]] = found
             return found

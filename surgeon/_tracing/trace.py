@@ -33,6 +33,7 @@ from surgeon._tracing.fake import storage
 from surgeon._tracing.given import Given
 from surgeon._tracing.guards import guarded
 from surgeon._tracing.leftovers import contents, held_elsewhere, kept, same_items
+from surgeon._tracing.mentions import Place, mentions
 from surgeon._tracing.oplog import Op, OpLog
 from surgeon._tracing.proxy import ValueProxy, isinstance_, sees
 from surgeon._tracing.reads import Reads, attribute, noted
@@ -67,6 +68,10 @@ def trace(
     """
     if "forward" in block.__dict__:
         raise TraceError("its forward was replaced on the instance")
+    if isinstance(block, fx.GraphModule):
+        raise TraceError(
+            "torch.fx wrote its forward, and may write it anew; put the gates on the model it was made from"
+        )
     _check_class(type(block))
     before, reads = dict(block.__dict__), Reads()
     with _ONE_AT_A_TIME, untouched(block), generators_kept(), no_autocast_cache():
@@ -89,9 +94,23 @@ def trace(
         raise TraceError(f"its forward keeps a value in self.{left}")
     if elsewhere:
         raise TraceError(f"its forward keeps a value in a {elsewhere} that is not its own")
+    places = _note_mentioned(block, below, reads)
     reads.walked({str(node.target) for node in graph.nodes if node.op == "call_module"})
     drop_unused(graph, tracer.facts)
-    return Trace(graph, tracer.facts, tracer.exact, tracer.ambient, reads, below, tracer.given.read)
+    given = tracer.given.read
+    return Trace(graph, tracer.facts, tracer.exact, tracer.ambient, reads, below, given, places)
+
+
+def _note_mentioned(block: nn.Module, below: Below, reads: Reads) -> tuple[Place, ...]:
+    """Notes what the traced code has read without asking a module; gives where else it has read."""
+    places = list[Place]()
+    for path in ("", *sorted(below.opened)):
+        found = mentions(block.get_submodule(path))
+        places += found.places
+        whole = [f"{path}.{name}" if path else name for name in found.attributes]
+        for name in (*whole, *(reads.fetched if found.classes else ())):
+            reads.note(name, attribute(block, name), own=True)
+    return tuple(places)
 
 
 def _check_class(cls: type[nn.Module]) -> None:

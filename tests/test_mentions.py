@@ -1,0 +1,211 @@
+"""What a forward reads without asking its module decides what runs as well: changes are followed."""
+
+import argparse
+import copy
+import pickle
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from blocks import Branch, X, randomise
+from torch import Tensor, nn
+
+import surgeon
+
+THREE = False
+SETTINGS = types.SimpleNamespace(three=False)
+ARGUMENTS = argparse.Namespace(three=False)
+TABLE = {"three": False}
+
+
+class Settings:
+    three = False
+
+
+def times_three() -> bool:
+    return THREE
+
+
+class Block(Branch):
+    three = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("gain", None)
+        self.register_buffer("mask", None)
+        self.ask: Callable[[], bool] = lambda: TABLE["three"]
+
+    @property
+    def asked(self) -> bool:
+        return THREE
+
+    def amount(self) -> int:
+        return 3 if self.asked else 1
+
+
+def held_in_a_cell() -> tuple[type[nn.Module], Callable[[], None]]:
+    three = False
+
+    class Closed(Branch):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + (self.f(x) * 3 if three else self.f(x))
+
+    def change() -> None:
+        nonlocal three
+        three = True
+
+    return Closed, change
+
+
+def file(name: str, value: Any) -> Callable[[nn.Module], None]:
+    return lambda _: setattr(sys.modules[__name__], name, value)
+
+
+Body = Callable[[Any, Tensor], Tensor]
+CHANGES: dict[str, tuple[Body, Callable[[Any], None]]] = {
+    "a global": (lambda s, x: s.f(x) * (3 if THREE else 1), file("THREE", True)),
+    "a global in a function": (lambda s, x: s.f(x) * (3 if times_three() else 1), file("THREE", True)),
+    "a global in a property": (lambda s, x: s.f(x) * s.amount(), file("THREE", True)),
+    "a namespace": (
+        lambda s, x: s.f(x) * (3 if SETTINGS.three else 1),
+        lambda _: setattr(SETTINGS, "three", True),
+    ),
+    "arguments": (
+        lambda s, x: s.f(x) * (3 if ARGUMENTS.three else 1),
+        lambda _: setattr(ARGUMENTS, "three", True),
+    ),
+    "a dict": (lambda s, x: s.f(x) * (3 if TABLE["three"] else 1), lambda _: TABLE.update(three=True)),
+    "a class of settings": (
+        lambda s, x: s.f(x) * (3 if Settings.three else 1),
+        lambda _: setattr(Settings, "three", True),
+    ),
+    "a class attribute": (
+        lambda s, x: s.f(x) * (3 if s.three else 1),
+        lambda block: setattr(Made.of(block), "three", True),
+    ),
+    "a class attribute hidden by the block's": (
+        lambda s, x: s.f(x) * (3 if s.three else 1),
+        lambda block: setattr(block, "three", True),
+    ),
+    "its class": (
+        lambda s, x: s.f(x) * (3 if type(s).three else 1),
+        lambda block: setattr(Made.of(block), "three", True),
+    ),
+    "a function that it holds": (
+        lambda s, x: s.f(x) * (3 if s.ask() else 1),
+        lambda _: TABLE.update(three=True),
+    ),
+    "a parameter that was none": (
+        lambda s, x: s.f(x) if s.gain is None else s.f(x) * s.gain,
+        lambda block: setattr(block, "gain", nn.Parameter(torch.full((4,), 3.0))),
+    ),
+    "a buffer that was none": (
+        lambda s, x: s.f(x) if s.mask is None else s.f(x) * s.mask,
+        lambda block: setattr(block, "mask", torch.tensor([1.0, 0, 3, 1])),
+    ),
+    "a module that was missing": (
+        lambda s, x: s.post(s.f(x)) if hasattr(s, "post") else s.f(x),
+        lambda block: setattr(block, "post", nn.Linear(4, 4)),
+    ),
+    "the class of a child": (
+        lambda s, x: s.f(x) * (1 if isinstance(s.f, nn.Sequential) else 3),
+        lambda block: setattr(block, "f", nn.Linear(4, 4)),
+    ),
+    "a bias that a child had not": (
+        lambda s, x: s.f(x) * (1 if s.f[0].bias is not None else 3),
+        lambda block: setattr(block.f[0], "bias", nn.Parameter(torch.ones(4))),
+    ),
+}
+
+
+class Made:
+    """Blocks whose class is their own, so that a test may change it."""
+
+    @staticmethod
+    def block(body: Body) -> nn.Module:
+        def forward(self: Any, x: Tensor) -> Tensor:
+            return x + body(self, x)
+
+        made: nn.Module = type("Own", (Block,), {"forward": forward, "three": False})()
+        if "bias" in str(body.__code__.co_names):
+            made.f[0].bias = None  # type: ignore[index]
+        return made
+
+    @staticmethod
+    def of(block: nn.Module) -> type:
+        return next(cls for cls in type(block).__mro__ if "three" in vars(cls))
+
+
+@pytest.fixture(autouse=True)
+def as_they_were() -> Iterator[None]:
+    yield
+    file("THREE", False)(nn.Identity())
+    SETTINGS.three = ARGUMENTS.three = TABLE["three"] = Settings.three = False
+
+
+@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("scaling", ["inverted", "paper"])
+def test_a_change_after_apply_is_followed(what: str, scaling: Any) -> None:
+    body, change = CHANGES[what]
+    block = randomise(Made.block(body))
+    gated = surgeon.apply(block, drop_rate=0.0, scaling=scaling, example=X)
+    before = gated(X)
+    torch.manual_seed(0)
+    change(gated)
+    for training in (True, False):
+        gated.train(training)
+        torch.testing.assert_close(gated(X), gated._ungated_forward(X))  # type: ignore[operator]
+        assert not torch.equal(gated(X), before)
+
+
+def test_a_closure_is_followed() -> None:
+    made, change = held_in_a_cell()
+    gated = surgeon.apply(randomise(made()), drop_rate=0.0, example=X)
+    gated(X)
+    change()
+    torch.testing.assert_close(gated(X), gated._ungated_forward(X))  # type: ignore[operator]
+
+
+class Plainly(Branch):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x) * (3 if THREE else 1)
+
+
+@pytest.mark.parametrize("kept", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])  # noqa: S301
+def test_copies_follow_as_well(kept: Callable[[nn.Module], nn.Module]) -> None:
+    twin = kept(surgeon.apply(randomise(Plainly()), drop_rate=0.0, example=X))
+    twin(X)
+    file("THREE", True)(twin)
+    torch.testing.assert_close(twin(X), twin._ungated_forward(X))  # type: ignore[operator]
+
+
+class Tasks(nn.Module):
+    """Which layer runs is for an attribute of its class to say."""
+
+    task = "a"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (self.a if self.task == "a" else self.b)(x.tanh())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_weights_that_an_attribute_chose_before_are_not_forgotten_by_a_fold(both: bool) -> None:
+    model = surgeon.apply(randomise(Tasks()), drop_rate=0.5, scaling="paper", example=X).eval()
+    if both:
+        model.task = "b"  # type: ignore[assignment]
+        model(X)
+        model.task = "a"  # type: ignore[assignment]
+        with pytest.warns(UserWarning, match="other values of its attributes, which run other weights"):
+            folded = surgeon.fold(model)
+    else:
+        folded = surgeon.fold(model)
+    for task in ("a", "b") if both else ("a",):
+        model.task = folded.task = task  # type: ignore[assignment]
+        torch.testing.assert_close(folded.eval()(X), model(X))
