@@ -36,7 +36,6 @@ Path_ = str | os.PathLike[str]
 
 # In timm's order of preference: averaged weights before raw ones.
 _NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")
 _EXTRA = "_extra_state"
 _STATISTICS = ("running_mean", "running_var")
 _SHOWN = 4
@@ -182,7 +181,8 @@ def check_state(
         own: What to compare with in place of the model's whole state.
 
     Raises:
-        CheckpointError: Keys are missing or unexpected, shapes differ, or values are NaN or wrongly infinite.
+        CheckpointError: Keys are missing or unexpected, shapes differ, there are whole or complex numbers in
+            place of real ones or the other way round, or values are NaN or wrongly infinite.
     """
     whole = model.state_dict() if own is None else own
     own = {key: value for key, value in whole.items() if isinstance(value, Tensor)}
@@ -190,11 +190,13 @@ def check_state(
     missing = [key for key in whole if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
+    types = [key for key in own if key in state and _number(own[key]) != _number(state[key])]
     kind = type(model).__name__
     faults = [
         *([f"{len(missing)} missing: {_some(missing)}"] if missing else []),
         *([f"{len(unexpected)} unexpected: {_some(unexpected)}"] if unexpected else []),
         *([f"{len(shapes)} of another shape: {_some(_shape_lines(shapes, state, own))}"] if shapes else []),
+        *([f"{len(types)} of another type: {_some(_type_lines(types, state, own))}"] if types else []),
     ]
     if faults:
         hint = _hint(own, state, missing, shapes, trained)
@@ -287,7 +289,7 @@ def _tensors_only(loaded: Any, place: Path) -> dict[str, Tensor]:
 
 
 def wrapper_prefix(model: nn.Module, names: Iterable[str]) -> str:
-    """What DDP, weight averages and torch.compile have put in front of every name, as far as it fits better.
+    """What a wrapper (DDP, a weight average, Lightning) has put in front of every name, if that fits better.
 
     A prefix comes off only where every key has it; a model may have a child that is called ``module``.
     """
@@ -296,12 +298,18 @@ def wrapper_prefix(model: nn.Module, names: Iterable[str]) -> str:
     names = [name for name in names if name != "n_averaged" or name in own]
     best, prefix = "", ""
     most = sum(name in own for name in names)
-    while names and (found := next((p for p in _PREFIXES if all(n.startswith(p) for n in names)), "")):
+    while found := _shared(names):
         prefix += found
         names = [name.removeprefix(found) for name in names]
         if (count := sum(name in own for name in names)) > most:
             best, most = prefix, count
     return best
+
+
+def _shared(names: list[str]) -> str:
+    """The part before the first dot, with the dot, if it is the same in all names."""
+    first = names[0].partition(".")[0] + "." if names else ""
+    return first if first and all(name.startswith(first) for name in names) else ""
 
 
 def without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -338,6 +346,19 @@ def loadable(
 
 def _shape_lines(keys: list[str], state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
     return [f"{key} is {_shape(state[key])}, the model's is {_shape(own[key])}" for key in keys]
+
+
+def _type_lines(keys: list[str], state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    return [f"{key} is {_type(state[key])}, the model's is {_type(own[key])}" for key in keys]
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _number(tensor: Tensor) -> str:
+    """Which numbers a tensor holds; those of one kind may be stored more or less precisely."""
+    return "real" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "whole"
 
 
 def _hint(

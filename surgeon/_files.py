@@ -8,6 +8,8 @@ from pathlib import Path
 
 from surgeon.errors import UsageError
 
+_SEPARATORS = tuple(filter(None, (os.sep, os.altsep)))
+
 
 def destination(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """The absolute path of a file that may be written; nothing is changed.
@@ -18,8 +20,14 @@ def destination(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
         UsageError: The path is a directory or no regular file, it exists and may not be overwritten, or
             its directory is missing or not writable.
     """
-    place = Path(path).resolve()
-    if place.is_dir():
+    try:
+        place = Path(path).resolve()
+        there = place.is_dir()
+    except (OSError, RuntimeError) as error:  # a loop of links, a name that is too long
+        raise UsageError(f"cannot write {path}: {error}") from error
+    if str(path).endswith(_SEPARATORS) and not there:
+        raise UsageError(f"cannot write {path}: there is no such directory; make it first, and name a file")
+    if there:
         raise UsageError(f"{path} is a directory; name a file in it")
     if not place.parent.is_dir():
         raise UsageError(f"cannot write {path}: there is no directory {place.parent}; make it first")

@@ -256,3 +256,36 @@ def test_an_extra_state_of_the_model_itself_comes_along(tmp_path: Path) -> None:
     assert list(report.scales) == ["1.add", "1.add_1"]
     assert model[0].count.shape == (1, 2)
     torch.testing.assert_close(model(X), trained.eval()(X))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"), [(torch.int64, "int64"), (torch.bool, "bool"), (torch.complex64, "complex64")]
+)
+def test_numbers_of_another_kind_are_no_weights(dtype: torch.dtype, said: str, tmp_path: Path) -> None:
+    """Cast, they would be nonsense: all of a network's weights are 0 as integers."""
+    model, state = chain(), chain(1).state_dict()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    name = next(iter(state))
+    state[name] = state[name].to(dtype)
+    torch.save(state, tmp_path / "c.pth")
+    with pytest.raises(CheckpointError, match=f"1 of another type: {name} is {said}, the model.s is float64"):
+        surgeon.load(model, tmp_path / "c.pth")
+    assert same(before, model.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_real_numbers_of_any_precision_are_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, state = chain(), chain(1).to(dtype).state_dict()
+    torch.save(state, tmp_path / "c.pth")
+    surgeon.load(model, tmp_path / "c.pth")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name].to(value.dtype))
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.backbone.", "module._orig_mod."])
+def test_a_prefix_of_all_names_comes_off(prefix: str, tmp_path: Path) -> None:
+    """Whoever trains a network as a part of another module (Lightning's) saves its name with the weights."""
+    model, state = chain(), chain(1).state_dict()
+    torch.save({"state_dict": {prefix + name: value for name, value in state.items()}}, tmp_path / "c.pth")
+    surgeon.load(model, tmp_path / "c.pth")
+    assert same(dict(state), dict(model.state_dict()))

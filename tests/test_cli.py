@@ -238,6 +238,30 @@ def _graph_of(path):
         ),
         (
             ("export", "nets_for_commands:straight", "-o", "m.onnx", "--scaling", "paper"),
+            2,
+            "nothing says with which survival probabilities the weights were trained",
+        ),
+        (
+            (
+                "export",
+                NET,
+                "-o",
+                "m.onnx",
+                "--scaling",
+                "paper",
+                "--schedule",
+                "0,0.5",
+                "--drop-rate",
+                "0.5",
+            ),
+            2,
+            "--schedule lists the drop rates themselves; leave --drop-rate out",
+        ),
+        (
+            (
+                *("export", "nets_for_commands:straight", "-o", "m.onnx"),
+                *("--scaling", "paper", "--drop-rate", "0.5"),
+            ),
             4,
             "no residual add to gate",
         ),

@@ -180,6 +180,12 @@ def test_a_node_too_many_is_found(net, tmp_path, graph, monkeypatch):
         ({"dtype": "int8"}, "dtype is 'int8'; give one of 'float32', 'float16'"),
         ({"optimize": "most"}, "optimize is 'most'; give one of None, 'basic', 'extended', 'all'"),
         ({"optimize": "all", "dtype": "float16"}, "would undo dtype='float16'.*give one of the two"),
+        ({"opset": "18"}, "opset is '18'"),
+        ({"labels": "cat"}, "labels is 'cat'; give the names of the classes, one string for each"),
+        (
+            {"metadata": {"accuracy": torch.ones(())}},
+            r"metadata\['accuracy'\] is a Tensor, which has",
+        ),
     ],
 )
 def test_choices_are_checked_before_any_work(net, tmp_path, arguments, message):

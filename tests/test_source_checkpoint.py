@@ -220,7 +220,7 @@ def poisoned(state):
             r"2 of another shape: fc.weight is 7x4, the model's is 3x4, .* Make the model with num_classes=7",
         ),
         (
-            lambda s: {f"net.{k}": v for k, v in s.items()},
+            lambda s: {f"net_{k}": v for k, v in s.items()},
             "missing: .* and 5 more; 10 unexpected.*another arch",
         ),
         (poisoned, r"values that are not finite: stem.weight \(2 of 108\). Nothing was loaded"),

@@ -22,7 +22,7 @@ from surgeon._files import beside, destination
 from surgeon._gating.gated import is_gated
 from surgeon._onnx.batchnorm import fuse_batchnorm as take_batchnorms
 from surgeon._onnx.export_file import move, write
-from surgeon._onnx.export_metadata import describe
+from surgeon._onnx.export_metadata import check_told, describe
 from surgeon._onnx.export_report import ExportReport
 from surgeon._onnx.exporter import to_onnx
 from surgeon._onnx.file import open_onnx
@@ -102,6 +102,7 @@ def export(  # noqa: PLR0913 - each a decision of its own, by keyword only
     place = destination(path, overwrite=overwrite)
     check_plain(model)
     _check_choices(opset, dtype, optimize)
+    check_told(labels, metadata)
     tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
     check_comparison(batch_sizes, tolerance)
     _check_weights(model)
@@ -194,8 +195,8 @@ def _check_choices(opset: int | None, dtype: str, optimize: str | None) -> None:
             "precision, ONNX Runtime writes float32; give one of the two"
         )
     latest = onnx.defs.onnx_opset_version()
-    if opset is not None and not 7 <= opset <= latest:
-        raise UsageError(f"opset is {opset}; the installed onnx {onnx.__version__} knows 7 to {latest}")
+    if opset is not None and not (isinstance(opset, int) and 7 <= opset <= latest):
+        raise UsageError(f"opset is {opset!r}; the installed onnx {onnx.__version__} knows 7 to {latest}")
 
 
 def _check_sizes(model: nn.Module, called: Signature) -> None:

@@ -1,5 +1,6 @@
 """What an ONNX file says of itself, and the checks of what is to be said."""
 
+import json
 from collections.abc import Mapping, Sequence
 
 import onnx
@@ -12,6 +13,24 @@ from surgeon._checkpoint import strings
 from surgeon._onnx.signature import Signature
 from surgeon._version import __version__
 from surgeon.errors import UsageError
+
+
+def check_told(labels: Sequence[str] | None, metadata: Mapping[str, object] | None) -> None:
+    """Checks what a user wants to be said.
+
+    Raises:
+        UsageError: The labels are no sequence of strings, or a value cannot be written as JSON.
+    """
+    if labels is not None and (isinstance(labels, str) or any(not isinstance(one, str) for one in labels)):
+        raise UsageError(f"labels is {labels!r}; give the names of the classes, one string for each")
+    for key, value in (metadata or {}).items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            kind = type(value).__name__
+            raise UsageError(
+                f"metadata[{key!r}] is a {kind}, which has no JSON; give a number, a string or a list"
+            ) from error
 
 
 def describe(

@@ -30,6 +30,11 @@ def with_scales(subject: Subject, gating: GateOptions) -> Subject:
         )
     if plain or settings["scaling"] != "paper":
         return _noted(subject, gating)
+    if not subject.random and not {**gating.given(), **subject.metadata}.keys() & {"schedule", "drop_rate"}:
+        raise UsageError(
+            "nothing says with which survival probabilities the weights were trained; give --schedule and "
+            "--drop-rate"
+        )
     surgeon.apply(subject.model, unit="batch", example=subject.example, **settings)
     return subject
 

@@ -68,8 +68,11 @@ class GateOptions:
     def settings(self, metadata: dict[str, str]) -> dict[str, Any]:
         """The arguments for `surgeon.apply`: options, else what a checkpoint remembers, else defaults."""
         noted_rate = metadata.get("drop_rate")
+        schedule = _schedule(self.schedule or metadata.get("schedule", "linear"))
+        if self.schedule and not isinstance(schedule, str) and self.drop_rate is not None:
+            raise UsageError("--schedule lists the drop rates themselves; leave --drop-rate out")
         return {
-            "schedule": _schedule(self.schedule or metadata.get("schedule", "linear")),
+            "schedule": schedule,
             "drop_rate": self.drop_rate if self.drop_rate is not None else float(noted_rate or 0.5),
             "scaling": self.scaling or metadata.get("scaling", "inverted"),
             "include": self.include or tuple(_json(metadata.get("include"), [])),
