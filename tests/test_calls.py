@@ -369,3 +369,22 @@ def test_apply_and_retracing_inside_autocast_leave_real_numbers(seen: bool) -> N
         out = model(*arguments)
         assert type(out) is Tensor
         assert same(out, plain(*arguments))
+
+
+def test_a_hook_that_looks_at_numbers_is_named() -> None:
+    """Traces run on fake tensors, and so do the hooks on the block's children."""
+
+    def finite(_: nn.Module, __: object, out: Tensor) -> None:
+        assert bool(out.isfinite().all())
+
+    model = surgeon.apply(Net(Optional()), drop_rate=0.0, example=X)
+    model.block.f[0].register_forward_hook(finite)
+    with pytest.raises(UnseenCallError, match=r"\(f\.0, a Linear, has a forward hook, which cannot"):
+        model.block(X, X)
+
+
+def test_torch_fx_is_told_to_take_the_folded_model() -> None:
+    model = surgeon.apply(nn.Sequential(Plain()), scaling="paper", example=X)
+    with pytest.raises(UnseenCallError, match=r"Give it surgeon\.fold\(model\), or the model before"):
+        torch.fx.symbolic_trace(model)
+    assert torch.fx.symbolic_trace(surgeon.fold(model)) is not None

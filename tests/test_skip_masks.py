@@ -161,3 +161,46 @@ def test_an_unknown_choice_is_named() -> None:
     for wrong in ({"skip": "sometimes"}, {"unused": "maybe"}):
         with pytest.raises(surgeon.SurgeonError, match=next(iter(wrong.values()))):
             surgeon.apply(Plain(), example=X, **wrong)  # type: ignore[arg-type]
+
+
+# --- what layers keep -----------------------------------------------------------
+
+
+class Router(nn.Module):
+    """Keeps a loss of its own for the training loop to collect."""
+
+    def __init__(self, keeps: bool) -> None:
+        super().__init__()
+        self.score, self.keeps = nn.Linear(4, 4), keeps
+        self.loss: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.score(x).softmax(-1)
+        if self.keeps:
+            self.loss = weights.square().sum()
+        return x * weights
+
+
+@pytest.mark.parametrize("unit", ["sample", "batch"])
+@pytest.mark.parametrize("keeps", [True, False])
+def test_what_a_layer_keeps_is_of_this_step(unit: str, keeps: bool) -> None:
+    """A dropped router would leave the loss of an earlier step, whose graph is gone."""
+    block = Branch()
+    block.f = nn.Sequential(nn.Linear(4, 4), Router(keeps))
+    model = randomise(nn.Sequential(Plain(), Around(block.f)))
+    surgeon.apply(model, "uniform", drop_rate=0.9, unit=unit, skip=True, example=X)  # type: ignore[arg-type]
+    first, second = surgeon.status(model).gates
+    assert first.skips
+    assert second.skips != keeps
+    assert (second.note == "computed also when dropped: it keeps a value in f.1.loss") == keeps
+    for _ in range(20 if keeps else 0):
+        (model(torch.randn(3, 4)).sum() + model[1].f[1].loss).backward()  # type: ignore[index]
+
+
+class Around(nn.Module):
+    def __init__(self, f: nn.Module) -> None:
+        super().__init__()
+        self.f = f
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)

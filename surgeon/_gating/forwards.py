@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
@@ -147,6 +147,11 @@ class Gating:
 
     def _extend(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
         """Traces the block anew for a way of calling it that was not seen before."""
+        if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+            raise UnseenCallError(
+                "torch.fx cannot trace a gated model: what is dropped is decided anew in each step. Give it "
+                "surgeon.fold(model), or the model before surgeon.apply"
+            )
         log = OpLog(FakeTensorMode(allow_non_fake_inputs=True))
         try:
             with no_inference_mode(), untouched(block), held_open():

@@ -75,6 +75,9 @@ def _prepare_block(
     """The gating of one block with its training forward made, and its evaluating one where that differs."""
     chosen = [gates[r.name] for r in block.residuals]
     gating = Gating(block.name, chosen, block.call.rewritten, _kept(block, recording))
+    for gate, addition in zip(chosen, block.found, strict=True):
+        if gate.skips and (kept := _kept_by_layers(block, addition, recording)):
+            gate.skips, gate.note = False, f"computed also when dropped: it keeps a value in {kept}"
     args, kwargs, log = recording.arguments(block.call)
     with mode(block.module, True):
         spliced = gating.prepare(block.module, block.flow, args, kwargs, batch.size)
@@ -88,6 +91,16 @@ def _prepare_block(
             gating.prepare(block.module, _evaluating(block, args, kwargs, log), args, kwargs)
     _check_class(block, keeping=any(gate.keep_eval for gate in chosen))
     return gating
+
+
+def _kept_by_layers(block: Block, addition: Addition, recording: Recording) -> str:
+    """Where a layer of the branch keeps a tensor of each step, such as a loss; one that drops does not."""
+    called = (str(node.target) for node in addition.region if node.op == "call_module")
+    for path in called:
+        for name, module in block.module.get_submodule(path).named_modules():
+            if module in recording.keeping:
+                return ".".join(filter(None, (path, name, recording.keeping[module])))
+    return ""
 
 
 def _evaluating(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], log: OpLog) -> Flow:

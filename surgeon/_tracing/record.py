@@ -9,7 +9,7 @@ two tensors that share ancestry and tells it from shape arithmetic. Hooks on eve
 import inspect
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,12 +79,14 @@ class Recording:
         flops: FLOPs of the whole forward.
         training: Whether it ran as in training.
         log: The log of every operator.
+        keeping: For modules that kept a tensor of this forward in an attribute, its name; buffers aside.
     """
 
     calls: tuple[Call, ...]
     flops: int
     training: bool
     log: "OpLog" = field(repr=False)
+    keeping: Mapping[nn.Module, str] = field(default_factory=dict, repr=False)
 
     def children(self, call: Call) -> list[Call]:
         """The calls made directly by ``call``, in order."""
@@ -173,14 +175,22 @@ def _record(model: nn.Module, args: Any, kwargs: Any, *, training: bool, real: b
         if not real:
             stack.enter_context(log.fake)
         stack.enter_context(log)
+        held = {module: dict(module.__dict__) for module in model.modules()}
         model(*given[0], **given[1])
+        keeping = {module: name for module in held if (name := _kept(module, held[module]))}
         if training and draws() != before:
             raise RecordError(
                 "its forward draws random numbers from Python's or NumPy's generator in training"
             )
     for index, call in enumerate(calls):
         call.additions, call.biases = log.additions[index], log.biases[index]
-    return Recording(tuple(calls), sum(op.flops for op in log.ops), training, log)
+    return Recording(tuple(calls), sum(op.flops for op in log.ops), training, log, keeping)
+
+
+def _kept(module: nn.Module, before: Mapping[str, Any]) -> str:
+    """The first attribute of a module that has become another tensor; ``""`` if none has."""
+    now = module.__dict__.items()
+    return next((n for n, value in now if isinstance(value, Tensor) and before.get(n) is not value), "")
 
 
 @contextmanager

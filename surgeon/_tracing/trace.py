@@ -25,6 +25,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 
+from surgeon._text import first_line
 from surgeon._tracing.below import Below
 from surgeon._tracing.canonical import canonical
 from surgeon._tracing.example import generators_kept, no_autocast_cache, tensors, untouched
@@ -83,9 +84,7 @@ def trace(
         except TraceError:
             raise
         except Exception as error:
-            raise TraceError(
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            ) from error
+            raise TraceError(f"{type(error).__name__}: {first_line(error)}{_hooked(block)}") from error
         changed = [name for name, value in block.__dict__.items() if before.get(name, block) is not value]
         left, elsewhere = kept(block), held_elsewhere(tracer.proxies)
     if changed:
@@ -111,6 +110,14 @@ def _note_mentioned(block: nn.Module, below: Below, reads: Reads) -> tuple[Place
         for name in (*whole, *(reads.fetched if found.classes else ())):
             reads.note(name, attribute(block, name), own=True)
     return tuple(places)
+
+
+def _hooked(block: nn.Module) -> str:
+    """A remark on forward hooks, which run on fake tensors too; ``""`` if there are none."""
+    named = ((name, m) for name, m in block.named_modules() if m._forward_hooks or m._forward_pre_hooks)
+    name, module = next(named, ("", None))
+    where = f"{name}, a {type(module).__name__}," if name else "it"
+    return "" if module is None else f" ({where} has a forward hook, which cannot look at numbers meanwhile)"
 
 
 def _check_class(cls: type[nn.Module]) -> None:
