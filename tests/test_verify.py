@@ -399,3 +399,31 @@ def test_size_comes_from_the_file_where_no_example_is_given(tmp_path):
 def test_wrapped_model(model, tmp_path):
     with pytest.raises(WrappedModelError):
         verify(nn.DataParallel(model), linear(tmp_path / "m.onnx"), example=EXAMPLE)
+
+
+class Detector(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.boxes, self.scores = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return {"boxes": self.boxes(x), "scores": self.scores(x)}
+
+
+@pytest.mark.parametrize("what", ["order", "names"])
+def test_outputs_of_the_same_names_are_compared_by_name(tmp_path, what):
+    """Whoever runs the file asks for its outputs by name."""
+    model, path = Detector().eval(), tmp_path / "m.onnx"
+    surgeon.export(model, path, example=torch.zeros(2, 4))
+    made = ir.load(path)
+    first, second = made.graph.outputs
+    if what == "order":
+        made.graph.outputs[:] = [second, first]
+    else:
+        first.name, second.name = "other", "boxes"
+        first.name = "scores"
+    ir.save(made, path)
+    report = verify(model, path, example=torch.zeros(2, 4))
+    assert report.ok == (what == "order")
+    if what == "names":
+        assert report.divergence.op_type == "Gemm"

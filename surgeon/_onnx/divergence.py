@@ -53,7 +53,8 @@ def first_divergence(
     try:
         file.runtime.open(expose=True)
         known = _known(file, tensors, seen, tolerance / 10)
-        for name, value in zip(returned, file.runtime.run(tensors, list(returned)), strict=True):
+        values = file.runtime.run(tensors, list(returned)) if returned else []
+        for name, value in zip(returned, values, strict=True):
             same_form = value.shape == returned[name].values.shape
             known[name] = same_form and returned[name].distance(value)[1] <= tolerance
     except OnnxFileError:
@@ -156,11 +157,11 @@ def _says_something(array: Array) -> bool:
 
 def _watch(
     model: nn.Module, called: Signature, tensors: Sequence[Tensor]
-) -> tuple[dict[int, list[_Seen]], list[Array]]:
+) -> tuple[dict[int, list[_Seen]], dict[str, Array]]:
     """What PyTorch computes, by size, and what it returns."""
     watch = _Watch()
     with evaluating(model), noting(model, watch.running), watch:
-        results = [one.detach().numpy() for _, one in tensors_by_name(called.call(model, tensors))]
+        results = {n: one.detach().numpy() for n, one in tensors_by_name(called.call(model, tensors))}
     found = defaultdict(list)
     for one in watch.seen:
         found[one.values.size].append(one)
@@ -183,13 +184,15 @@ def _known(
     return found
 
 
-def _comparable(file: OnnxFile, results: Sequence[Array]) -> dict[str, _Seen]:
+def _comparable(file: OnnxFile, results: Mapping[str, Array]) -> dict[str, _Seen]:
     """What the model returns, by the names of the file's outputs, where it has numbers to compare.
 
     A value that the model computes, but does not return there, is no output of it: without its bias, say.
     """
     outputs = [(given.name or "", given.shape) for given in file.model.graph.outputs]
-    pairs = zip(outputs, results, strict=False)
+    named = results.keys() == {name for name, _ in outputs}
+    wanted = [results[name] for name, _ in outputs] if named else list(results.values())
+    pairs = zip(outputs, wanted, strict=False)
     fitting = ((name, want) for (name, shape), want in pairs if shape is None or len(shape) == want.ndim)
     return {name: _Seen("", "", want) for name, want in fitting if _says_something(want)}
 

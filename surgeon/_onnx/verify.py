@@ -139,6 +139,9 @@ def compare_runs(
                 f"{file.path} has {len(other)} outputs ({theirs}), {type(model).__name__} has "
                 f"{len(reference)} ({', '.join(reference)})"
             )
+        by_name = dict(zip(file.runtime.outputs, other, strict=True))
+        if by_name.keys() == reference.keys():  # else another exporter has named them, and places count
+            other = [by_name[name] for name in reference]
         found = compare(reference, other, batch=len(tensors[0]), tolerance=tolerance, inputs=kind)
         rows += found
         differing = max((not row.ok, row.relative) for row in found)
