@@ -452,3 +452,15 @@ def test_killed_between_writing_and_renaming(tmp_path):
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert int(done.stdout) > 0
     assert not (tmp_path / "m.onnx").exists()
+
+
+class Deciding(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.mean() > 0 else x.relu()
+
+
+def test_a_failure_is_said_once(tmp_path, capfd):
+    """PyTorch prints the graph it got so far, which helps nobody here."""
+    with pytest.raises(ExportError, match="could not convert Deciding"):
+        export(Deciding().eval(), tmp_path / "m.onnx", example=torch.randn(2, 4))
+    assert capfd.readouterr() == ("", "")

@@ -112,7 +112,12 @@ def _quiet() -> Iterator[None]:
     try:
         for found in loud:
             found.setLevel(logging.CRITICAL + 1)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        nowhere = io.StringIO()
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
