@@ -31,6 +31,17 @@ class Plain(Branch):
         return x + self.f(x)
 
 
+class Around(nn.Module):
+    """``x + f(x)`` with a branch of any kind."""
+
+    def __init__(self, f: nn.Module) -> None:
+        super().__init__()
+        self.f = f
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
 class Twice(nn.Module):
     """Two residual adds, as in a transformer block."""
 

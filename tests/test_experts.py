@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import Snapshot, coins, randomise
+from blocks import Around, Snapshot, coins, randomise
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -159,15 +159,6 @@ class Looked(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         layer = self.high if self.choice.item() > 0 else self.low
         return layer(x.relu())  # type: ignore[no-any-return]
-
-
-class Around(nn.Module):
-    def __init__(self, f: nn.Module) -> None:
-        super().__init__()
-        self.f = f
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.f(x)
 
 
 @pytest.mark.parametrize(("child", "folds"), [(Chooser, False), (Looked, True)])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from blocks import Branch, Plain, coins, randomise, same
+from blocks import Around, Branch, Plain, coins, randomise, same
 from torch import Tensor, nn
 
 import surgeon
@@ -264,15 +264,6 @@ def test_memory_that_a_forward_gives_its_weights_stays(block: type[nn.Module], s
         assert torch.equal(value, before[name][0]), name
         assert value.data_ptr() == before[name][1], name
     assert torch.isfinite(model.eval()(X)).all()
-
-
-class Around(nn.Module):
-    def __init__(self, f: nn.Module) -> None:
-        super().__init__()
-        self.f = f
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.f(x)
 
 
 def test_a_forward_that_fx_wrote_is_refused() -> None:

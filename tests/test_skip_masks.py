@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from blocks import Branch, Plain, drawn, randomise, same, skipping
+from blocks import Around, Branch, Plain, drawn, randomise, same, skipping
 from torch import Tensor, nn
 
 import surgeon
@@ -195,12 +195,3 @@ def test_what_a_layer_keeps_is_of_this_step(unit: str, keeps: bool) -> None:
     assert (second.note == "computed also when dropped: it keeps a value in f.1.loss") == keeps
     for _ in range(20 if keeps else 0):
         (model(torch.randn(3, 4)).sum() + model[1].f[1].loss).backward()  # type: ignore[index]
-
-
-class Around(nn.Module):
-    def __init__(self, f: nn.Module) -> None:
-        super().__init__()
-        self.f = f
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.f(x)
