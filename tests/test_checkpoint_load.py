@@ -289,3 +289,13 @@ def test_a_prefix_of_all_names_comes_off(prefix: str, tmp_path: Path) -> None:
     torch.save({"state_dict": {prefix + name: value for name, value in state.items()}}, tmp_path / "c.pth")
     surgeon.load(model, tmp_path / "c.pth")
     assert same(dict(state), dict(model.state_dict()))
+
+
+def test_counters_may_come_as_real_numbers(tmp_path: Path) -> None:
+    """Averages of checkpoints hold nothing else."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    state = {name: value.float() for name, value in model.state_dict().items()}
+    state["1.num_batches_tracked"] += 3
+    torch.save(state, tmp_path / "c.pth")
+    surgeon.load(model, tmp_path / "c.pth")
+    assert model[1].num_batches_tracked == 3

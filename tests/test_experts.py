@@ -1,6 +1,7 @@
 """Branches in which values decide what runs, a mixture of experts above all: no fake tensor goes through."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -192,3 +193,11 @@ def test_a_child_that_gives_more_than_one_tensor_has_no_stand_in() -> None:
     findings = surgeon.find(nn.Sequential(First(Chosen()), plain), X)
     assert [r.name for r in findings] == ["1.add"]
     assert [r.code for r in findings.refused] == ["untraceable"]
+
+
+@pytest.mark.parametrize("kept", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])  # noqa: S301
+def test_copies_of_gated_experts(kept: Any) -> None:
+    model = surgeon.apply(network(), drop_rate=0.0, scaling="paper", example=X)
+    twin = kept(model)
+    for training in (True, False):
+        torch.testing.assert_close(twin.train(training)(X[:, :3]), model.train(training)(X[:, :3]))

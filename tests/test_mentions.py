@@ -3,10 +3,12 @@
 import argparse
 import copy
 import pickle
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,12 +27,36 @@ class Settings:
     three = False
 
 
+class Nested:
+    inner = Settings
+
+
+class Helper:
+    @staticmethod
+    def amount() -> int:
+        return 3 if THREE else 1
+
+
+HELPERS = types.ModuleType("helpers_of_a_test")
+HELPERS.amount = Helper.amount  # type: ignore[attr-defined]
+RENEWED = types.SimpleNamespace(three=False)
+COUNTED = 0
+
+
 def times_three() -> bool:
     return THREE
 
 
-class Block(Branch):
-    three = False
+class Base(Branch):
+    def scaled(self, x: Tensor) -> Tensor:
+        return self.f(x) * (3 if THREE else 1)  # type: ignore[no-any-return]
+
+
+class Block(Base):
+    three, settings = False, Settings
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return super().scaled(x)
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,6 +108,21 @@ CHANGES: dict[str, tuple[Body, Callable[[Any], None]]] = {
         lambda s, x: s.f(x) * (3 if Settings.three else 1),
         lambda _: setattr(Settings, "three", True),
     ),
+    "settings in settings": (
+        lambda s, x: s.f(x) * (3 if Nested.inner.three else 1),
+        lambda _: setattr(Settings, "three", True),
+    ),
+    "settings of its class": (
+        lambda s, x: s.f(x) * (3 if s.settings.three else 1),
+        lambda _: setattr(Settings, "three", True),
+    ),
+    "settings put in place of others": (
+        lambda s, x: s.f(x) * (3 if RENEWED.three else 1),
+        file("RENEWED", types.SimpleNamespace(three=True)),
+    ),
+    "a function of another file": (lambda s, x: s.f(x) * HELPERS.amount(), file("THREE", True)),
+    "a static method": (lambda s, x: s.f(x) * Helper.amount(), file("THREE", True)),
+    "a method of its base": (lambda s, x: s.scaled(x), file("THREE", True)),
     "a class attribute": (
         lambda s, x: s.f(x) * (3 if s.three else 1),
         lambda block: setattr(Made.of(block), "three", True),
@@ -143,6 +184,7 @@ class Made:
 def as_they_were() -> Iterator[None]:
     yield
     file("THREE", False)(nn.Identity())
+    file("RENEWED", types.SimpleNamespace(three=False))(nn.Identity())
     SETTINGS.three = ARGUMENTS.three = TABLE["three"] = Settings.three = False
 
 
@@ -209,3 +251,47 @@ def test_weights_that_an_attribute_chose_before_are_not_forgotten_by_a_fold(both
     for task in ("a", "b") if both else ("a",):
         model.task = folded.task = task  # type: ignore[assignment]
         torch.testing.assert_close(folded.eval()(X), model(X))
+
+
+class Counting(Branch):
+    def forward(self, x: Tensor) -> Tensor:
+        global COUNTED  # noqa: PLW0603 - what is refused
+        COUNTED += 1
+        return x + self.f(x) * (3 if COUNTED % 2 else 1)
+
+
+class CountingInItsClass(Branch):
+    count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        type(self).count += 1
+        return x + self.f(x)
+
+
+@pytest.mark.parametrize(("block", "what"), [(Counting, "COUNTED"), (CountingInItsClass, r"self\.count")])
+def test_a_forward_that_changes_them_is_refused(block: type[nn.Module], what: str) -> None:
+    """The generated forward would not."""
+    findings = surgeon.find(nn.Sequential(Plainly(), block()), X)
+    assert [r.name for r in findings] == ["0.add"]
+    assert [r.code for r in findings.refused] == ["untraceable"]
+    assert re.search(f"its forward changes {what}, which is not its own", findings.refused[0].reason)
+
+
+class Odd(dict):  # type: ignore[type-arg]
+    def values(self) -> Any:
+        raise RuntimeError("not now")
+
+
+ODD = Odd(a=1)
+
+
+class NamesOddThings(Branch):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training is None:
+            mock.call(ODD)
+        return x + self.f(x)
+
+
+def test_odd_things_in_the_file_are_left_alone() -> None:
+    """An object that answers every attribute, one whose values are not to be had."""
+    assert len(surgeon.find(NamesOddThings(), X)) == 1

@@ -1,5 +1,7 @@
 """What goes into a branch whole, and when every row is computed and masked."""
 
+from typing import Any
+
 import pytest
 import torch
 from blocks import Around, Branch, Plain, drawn, randomise, same, skipping
@@ -169,24 +171,31 @@ def test_an_unknown_choice_is_named() -> None:
 class Router(nn.Module):
     """Keeps a loss of its own for the training loop to collect."""
 
-    def __init__(self, keeps: bool) -> None:
+    def __init__(self, keeps: str) -> None:
         super().__init__()
         self.score, self.keeps = nn.Linear(4, 4), keeps
-        self.loss: Tensor | None = None
+        self.loss: Any = [] if keeps == "list" else None
 
     def forward(self, x: Tensor) -> Tensor:
         weights = self.score(x).softmax(-1)
-        if self.keeps:
+        if self.keeps == "tensor":
             self.loss = weights.square().sum()
+        elif self.keeps == "dict":
+            self.loss = {"router": weights.square().sum()}
+        elif self.keeps == "list":
+            self.loss.append(weights.square().sum())
+        elif self.keeps == "table" and self.loss is None:  # the same in every step
+            self.loss = torch.arange(4.0)
         return x * weights
 
 
 @pytest.mark.parametrize("unit", ["sample", "batch"])
-@pytest.mark.parametrize("keeps", [True, False])
-def test_what_a_layer_keeps_is_of_this_step(unit: str, keeps: bool) -> None:
+@pytest.mark.parametrize("how", ["tensor", "dict", "list", "table", ""])
+def test_what_a_layer_keeps_is_of_this_step(unit: str, how: str) -> None:
     """A dropped router would leave the loss of an earlier step, whose graph is gone."""
     block = Branch()
-    block.f = nn.Sequential(nn.Linear(4, 4), Router(keeps))
+    block.f = nn.Sequential(nn.Linear(4, 4), Router(how))
+    keeps = how in ("tensor", "dict", "list")
     model = randomise(nn.Sequential(Plain(), Around(block.f)))
     surgeon.apply(model, "uniform", drop_rate=0.9, unit=unit, skip=True, example=X)  # type: ignore[arg-type]
     first, second = surgeon.status(model).gates
@@ -194,4 +203,6 @@ def test_what_a_layer_keeps_is_of_this_step(unit: str, keeps: bool) -> None:
     assert second.skips != keeps
     assert (second.note == "computed also when dropped: it keeps a value in f.1.loss") == keeps
     for _ in range(20 if keeps else 0):
-        (model(torch.randn(3, 4)).sum() + model[1].f[1].loss).backward()  # type: ignore[index]
+        out, router = model(torch.randn(3, 4)), model[1].f[1]  # type: ignore[index]
+        loss = router.loss if how == "tensor" else router.loss["router" if how == "dict" else -1]
+        (out.sum() + loss).backward()

@@ -153,3 +153,28 @@ def test_asking_for_the_type_draws_nothing_and_moves_no_statistics() -> None:
     norm = model.f[1]  # type: ignore[index]
     assert norm.num_batches_tracked == 0
     assert not norm.running_mean.any()
+
+
+def test_the_type_is_asked_anew_when_weights_change_theirs() -> None:
+    class Casting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.f(x.to(self.f[0].weight.dtype))
+
+    model = surgeon.apply(Casting(), "uniform", drop_rate=0.5, unit="batch", example=X.float())
+    for dtype in (torch.bfloat16, torch.float64, torch.float32):
+        model.to(dtype)
+        for kept in (False, True):
+            with coins(kept):
+                assert model(X.float()).dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_steps_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(Plain(), Plain())
+        surgeon.apply(model, "uniform", drop_rate=0.9, unit="batch", example=torch.zeros(2, 4))
+        for _ in range(10):
+            assert model(torch.zeros(2, 4)).is_meta

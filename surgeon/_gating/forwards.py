@@ -111,7 +111,7 @@ class Gating:
         self.ambient |= found.ambient
         self.below |= found.below
         self.attributes = tuple(sorted({*self.attributes, *found.attributes}))
-        places = {(id(one.holder), one.name): one for one in (*self.places, *found.places)}
+        places = {(id(one.holder), one.names): one for one in (*self.places, *found.places)}
         self.places = tuple(places.values())
         self.given |= {path: whole or self.given.get(path, False) for path, whole in found.given.items()}
         key = self._key(block, args, kwargs)
@@ -164,7 +164,7 @@ class Gating:
                 ):
                     fake.requires_grad_(real.requires_grad)
                 flow = Flow(trace(block, fake_args, fake_kwargs, log, below=self.below))
-            self.prepare(block, flow, args, kwargs)
+            spliced = self.prepare(block, flow, args, kwargs)
             self.ways.setdefault(self.way(args, kwargs), forms(args, kwargs))
         except TraceError as error:
             raise UnseenCallError(
@@ -173,7 +173,7 @@ class Gating:
             ) from error
         if len(self.runs) == _MANY:
             self._warn_of_many(type(block), args, kwargs)
-        return self.runs[self._key(block, args, kwargs)]
+        return spliced.run
 
     def _warn_of_many(self, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         warnings.warn(
@@ -242,7 +242,8 @@ class Gating:
 
     def __getstate__(self) -> dict[str, Any]:
         # Generated functions do not pickle; they are made again at the first call.
-        return {**self.__dict__, "runs": {}, "ways": {}, "weights": {}, "places": (), "around": ()}
+        fresh: dict[str, Any] = {"runs": {}, "ways": {}, "weights": {}, "places": (), "around": ()}
+        return {**self.__dict__, **fresh, "below": self.below.portable()}
 
 
 def _weights(block: nn.Module, found: Trace) -> frozenset[str]:

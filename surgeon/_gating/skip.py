@@ -117,7 +117,7 @@ def _mapped() -> bool:
 
 def _asks_ranks(lifted: Lifted, gate: Gate, block: nn.Module) -> bool:
     """Whether the branch takes statistics over ranks that draw otherwise: all of them have to run it."""
-    if gate.ranks is not None or torch.compiler.is_compiling() or not several():
+    if gate.ranks is not None or not several():
         return False
     return any(isinstance(module, nn.SyncBatchNorm) for module in _modules(lifted, block))
 
@@ -183,8 +183,9 @@ def _dropped(
     Where all before the branch is frozen, its parameters alone make that the result has a backward. They do
     so when it is dropped, too: else a step in which everything trainable is dropped would end in an error.
     """
-    into, shortcut = shortcut, shortcut.to(_result_type(lifted, gate, shortcut, onto, block, inputs))
-    fresh = fresh and shortcut is into
+    if not torch.compiler.is_compiling():
+        dtype = _result_type(lifted, gate, shortcut, onto, block, inputs)
+        fresh, shortcut = fresh and dtype == shortcut.dtype, shortcut.to(dtype)
     needed = torch.is_grad_enabled() and (gate.zeroes or not shortcut.requires_grad)
     idle = list(_idle(lifted, block, inputs)) if needed else []
     if idle:
@@ -200,33 +201,31 @@ def _result_type(
 
     Once for each state of autocast the branch is run to know, on fake tensors.
     """
-    kind = shortcut.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    plain = autocast is None and all(t.dtype == shortcut.dtype for t in _floating(lifted, block))
-    if onto == "shortcut" or plain or torch.compiler.is_compiling():
+    if onto == "shortcut":
         return shortcut.dtype
-    key = shortcut.dtype, autocast
+    kind = shortcut.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    autocast = torch.get_autocast_dtype(kind) if casts else None
+    weights = frozenset(t.dtype for t in _owned(lifted, block) if t.is_floating_point())
+    if autocast is None and weights <= {shortcut.dtype}:
+        return shortcut.dtype
+    key = shortcut.dtype, autocast, weights
     if key not in gate.types:
+        if any(m._forward_pre_hooks or m._forward_hooks for m in _modules(lifted, block)):
+            return shortcut.dtype  # they would see fake tensors
         gate.types[key] = _branch_type(lifted, block, inputs)
     branch = gate.types[key] or shortcut.dtype
     return branch if onto == "branch" else torch.promote_types(shortcut.dtype, branch)
 
 
 def _branch_type(lifted: Lifted, block: nn.Module, inputs: Sequence[Any]) -> torch.dtype | None:
-    """The type of the branch's result; None if it does not run on fake tensors, or hooks would see them."""
-    if any(m._forward_pre_hooks or m._forward_hooks for m in _modules(lifted, block)):
-        return None
+    """The type of the branch's result; None if it does not run on fake tensors."""
     log = OpLog(FakeTensorMode(allow_non_fake_inputs=True))
     with generators_kept(), no_autocast_cache(), torch.no_grad(), untouched(block), suppress(Exception):
         given = to_fake(log.fake, tuple(inputs))
         with log.fake, log, held_open():
             return lifted.run(block, *given).dtype
     return None
-
-
-def _floating(lifted: Lifted, block: nn.Module) -> Iterator[Tensor]:
-    """The weights of the branch that hold real numbers."""
-    return (t for t in _owned(lifted, block) if t.is_floating_point())
 
 
 def _modules(lifted: Lifted, block: nn.Module) -> Iterator[nn.Module]:

@@ -21,7 +21,8 @@ def check_told(labels: Sequence[str] | None, metadata: Mapping[str, object] | No
     Raises:
         UsageError: The labels are no sequence of strings, or a value cannot be written as JSON.
     """
-    if labels is not None and (isinstance(labels, str) or any(not isinstance(one, str) for one in labels)):
+    listed = labels is None or (isinstance(labels, Sequence) and not isinstance(labels, str))
+    if not listed or any(not isinstance(one, str) for one in labels or ()):
         raise UsageError(f"labels is {labels!r}; give the names of the classes, one string for each")
     for key, value in (metadata or {}).items():
         try:

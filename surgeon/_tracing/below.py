@@ -1,7 +1,7 @@
 """How a trace treats the modules below its block: calls of them are leaves, but for those named here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from surgeon._tracing.oplog import Op
 
@@ -30,6 +30,11 @@ class Below:
 
     opened: frozenset[str] = frozenset()
     stand_ins: Mapping[str, StandIn] = field(default_factory=dict)
+
+    def portable(self) -> "Below":
+        """The same without the operators, which do not pickle."""
+        bare = {name: replace(one, ops=()) for name, one in self.stand_ins.items()}
+        return replace(self, stand_ins=bare)
 
     def __or__(self, other: "Below") -> "Below":
         return Below(self.opened | other.opened, {**self.stand_ins, **other.stand_ins})

@@ -33,6 +33,7 @@ from surgeon._tracing.state import draws
 from surgeon.errors import RecordError
 
 aten = torch.ops.aten
+_INTERNAL = frozenset(nn.Module().__dict__)  # what PyTorch itself keeps on a module, buffers for one
 
 
 @dataclass(slots=True)
@@ -175,9 +176,9 @@ def _record(model: nn.Module, args: Any, kwargs: Any, *, training: bool, real: b
         if not real:
             stack.enter_context(log.fake)
         stack.enter_context(log)
-        held = {module: dict(module.__dict__) for module in model.modules()}
+        held = {module: dict(_tensors_of(module)) for module in model.modules()}
         model(*given[0], **given[1])
-        keeping = {module: name for module in held if (name := _kept(module, held[module]))}
+        keeping = {module: name for module in held if (name := _kept(module, held[module], log))}
         if training and draws() != before:
             raise RecordError(
                 "its forward draws random numbers from Python's or NumPy's generator in training"
@@ -187,10 +188,20 @@ def _record(model: nn.Module, args: Any, kwargs: Any, *, training: bool, real: b
     return Recording(tuple(calls), sum(op.flops for op in log.ops), training, log, keeping)
 
 
-def _kept(module: nn.Module, before: Mapping[str, Any]) -> str:
-    """The first attribute of a module that has become another tensor; ``""`` if none has."""
-    now = module.__dict__.items()
-    return next((n for n, value in now if isinstance(value, Tensor) and before.get(n) is not value), "")
+def _kept(module: nn.Module, before: Mapping[str, list[Tensor]], log: "OpLog") -> str:
+    """The first attribute of a module that holds other tensors made of the model's inputs; ``""`` if none."""
+    for name, found in _tensors_of(module):
+        known = {id(tensor) for tensor in before.get(name, ())}
+        if any(id(tensor) not in known and log.active(tensor) for tensor in found):
+            return name
+    return ""
+
+
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
+    """The tensors in a module's plain attributes, and in nests there."""
+    for name, value in module.__dict__.items():
+        if name not in _INTERNAL and isinstance(value, (Tensor, list, tuple, dict)):
+            yield name, tensors(value)
 
 
 @contextmanager

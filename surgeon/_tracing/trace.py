@@ -26,7 +26,7 @@ from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 
 from surgeon._text import first_line
-from surgeon._tracing.below import Below
+from surgeon._tracing.below import Below, StandIn
 from surgeon._tracing.canonical import canonical
 from surgeon._tracing.example import generators_kept, no_autocast_cache, tensors, untouched
 from surgeon._tracing.facts import Fact, Trace, drop_unused
@@ -39,7 +39,7 @@ from surgeon._tracing.oplog import Op, OpLog
 from surgeon._tracing.proxy import ValueProxy, isinstance_, sees
 from surgeon._tracing.reads import Reads, attribute, noted
 from surgeon._tracing.record import Call
-from surgeon._tracing.state import CONSTANTS, PLAIN, draws
+from surgeon._tracing.state import CONSTANTS, PLAIN, draws, state
 from surgeon.errors import TraceError
 
 _ONE_AT_A_TIME = threading.RLock()  # fx patches `nn.Module` itself, and puts back what it found there
@@ -79,6 +79,8 @@ def trace(
         below = below or Below()
         tracer = BlockTracer(log, args, kwargs, replays or {}, reads, below)
         try:
+            named, places, classes = _mentioned(block, below)
+            around = _around(block, named, places)
             with guarded(tracer, block), _Capture(tracer):
                 graph = tracer.trace(block)
         except TraceError:
@@ -87,29 +89,39 @@ def trace(
             raise TraceError(f"{type(error).__name__}: {first_line(error)}{_hooked(block)}") from error
         changed = [name for name, value in block.__dict__.items() if before.get(name, block) is not value]
         left, elsewhere = kept(block), held_elsewhere(tracer.proxies)
+        moved = [name for name, value in _around(block, named, places).items() if [value] != [around[name]]]
     if changed:
         raise TraceError(f"its forward assigns self.{changed[0]}")
     if left:
         raise TraceError(f"its forward keeps a value in self.{left}")
     if elsewhere:
         raise TraceError(f"its forward keeps a value in a {elsewhere} that is not its own")
-    places = _note_mentioned(block, below, reads)
+    if moved:
+        raise TraceError(f"its forward changes {moved[0].partition(' ')[0]}, which is not its own")
+    for name in (*named, *(reads.fetched if classes else ())):
+        reads.note(name, attribute(block, name), own=True)
+    below = Below(below.opened, tracer.stood)
     reads.walked({str(node.target) for node in graph.nodes if node.op == "call_module"})
     drop_unused(graph, tracer.facts)
     given = tracer.given.read
     return Trace(graph, tracer.facts, tracer.exact, tracer.ambient, reads, below, given, places)
 
 
-def _note_mentioned(block: nn.Module, below: Below, reads: Reads) -> tuple[Place, ...]:
-    """Notes what the traced code has read without asking a module; gives where else it has read."""
-    places = list[Place]()
+def _mentioned(block: nn.Module, below: Below) -> tuple[list[str], tuple[Place, ...], bool]:
+    """What the code of a block, and of what is traced through, mentions: attributes, places, classes."""
+    named, places, classes = list[str](), list[Place](), False
     for path in ("", *sorted(below.opened)):
         found = mentions(block.get_submodule(path))
+        named += [f"{path}.{name}" if path else name for name in found.attributes]
         places += found.places
-        whole = [f"{path}.{name}" if path else name for name in found.attributes]
-        for name in (*whole, *(reads.fetched if found.classes else ())):
-            reads.note(name, attribute(block, name), own=True)
-    return tuple(places)
+        classes |= found.classes
+    return named, tuple(places), classes
+
+
+def _around(block: nn.Module, named: list[str], places: tuple[Place, ...]) -> dict[str, Any]:
+    """What is in these attributes and places now, by a name for messages."""
+    found = {f"{place} ({number})": state(place.value()) for number, place in enumerate(places)}
+    return found | {f"self.{name}": state(attribute(block, name)) for name in named}
 
 
 def _hooked(block: nn.Module) -> str:
@@ -151,6 +163,7 @@ class BlockTracer(fx.Tracer):
     ) -> None:
         super().__init__()
         self._below = below
+        self.stood: dict[str, StandIn] = {}
         self._reads = reads
         self._replays = {module: list(calls) for module, calls in replays.items()}
         self.log, self.args, self.kwargs = log, args, kwargs
@@ -367,6 +380,7 @@ class BlockTracer(fx.Tracer):
             given = tensors((args, kwargs))
             if stands is None or stands.place >= len(given):
                 raise
+            self.stood[str(node.target)] = stands
             return given[stands.place].clone(), stands.ops
         return value, tuple(self.log.ops[start:])
 
