@@ -291,7 +291,7 @@ def test_norms_over_all_ranks_are_run_by_all(tmp_path: Path, options: str) -> No
             return x - all_reduce(x.mean(0)) / ranks if self.training else x
 
     calls = []
-    model = gated(0.5, {options})
+    model = gated(0.8, {options})
     for block in model[1:5]:
         block.f[1] = Norm(4)
     model.double()
