@@ -52,17 +52,11 @@ class Part(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Any) -> None:  # noqa: ARG004
         ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, whole: Tensor, part: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
-        return Join.apply(whole, part.to(whole.dtype), rows, 1.0), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _rows: None) -> tuple[Tensor, Tensor]:
-        (rows,) = ctx.saved_tensors
-        return tangent.view_as(tangent), take(tangent, rows)
+        return joined(whole, part.to(whole.dtype), rows, 1.0), None
 
 
 class Join(torch.autograd.Function):
@@ -75,7 +69,6 @@ class Join(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
         ctx.save_for_backward(inputs[2])
-        ctx.save_for_forward(inputs[2])
         ctx.factor = inputs[3]
 
     @staticmethod
@@ -86,7 +79,41 @@ class Join(torch.autograd.Function):
             part = part * ctx.factor if torch.is_grad_enabled() else part.mul_(ctx.factor)
         return grad, part, None, None
 
+
+# --- forward mode, which a compiler does not want to see ------------------------------------------
+
+
+class _Part(Part):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Any) -> None:
+        Part.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _rows: None) -> tuple[Tensor, Tensor]:
+        (rows,) = ctx.saved_tensors
+        return tangent.view_as(tangent), take(tangent, rows)
+
+
+class _Join(Join):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        Join.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[2])
+
     @staticmethod
     def jvp(ctx: Any, whole: Tensor, part: Tensor, *_: None) -> Tensor:
         (rows,) = ctx.saved_tensors
         return put(whole, part, rows, ctx.factor)
+
+
+def parted(value: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """A tensor, and some of its rows, by `Part`."""
+    pair: tuple[Tensor, Tensor] = (Part if torch.compiler.is_compiling() else _Part).apply(value, rows)
+    return pair
+
+
+def joined(whole: Tensor, part: Tensor, rows: Tensor, factor: float) -> Tensor:
+    """``whole`` with ``factor * part`` added to its ``rows``, by `Join`."""
+    made: Tensor = (Join if torch.compiler.is_compiling() else _Join).apply(whole, part, rows, factor)
+    return made

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from surgeon._gating.gate import Branch, Gate, combine, masked_add
 from surgeon._gating.ranks import several
-from surgeon._gating.rowops import Join, Part, take
+from surgeon._gating.rowops import joined, parted, take
 from surgeon._gating.saved import hooks_allowed, saved_once
 from surgeon._tracing.example import generators_kept, no_autocast_cache, tensors, untouched
 from surgeon._tracing.fake import held_open, to_fake
@@ -139,7 +139,7 @@ def _gathered(
     """What the result is added to, and the branch's inputs for the surviving rows."""
     into, own = shortcut, None
     if onto != "shortcut" and any(inputs[i] is shortcut for i in lifted.rows):
-        into, own = Part.apply(shortcut, rows)
+        into, own = parted(shortcut, rows)
     taken = list(inputs)
     for i in lifted.rows:
         value: Tensor = inputs[i]
@@ -163,7 +163,7 @@ def _put_back(into: Tensor, result: Tensor, rows: Tensor, factor: float, onto: s
     if onto == "shortcut":
         return into.index_add_(0, rows, result.to(into.dtype), alpha=factor)
     dtype = result.dtype if onto == "branch" else torch.promote_types(into.dtype, result.dtype)
-    return Join.apply(into.to(dtype), result.to(dtype), rows, factor)  # type: ignore[no-any-return]
+    return joined(into.to(dtype), result.to(dtype), rows, factor)
 
 
 # --- nothing ------------------------------------------------------------------
@@ -190,7 +190,8 @@ def _dropped(
     idle = list(_idle(lifted, block, inputs)) if needed else []
     if idle:
         sharing = "same" if onto == "shortcut" else "copy" if fresh else "view"
-        return _Idle.apply(shortcut, sharing, gate.zeroes, *idle)  # type: ignore[no-any-return]
+        function = _Idle if torch.compiler.is_compiling() else _IdleForward
+        return function.apply(shortcut, sharing, gate.zeroes, *idle)  # type: ignore[no-any-return]
     return shortcut.clone() if fresh else shortcut
 
 
@@ -271,17 +272,21 @@ class _Idle(torch.autograd.Function):
         return (grad if ctx.needs_input_grad[0] else None, None, None, *_Idle.gradients(ctx))
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Tensor | None:
-        """Of a shortcut that is not differentiated there is none."""
-        return None if tangent is None else _passed(tangent, ctx.sharing)
-
-    @staticmethod
     def gradients(ctx: Any) -> list[Tensor | None]:
         if not ctx.zeroes:
             return [None] * len(ctx.like)
         if ctx.idle is not None:  # sharded tensors and the like know how to make their own zeros
             return [torch.zeros_like(t) for t in ctx.idle]
         return [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like]
+
+
+class _IdleForward(_Idle):
+    """With forward mode, which a compiler does not want to see."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Tensor | None:
+        """Of a shortcut that is not differentiated there is none."""
+        return None if tangent is None else _passed(tangent, ctx.sharing)
 
 
 def _passed(value: Tensor, sharing: str) -> Tensor:
