@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from surgeon._files import beside, settle
 from surgeon._finding.findings import gate_name
-from surgeon._gating.forwards import KeepingBlock
+from surgeon._gating.block import KeepingBlock
 from surgeon._gating.gate import NOTE
 from surgeon._gating.gated import gates_of, is_gated
 from surgeon._text import first_line

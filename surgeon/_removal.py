@@ -8,7 +8,7 @@ from torch import nn
 from surgeon._copy import copied
 from surgeon._folding.fold import FoldPlan, commit
 from surgeon._folding.planning import plan_gates
-from surgeon._gating.forwards import check_class, ungate_block
+from surgeon._gating.block import check_class, ungate_block
 from surgeon._gating.gate import Gate
 from surgeon._gating.gated import gated_blocks, gates_of, is_gated, recorded_inputs
 from surgeon._tracing.example import Example

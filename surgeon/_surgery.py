@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from surgeon._finding.analysis import Analysis, analyse
 from surgeon._finding.findings import Findings
 from surgeon._folding.keep import check_state_is_free, divide
-from surgeon._gating.forwards import gate_block, ungate_block
+from surgeon._gating.block import gate_block, ungate_block
 from surgeon._gating.gate import Gate, Origin, Scaling, Unit, Unused
 from surgeon._gating.gated import gated_blocks, gates_of, is_gated
 from surgeon._gating.preparation import prepare

@@ -17,7 +17,7 @@ from blocks import BasicBlock, Branch, Net, Plain, Snapshot, Twice, case, coins,
 from torch import Tensor, nn
 
 import surgeon
-from surgeon._gating.forwards import KeepingBlock
+from surgeon._gating.block import KeepingBlock
 from surgeon.errors import AlreadyGatedError, NotGatedError
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))

@@ -19,7 +19,7 @@ from blocks import Branch, Plain, X, randomise
 from torch import Tensor, nn
 
 import surgeon
-from surgeon._gating.forwards import gating_of
+from surgeon._gating.block import gating_of
 from surgeon._tracing.state import draws
 
 

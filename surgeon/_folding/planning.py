@@ -15,7 +15,8 @@ from surgeon._folding.fold import FoldPlan, Kept, held, plan, plan_flat
 from surgeon._folding.operators import laws
 from surgeon._folding.state import place
 from surgeon._folding.still import spelled_out
-from surgeon._gating.forwards import Gating, gating_of
+from surgeon._gating.block import gating_of
+from surgeon._gating.forwards import Gating
 from surgeon._gating.gate import Gate, marking
 from surgeon._gating.ways import Arguments, forms, zeros
 from surgeon._tracing.example import mode, no_inference_mode, untouched

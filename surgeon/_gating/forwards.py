@@ -1,13 +1,6 @@
-"""Installs gated forwards on a block, and makes another one for each new way of calling it.
-
-The block keeps its identity: its ``__class__`` becomes a generated subclass of its class (as in
-`torch.nn.utils.parametrize`) with the same name, whose forward runs the generated code. Gates are no
-submodules: they have no weights, and ``children()`` of a block must stay what it was. `ungate_block` puts the
-class back.
-"""
+"""The gated forwards of a block: one for each way of calling it, and another when a new way comes."""
 
 import copy
-import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,7 +14,7 @@ from torch.utils import _pytree as pytree
 from surgeon._finding.addition import Addition
 from surgeon._finding.flow import Flow
 from surgeon._finding.residual import meant
-from surgeon._gating.gate import NOTE, Gate
+from surgeon._gating.gate import Gate
 from surgeon._gating.places import Mark, again, located
 from surgeon._gating.splice import Run, Spliced, splice
 from surgeon._gating.ways import Arguments, forms
@@ -34,8 +27,8 @@ from surgeon._tracing.mentions import Place
 from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.reads import attribute
 from surgeon._tracing.state import ambient, kind, state
-from surgeon._tracing.trace import Unannounced, trace
-from surgeon.errors import CheckpointError, TraceError, UnseenCallError, WrappedModelError
+from surgeon._tracing.trace import trace
+from surgeon.errors import TraceError, UnseenCallError
 
 _MANY = 64  # ways of calling one block, each traced and kept
 
@@ -271,182 +264,3 @@ def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str
 
 # What the decorator torch.compiler.disable does, which would import the whole compiler with surgeon.
 Gating._extend._torchdynamo_disable = True  # type: ignore[attr-defined]
-
-
-class GatedBlock(Unannounced, nn.Module):
-    """Mixed into the class of a gated block, in front of it."""
-
-    _ungated: type[nn.Module]
-    _surgeon: Gating
-
-    def extra_repr(self) -> str:
-        gating, own = gating_of(self), super().extra_repr()
-        if gating is None:
-            return own
-        gates = ", ".join(f"{g.name.rpartition('.')[2]} p={g.survival:.4g}" for g in gating.gates)
-        return f"{own}, gates: {gates}" if own else f"gates: {gates}"
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        # Beside the keys, which stay stock: torch.save keeps this, and `surgeon.load` reads it.
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        noted = getattr(destination, "_metadata", {}).get(prefix[:-1])
-        if noted is not None and any(scale != 1.0 for _, scale in _table(self)):
-            noted[NOTE] = _table(self)
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        noted = local_metadata.get(NOTE)
-        own = _table(self)
-        if noted is not None and own and [tuple(row) for row in noted] != own:
-            raise CheckpointError(
-                f"{_block_name(self)}: the checkpoint was trained with the evaluation scales "
-                f"{_spoken(noted)}, the model's are {_spoken(own)}; {_LOAD}"
-            )
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(2)
-        _, _, *rest = reduced
-        return (_revive, (self._ungated, isinstance(self, KeepingBlock)), *rest)
-
-
-class KeepingBlock(GatedBlock):
-    """A gated block whose weights were divided by its gates' scales: `surgeon.apply(..., keep_eval=True)`.
-
-    Such weights mean something else than those of the stock model under the same names. So the ``state_dict``
-    carries the scales along, as the extra state that PyTorch provides for, and no strict load can confuse the
-    two.
-    """
-
-    def get_extra_state(self) -> Tensor:
-        """Place among the block's additions and scale of each gate, one row per gate, in float64."""
-        return torch.tensor(_table(self), dtype=torch.float64)
-
-    def set_extra_state(self, state: Any) -> None:
-        """Checks that weights which come in were divided by the scales of these gates.
-
-        Raises:
-            CheckpointError: They were not.
-        """
-        own = self.get_extra_state()
-        if not (isinstance(state, Tensor) and state.shape == own.shape and _close(state, own)):
-            noted = state.tolist() if isinstance(state, Tensor) and state.ndim == 2 else ()
-            raise CheckpointError(
-                f"{_block_name(self)}: the checkpoint's weights were divided by the scales {_spoken(noted)}, "
-                f"the model's are {_spoken(own.tolist())}; {_LOAD}"
-            )
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        # Also where a load is not strict; a part of the state that leaves the block out may come in.
-        if gating_of(self) and prefix + "_extra_state" not in state_dict and state_dict:
-            raise CheckpointError(
-                f"{_block_name(self)}: these weights are not from a model gated with keep_eval=True, so its "
-                f"gates would scale a branch that was never divided by their scales; {_LOAD}"
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-_LOAD = "surgeon.load(model, file) converts them"
-
-
-def _table(block: GatedBlock) -> list[tuple[int, float]]:
-    """Place and scale of each gate that still acts; empty for a slice of a gated block."""
-    gating = gating_of(block)
-    return [(gate.ordinal, gate.scale) for gate in gating.gates if not gate.folded] if gating else []
-
-
-def _close(state: Tensor, own: Tensor) -> bool:
-    return torch.allclose(state.to(own), own, rtol=max(1e-6, 4 * torch.finfo(state.dtype).eps), atol=0)
-
-
-def _block_name(block: nn.Module) -> str:
-    gating = gating_of(block)
-    return (gating.name if gating else "") or type(block).__name__
-
-
-def _spoken(table: Sequence[Any]) -> str:
-    return ", ".join(f"{scale:.4g}" for _, scale in table) or "(none)"
-
-
-def _revive(ungated: type[nn.Module], keeping: bool = False) -> nn.Module:
-    cls = gated_class(ungated, keeping=keeping)
-    block: nn.Module = cls.__new__(cls)
-    return block
-
-
-_classes: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
-
-
-def gated_class(cls: type[nn.Module], *, keeping: bool = False) -> type[nn.Module]:
-    """The subclass of ``cls`` whose forward runs a block's gates; of the same name, in the same module.
-
-    Args:
-        cls: The block's class.
-        keeping: For a `KeepingBlock`.
-    """
-    if issubclass(cls, GatedBlock):  # a slice or a sibling of a gated block has its class and no gates
-        cls = cls._ungated
-    if (cls, keeping) not in _classes:
-        _classes[cls, keeping] = _subclass(cls, KeepingBlock if keeping else GatedBlock)
-    return _classes[cls, keeping]
-
-
-def _subclass(cls: type[nn.Module], kind: type[GatedBlock]) -> type[nn.Module]:
-    original = cls.forward
-
-    @functools.wraps(original)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # A slice of a gated Sequential is of the gated class and has no gates.
-        gating = getattr(self, "_surgeon", None)
-        if gating is None or (not self.training and gating.evaluates_plainly):
-            return original(self, *args, **kwargs)
-        return gating.run(self, args, kwargs)
-
-    body = {
-        "forward": forward,
-        "_ungated": cls,
-        "_ungated_forward": original,
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-    }
-    return type(cls.__name__, (kind, cls), body)
-
-
-def gate_block(block: nn.Module, gating: Gating) -> None:
-    """Installs ``gating`` on ``block``; the block's class becomes a subclass of what it was.
-
-    Where it is interrupted, `ungate_block` undoes what it did.
-    """
-    cls = gated_class(type(block), keeping=any(gate.keep_eval for gate in gating.gates))
-    block.__dict__["_surgeon"] = gating
-    block.__class__ = cls
-
-
-def check_class(name: str, block: nn.Module) -> None:
-    """Checks that a gated block has the class that `gate_block` gave it, so that `ungate_block` undoes it.
-
-    Raises:
-        WrappedModelError: Something else has changed the block's class since, and would be undone with it.
-    """
-    if "_ungated" not in vars(type(block)):
-        raise WrappedModelError(
-            f"{name or 'the model'} has become a {type(block).__name__} since surgeon.apply, by fully_shard, "
-            "parametrize or the like, which would be lost with its gates. Take that off first, or call "
-            "surgeon.load with the weights on a model without it, gated or not"
-        )
-
-
-def ungate_block(block: nn.Module) -> None:
-    """Gives ``block`` its own class back and takes its gates away, as far as it has them."""
-    if isinstance(block, GatedBlock):
-        block.__class__ = type(block)._ungated  # type: ignore[assignment]
-    block.__dict__.pop("_surgeon", None)
-
-
-def gating_of(module: nn.Module) -> Gating | None:
-    """The gating of a gated block, else None."""
-    return module.__dict__.get("_surgeon") if isinstance(module, GatedBlock) else None

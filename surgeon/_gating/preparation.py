@@ -10,7 +10,8 @@ from surgeon._finding.analysis import Analysis, Block
 from surgeon._finding.findings import Residual
 from surgeon._finding.flow import Flow
 from surgeon._gating.batch import Batch, Sum, batch_of
-from surgeon._gating.forwards import Gating, gated_class
+from surgeon._gating.block import gated_class
+from surgeon._gating.forwards import Gating
 from surgeon._gating.gate import Gate
 from surgeon._gating.samples import Samples, dimensions, doubtful
 from surgeon._gating.saved import keeps_result

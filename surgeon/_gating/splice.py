@@ -4,7 +4,7 @@ Two forms. *Masked*: the addition becomes ``masked_add(gate, shortcut, branch)``
 where it was. *Lifted*: the nodes that run for the branch alone move into a function of their own, which
 `_gating.skip` calls when the branch survives, or on the rows that survive. In both, stochastic depth that
 was on the branch is taken off, as the gate stands in for it. The generated code names the block's own
-children and parameters, never copies; `surgeon._gating.forwards` installs it.
+children and parameters, never copies; `surgeon._gating.block` installs it.
 """
 
 import functools

@@ -15,7 +15,7 @@ from surgeon._tracing.state import PLAIN
 from surgeon.errors import TraceError
 
 if TYPE_CHECKING:
-    from surgeon._tracing.trace import BlockTracer
+    from surgeon._tracing.tracer import BlockTracer
 
 
 class ValueProxy(fx.Proxy):

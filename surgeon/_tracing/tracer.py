@@ -1,0 +1,381 @@
+"""The fx tracer of one block: its child modules are leaves, its arguments the recorded ones.
+
+Every proxy (`_tracing.proxy`) carries the fake value that its node has on the recorded arguments. `len`,
+unpacking, `isinstance` and Python control flow see what they would see in the real run, while sizes, indices
+and arithmetic on them stay symbolic in the graph. Where control flow consumes a size, the trace is ``exact``:
+it holds for these shapes only, and the splice makes another one when others arrive.
+
+Executing each node on fake values also tells what fx alone cannot: which tensors a node writes to in
+place (their version counters move), which values share storage, how many FLOPs a node costs, whether it
+draws random numbers.
+"""
+
+import builtins
+import inspect
+import operator
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.fx.node import map_arg
+from torch.overrides import TorchFunctionMode
+
+from surgeon._tracing.below import Below, StandIn
+from surgeon._tracing.canonical import canonical
+from surgeon._tracing.example import generators_kept, tensors
+from surgeon._tracing.facts import Fact
+from surgeon._tracing.fake import storage
+from surgeon._tracing.given import Given
+from surgeon._tracing.leftovers import contents, same_items
+from surgeon._tracing.oplog import Op, OpLog
+from surgeon._tracing.proxy import ValueProxy, isinstance_, sees
+from surgeon._tracing.reads import Reads, attribute, noted
+from surgeon._tracing.record import Call
+from surgeon._tracing.state import CONSTANTS, PLAIN, draws
+from surgeon.errors import TraceError
+
+_DRAWS = "its forward draws random numbers from Python's or NumPy's generator"
+
+
+class BlockTracer(fx.Tracer):
+    """An fx tracer of one module: children are leaves (but for some), arguments are the recorded ones."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(
+        self,
+        log: OpLog,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        replays: Mapping[nn.Module, list[Call]],
+        reads: Reads,
+        below: Below,
+    ) -> None:
+        super().__init__()
+        self._below = below
+        self.stood: dict[str, StandIn] = {}
+        self._reads = reads
+        self._replays = {module: list(calls) for module, calls in replays.items()}
+        self.log, self.args, self.kwargs = log, args, kwargs
+        self.facts: dict[fx.Node, Fact] = {}
+        self.exact = False
+        self.ambient = False
+        self.given = Given(self.facts)
+        self.proxies: dict[fx.Node, ValueProxy] = {}
+        self._listening, self._thread = False, threading.get_ident()
+        self._state = _global_state()
+
+    @property
+    def listening(self) -> bool:
+        """Whether the traced code itself is running, and not another thread, which meets the patches too."""
+        return self._listening and threading.get_ident() == self._thread
+
+    @listening.setter
+    def listening(self, on: bool) -> None:
+        self._listening = on
+
+    def trace(self, root: Any, _concrete_args: Any = None) -> fx.Graph:
+        self.traced_func_name = "_ungated_forward" if hasattr(type(root), "_ungated_forward") else "forward"
+        return super().trace(root)
+
+    def pin(self, proxy: ValueProxy) -> Any:
+        """The value of ``proxy`` for use in Python; the trace then holds for this value only."""
+        self.exact = True
+        self.given.decides(proxy.node)
+        return proxy.__dict__["value"]
+
+    def made_here(self, node: fx.Node) -> bool:
+        """Whether a value is an object that the forward made or got from a child, and no argument."""
+        while node.target in (getattr, operator.getitem):
+            node = node.all_input_nodes[0]
+        given = [fact.value for other, fact in self.facts.items() if other.op in ("placeholder", "get_attr")]
+        return not any(self.facts[node].value is value for value in given)
+
+    def counts_pieces(self, node: fx.Node) -> bool:
+        """Whether the length of the node's value follows from a size: pieces of a tensor, unless counted."""
+        pieces = bool(tensors(self.facts[node].value)) and node.op in ("call_function", "call_method")
+        given = [*node.args[1:2], *node.kwargs.values()]
+        counted = node.target in (torch.chunk, "chunk") or any(isinstance(a, (list, tuple)) for a in given)
+        return pieces and node.target is not list and not counted
+
+    def create_args_for_root(self, root_fn: Any, _is_module: bool, _concrete_args: Any = None) -> Any:
+        names = _argument_names(root_fn, self.args, self.kwargs)
+        values = [*self.args, *self.kwargs.values()]
+        given = [self._placeholder(*one) for one in zip(range(len(names)), names, values, strict=True)]
+        split = len(self.args)
+        keywords = dict(zip(self.kwargs, given[split:], strict=True))
+
+        def call() -> Any:
+            with noted(self.root, self._reads, lambda: self.listening):
+                drawn = draws()
+                self.listening, builtins.isinstance = True, sees
+                try:
+                    result = root_fn(self.root, *given[:split], **keywords)
+                finally:
+                    self.listening, builtins.isinstance = False, isinstance_
+            if draws() != drawn:
+                raise TraceError(_DRAWS)
+            return result
+
+        return call, []
+
+    def _placeholder(self, place: int, name: str, value: Any) -> Any:
+        node = self.create_node("placeholder", name, (), {})
+        self.given.argument(node, place)
+        active = any(self.log.active(t) for t in tensors(value))
+        self.facts[node] = Fact(value, frozenset(), frozenset(), (), active)
+        # Optional and flag arguments decide which code runs: the forward must see the value itself.
+        return value if isinstance(value, CONSTANTS) else self._wrap(node, value)
+
+    def _wrap(self, node: fx.Node, value: Any) -> "ValueProxy":
+        proxy = ValueProxy(node, self, value)
+        self.proxies[node] = proxy
+        return proxy
+
+    def proxy_of(self, node: fx.Node) -> "ValueProxy":
+        """The proxy that was made for ``node``."""
+        return self.proxies[node]
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Node:
+        if _global_state() != self._state:
+            raise TraceError("part of its forward runs under its own autocast or grad mode")
+        return super().create_node(kind, target, args, kwargs, *rest, **more)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if is_dataclass(a) and not isinstance(a, type):
+            return self._emit(
+                "call_function", type(a), (), {f.name: getattr(a, f.name) for f in fields(a)}
+            ).node
+        if isinstance(a, tuple) and hasattr(a, "_fields"):
+            return self._emit("call_function", type(a), tuple(a), {}).node
+        known = not isinstance(a, Tensor) or isinstance(a, nn.Parameter) or a in self.tensor_attrs
+        if not known and not any(a is b for b in self.root.buffers()):
+            raise TraceError("its forward uses a tensor that is no parameter, buffer or attribute")
+        made = super().create_arg(a)
+        if (
+            isinstance(made, fx.Node) and made not in self.facts
+        ):  # a tensor that no attribute access handed out
+            with self.deaf():
+                self._wrap(made, self._execute(made))
+        return made
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *_: Any, **__: Any) -> Any:
+        with self.deaf():
+            if kind == "call_function" or (kind == "call_method" and _is_tensor(args[0])):
+                same = canonical(lambda f, a: self._emit("call_function", f, a, {}), target, args, kwargs)
+                if same is not None:
+                    return same
+            return self._emit(kind, target, args, kwargs)
+
+    def _emit(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
+        try:
+            value = self._execute(node)
+        except Exception:  # the forward may catch it: which way it goes then hangs on these shapes
+            self.exact = True
+            self.graph.erase_node(node)
+            raise
+        part = self.given.takes(node)
+        # The forward must see None itself, and flags that came in inside a nest of arguments.
+        if part and isinstance(value, CONSTANTS):
+            return value
+        if value is None:
+            self.given.decides(node)
+            return None
+        return self._wrap(node, value)
+
+    def requires_grad(self, proxy: ValueProxy) -> bool:
+        """Whether a tensor that was there before the forward requires a gradient; noted."""
+        node = proxy.node
+        if node.op == "get_attr":
+            with self.deaf():
+                asks = bool(attribute(self.root, str(node.target)).requires_grad)
+            self._reads.note(f"{node.target}.requires_grad", asks, own=True)
+            return asks
+        if not self.given.asked(node, "requires_grad"):
+            raise TraceError("its forward asks whether a value of its own requires a gradient")
+        return bool(proxy.__dict__["value"].requires_grad)
+
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Inside, torch calls and module calls are surgeon's own, not the forward's."""
+        listening, self.listening = self.listening, False
+        # All of PyTorch's own Python runs in here, and should ask the built-in itself.
+        sight, builtins.isinstance = builtins.isinstance, isinstance_
+        try:
+            yield
+        finally:
+            self.listening, builtins.isinstance = listening, sight
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if not self.listening:  # a child of a leaf, running on fake values
+            return forward(*args, **kwargs)
+        try:
+            path = self.path_of_module(m)
+        except NameError:
+            raise TraceError(f"its forward calls a {type(m).__name__} that is not its submodule") from None
+        if path in self._below.opened:
+            return forward(*args, **kwargs)
+        return self.create_proxy("call_module", path, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if not self.listening:
+            return attr_val
+        with self.deaf():
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _execute(self, node: fx.Node) -> Any:
+        """Runs one node on fake values and notes its facts."""
+        args, kwargs = _mutable(map_arg((node.args, node.kwargs), lambda n: self.facts[n].value))
+        read = tensors((args, kwargs))
+        recorded = self._recorded(node, read)
+        if recorded is not None:
+            self.facts[node] = Fact(
+                recorded.output,
+                frozenset(storage(t) for t in read),
+                frozenset(),
+                tuple(self.log.ops[recorded.first_op : recorded.last_op]),
+                any(self.log.active(t) for t in tensors(recorded.output)),
+            )
+            return recorded.output
+        versions = [t._version for t in read]
+        held = self._held(node)
+        start = len(self.log.ops)
+        self.log.touched.clear()
+        with torch.no_grad(), self.log.fake, self.log:
+            value, ops = self._value_and_ops(node, args, kwargs, start)
+        child = node.op == "call_module"
+        for given, items in held:  # later readers of it would not be known to depend on this node
+            if not same_items(contents(given, deep=not child), items):
+                raise TraceError(f"its forward changes a {type(given).__name__} that it was given")
+        written = (t for t, version in zip(read, versions, strict=True) if t._version != version)
+        self.facts[node] = Fact(
+            value,
+            frozenset(storage(t) for t in read),
+            frozenset(storage(t) for t in written),
+            ops,
+            any(self.log.active(t) for t in tensors(value)),
+            frozenset({storage(t) for t in read} - {storage(t) for t in tensors(value)} - self.log.touched),
+        )
+        return value
+
+    def _value_and_ops(self, node: fx.Node, args: Any, kwargs: Any, start: int) -> tuple[Any, tuple[Op, ...]]:
+        """What a node gives, and what ran for it; or what stands for a child that only runs on numbers."""
+        stands = self._below.stand_ins.get(str(node.target)) if node.op == "call_module" else None
+        try:
+            value = self._call(node, args, kwargs)
+        except Exception:
+            given = tensors((args, kwargs))
+            if stands is None or stands.place >= len(given):
+                raise
+            self.stood[str(node.target)] = stands
+            return given[stands.place].clone(), stands.ops
+        return value, tuple(self.log.ops[start:])
+
+    def _recorded(self, node: fx.Node, read: list[Tensor]) -> Call | None:
+        """The recorded call that this node repeats, if its result can be taken as it is."""
+        module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        calls = self._replays.get(module) if module is not None else None
+        if not calls:
+            return None
+        call = calls.pop(0)
+        before = tensors((call.args, call.kwargs))
+        same = [(t.shape, t.dtype) for t in before] == [(t.shape, t.dtype) for t in read]
+        shared = {storage(t) for t in before} & {storage(t) for t in tensors(call.output)}
+        return call if same and not shared and not call.wrote and tensors(call.output) else None
+
+    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if node.op == "call_module":
+            return self._call_child(self.root.get_submodule(str(node.target)), args, kwargs)
+        value: Any = self.root
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return self.log.shadow(value) if isinstance(value, Tensor) else value
+
+    def _call_child(self, child: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Runs a child, whose random numbers are its own affair unless it hands them to the forward."""
+        drawn = draws()
+        with generators_kept():
+            value = child(*args, **kwargs)
+            if not tensors(value) and draws() != drawn:
+                raise TraceError(_DRAWS)
+        return value
+
+    def _held(self, node: fx.Node) -> list[tuple[Any, list[Any]]]:
+        """The nests and objects that a node gets and must not change, with what they hold; a child may."""
+        if node.target in (getattr, operator.getitem, setattr):
+            return []
+        child = node.op == "call_module"
+        kinds = (list, dict, set) if child else object
+        given = (self.facts[n].value for n in node.all_input_nodes)
+        nests = [v for v in given if isinstance(v, kinds) and not isinstance(v, (Tensor, *PLAIN))]
+        return [(nest, contents(nest, deep=not child)) for nest in nests]
+
+
+class Capture(TorchFunctionMode):
+    """Puts torch calls without a proxy among their arguments (factories, ops on weights) into the graph."""
+
+    def __init__(self, tracer: BlockTracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if not self.tracer.listening or name in ("__get__", "__set__"):
+            return func(*args, **kwargs)
+        if isinstance(func, _METHODS) and not name.startswith("__"):
+            return self.tracer.create_proxy("call_method", name, args, kwargs)
+        return self.tracer.create_proxy("call_function", _operator(func, name), args, kwargs)
+
+
+_METHODS = (type(Tensor.add), type(Tensor.__add__))
+
+
+def _operator(func: Any, name: str) -> Any:
+    """Tensor dunders as the ``operator`` functions that generated code can name."""
+    plain = name.strip("_")
+    if name.startswith("__") and isinstance(func, (*_METHODS, type(Tensor.__radd__))):
+        if plain.startswith("r") and hasattr(operator, plain[1:]):
+            return lambda a, b: getattr(operator, plain[1:])(b, a)
+        if hasattr(operator, plain):
+            return getattr(operator, plain)
+    return func
+
+
+def _is_tensor(given: Any) -> bool:
+    return isinstance(given.__dict__["value"] if type(given) is ValueProxy else given, Tensor)
+
+
+def _mutable(tree: Any) -> Any:
+    """Fx keeps arguments in immutable lists and dicts; what is called may want to write to them."""
+    if isinstance(tree, immutable_list):
+        return [_mutable(item) for item in tree]
+    if isinstance(tree, immutable_dict):
+        return {key: _mutable(item) for key, item in tree.items()}
+    return tuple(_mutable(item) for item in tree) if type(tree) is tuple else tree
+
+
+def _global_state() -> tuple[bool, ...]:
+    return (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+
+
+def _argument_names(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Readable, distinct placeholder names for the arguments as called."""
+    names = []
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    for i in range(len(args)):
+        plain = i < len(parameters) and parameters[i].kind is not inspect.Parameter.VAR_POSITIONAL
+        names.append(parameters[i].name if plain else f"arg_{i}")
+    return names + list(kwargs)
