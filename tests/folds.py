@@ -3,7 +3,9 @@
 import copy
 from collections.abc import Mapping
 
+import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 
 import surgeon._gating.gate  # noqa: F401 - registers the mark
@@ -129,3 +131,29 @@ class SpatialAttention(nn.Module):
 
 def weights(*names: str) -> dict[str, int]:
     return {f"{name}.{kind}": 1 for name in names for kind in ("weight", "bias")}
+
+
+def zoo_randomised(model: nn.Module) -> nn.Module:
+    """In float64 with random norm statistics and affine weights; in place."""
+    model = model.double().eval()
+    for name, tensor in model.state_dict().items():
+        last = name.rsplit(".", 1)[-1]
+        if last == "running_var":
+            tensor.uniform_(0.5, 1.5)
+        elif last in ("running_mean", "bias"):
+            tensor.normal_(std=0.1)
+        elif "gamma" in last or "gain" in last or (last == "weight" and tensor.ndim == 1):
+            tensor.uniform_(0.5, 1.0)
+        elif last == "weight" and not tensor.any():
+            tensor.normal_(std=0.1)
+    return model
+
+
+def made_anew(name: str, size: int) -> nn.Module:
+    """A model of timm or torchvision with ten classes, for images of that size."""
+    if name.startswith("torchvision:"):
+        return torchvision.models.get_model(name.removeprefix("torchvision:"), num_classes=10)
+    try:
+        return timm.create_model(name, num_classes=10, img_size=size)
+    except TypeError:  # not one of those that must know
+        return timm.create_model(name, num_classes=10)

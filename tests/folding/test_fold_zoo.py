@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 import timm
 import torch
-import torchvision
+from folds import made_anew, zoo_randomised
 from torch import Tensor, nn
 
 import surgeon
@@ -44,34 +44,10 @@ class Branches:
         return out * self.scales.get(gate, 1.0)
 
 
-def randomised(model: nn.Module) -> nn.Module:
-    model = model.double().eval()
-    for name, tensor in model.state_dict().items():
-        last = name.rsplit(".", 1)[-1]
-        if last == "running_var":
-            tensor.uniform_(0.5, 1.5)
-        elif last in ("running_mean", "bias"):
-            tensor.normal_(std=0.1)
-        elif "gamma" in last or "gain" in last or (last == "weight" and tensor.ndim == 1):
-            tensor.uniform_(0.5, 1.0)
-        elif last == "weight" and not tensor.any():
-            tensor.normal_(std=0.1)
-    return model
-
-
-def made_anew(name: str, size: int) -> nn.Module:
-    if name.startswith("torchvision:"):
-        return torchvision.models.get_model(name.removeprefix("torchvision:"), num_classes=10)
-    try:
-        return timm.create_model(name, num_classes=10, img_size=size)
-    except TypeError:  # not one of those that must know
-        return timm.create_model(name, num_classes=10)
-
-
 def folded(name: str, pattern: str, size: int) -> tuple[FoldPlan, int, float]:
     """The plan, the number of gates, and the relative error of the folded model."""
     model = made_anew(name, size)
-    branches = Branches(randomised(model), pattern)
+    branches = Branches(zoo_randomised(model), pattern)
     x = torch.randn(1, 3, size, size, dtype=torch.float64)
     with torch.no_grad():
         branches.scales = {}

@@ -47,7 +47,7 @@ def noisy_maker(**kwargs):
     return Net(**kwargs)
 """
 NET = "nets_for_commands:Net"
-FRESH = {"capture_output": True, "text": True, "cwd": Path(__file__).parent.parent}
+FRESH = {"capture_output": True, "text": True, "cwd": Path(__file__).parents[2]}
 
 
 @pytest.fixture(autouse=True)

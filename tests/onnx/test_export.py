@@ -447,7 +447,7 @@ def test_killed_between_writing_and_renaming(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert int(done.stdout) > 0

@@ -140,7 +140,7 @@ def test_a_saved_model_goes_on_in_a_fresh_process(unit: str, scaling: str, tmp_p
     file, inputs, out = (str(tmp_path / n) for n in ("model.pt", "x.pt", "out.pt"))
     torch.save(model, file)
     torch.save(x, inputs)
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     code = FRESH.format(paths=[str(here), str(here.parent)], file=file, inputs=inputs, out=out)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     outs, status, evaluated, grads, state, kinds = torch.load(out)

@@ -17,7 +17,7 @@ import timm
 import torch
 import torchvision
 from click.testing import CliRunner, Result
-from test_fold_zoo import randomised
+from folds import zoo_randomised
 from torch import Tensor, nn
 
 import surgeon
@@ -36,7 +36,7 @@ def run(*arguments: object) -> Result:
 def trained(spec: str = TIMM, seed: int = 0, **gating: Any) -> nn.Module:
     """A model as it comes out of a training: gated, with weights of its own."""
     torch.manual_seed(seed)
-    model = randomised(load_model(spec, num_classes=10)).float()
+    model = zoo_randomised(load_model(spec, num_classes=10)).float()
     if gating:
         surgeon.apply(model, example=X, **gating)
     return model.eval()

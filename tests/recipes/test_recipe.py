@@ -317,7 +317,7 @@ def test_two_processes_train_with_one_coin_per_batch(small: str, tmp_path: Path)
         text=True,
         timeout=200,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert [line["epoch"] for line in lines(tmp_path / "run") if line["kind"] == "epoch"] == [1, 2, 3]

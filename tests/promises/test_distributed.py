@@ -59,7 +59,7 @@ def group(body: str, tmp_path: Path, ranks: int = 2) -> list[tuple[int, str]]:
     """Runs ``body`` in that many processes; exit code (-1: it had to be killed) and output of each."""
     script = tmp_path / "ranks.py"
     script.write_text(HEAD + textwrap.dedent(body) + TAIL)
-    tests = Path(__file__).parent
+    tests = Path(__file__).parents[1]
     processes = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", str(script), str(rank), str(ranks), str(tmp_path / "store")],

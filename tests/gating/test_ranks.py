@@ -1,4 +1,4 @@
-"""Draws shared by ranks, as far as one process shows them; the rest is in `test_distributed.py`."""
+"""Draws shared by ranks, as far as one process shows them; the rest is in `promises/test_distributed.py`."""
 
 import copy
 import pickle

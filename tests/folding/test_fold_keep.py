@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from blocks import Branch, Pair, Plain, coins, randomise, same
-from test_fold_zoo import made_anew, randomised
+from folds import made_anew, zoo_randomised
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -75,7 +75,7 @@ SLOW = {
 @torch.no_grad()
 def test_a_fold_gives_back_what_keeping_evaluation_divided(name: str, size: int) -> None:
     torch.manual_seed(0)
-    model = randomised(made_anew(name.removeprefix("timm:"), size))
+    model = zoo_randomised(made_anew(name.removeprefix("timm:"), size))
     x = torch.randn(2, 3, size, size, dtype=torch.float64)
     before, expected, names = weights(model), model(x), list(model.state_dict())
     kept(model, x)

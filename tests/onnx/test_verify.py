@@ -127,7 +127,7 @@ def test_a_small_mistake_is_told_from_rounding(model, tmp_path):
 
 
 def test_a_mistake_of_onnx_runtimes_optimiser_is_told_from_one_of_the_file(tmp_path, monkeypatch):
-    """Played by another file that it opens; `tests/test_padding.py` has a real mistake of an older one."""
+    """Played by another file that it opens; `test_padding.py` has a real mistake of an older one."""
     plain, other = Runtime.open, linear(tmp_path / "other.onnx", 2 * WEIGHT)
 
     def optimising(runtime, **how):

@@ -15,7 +15,7 @@ import pytest
 import surgeon
 from surgeon._version import __version__
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HEAVY = [
     "onnx",
     "onnxruntime",
