@@ -17,12 +17,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from surgeon._finding.analysis import analyse
 from surgeon._finding.findings import Residual
 from surgeon._plain import check_plain
 from surgeon._text import table
+from surgeon._torch import FakeTensorMode
 from surgeon._tracing.example import (
     Example,
     generators_kept,

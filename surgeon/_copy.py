@@ -3,7 +3,8 @@
 import copy
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from surgeon._torch import pytree
 
 
 def copied(model: nn.Module) -> nn.Module:

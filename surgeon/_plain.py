@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from surgeon._torch import COMPILED
 from surgeon.errors import UsageError, WrappedModelError
 
 
@@ -67,7 +68,7 @@ _WRAPPERS: tuple[tuple[Callable[[nn.Module], bool], str, str], ...] = (
         "DistributedDataParallel(surgeon.apply(model)), where model is the wrapper's .module",
     ),
     (
-        _from("torch._dynamo.eval_frame", "OptimizedModule"),
+        _from(*COMPILED),
         "compiled by torch.compile",
         "torch.compile(surgeon.apply(model)), where model is the compiled one's ._orig_mod",
     ),

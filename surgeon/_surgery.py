@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from surgeon._finding.analysis import Analysis, analyse
 from surgeon._finding.findings import Findings
@@ -19,6 +18,7 @@ from surgeon._gating.ranks import Ranks, Sync
 from surgeon._gating.schedule import NAMES, Schedule, drop_rates
 from surgeon._plain import check_plain
 from surgeon._report import GateStatus, Status, schedule_text
+from surgeon._torch import pytree
 from surgeon._tracing.example import Example, inputs
 from surgeon.errors import AlreadyGatedError, NoResidualsError, NotGatedError, UsageError
 

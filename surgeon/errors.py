@@ -12,6 +12,10 @@ class SurgeonError(Exception):
     """Root of all errors raised by surgeon."""
 
 
+class UnsupportedTorchError(SurgeonError, ImportError):
+    """This version of PyTorch is too old, or lacks something that surgeon needs."""
+
+
 class UsageError(SurgeonError, ValueError):
     """An argument is outside its range, unknown, or does not fit the model."""
 

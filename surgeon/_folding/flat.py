@@ -26,13 +26,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from surgeon._folding.recorder import OpCall, Recorder, Value
 from surgeon._folding.results import tensors_in
 from surgeon._folding.state import address, named_tensors
 from surgeon._folding.still import evaluating, noting
+from surgeon._torch import FakeTensorMode, from_functional, functionalizing, pytree, to_functional
 from surgeon._tracing.example import untouched
 from surgeon.errors import FoldError, UnseenCallError
 
@@ -159,24 +158,14 @@ def _functionalised(
     function: Callable[[Sequence[Tensor]], Iterable[Tensor]], tensors: Sequence[Tensor]
 ) -> list[Tensor]:
     """What a function returns without writing in place, and what it would have written to its arguments."""
-    wrapped = [torch._to_functional_tensor(tensor) for tensor in tensors]
-    torch._enable_functionalization(reapply_views=True)
-    try:
+    wrapped = [to_functional(tensor) for tensor in tensors]
+    with functionalizing():
         results = list(function(wrapped))
-    finally:
-        torch._disable_functionalization()
-    written = [_inner(one) for one in wrapped]
+    written = [from_functional(one) for one in wrapped]
     return [
-        *map(_inner, results),
+        *map(from_functional, results),
         *(new for new, old in zip(written, tensors, strict=True) if new is not old),
     ]
-
-
-def _inner(tensor: Tensor) -> Tensor:
-    if not torch._is_functional_tensor(tensor):
-        return tensor
-    torch._sync(tensor)  # type: ignore[attr-defined, no-untyped-call]
-    return torch._from_functional_tensor(tensor)
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from surgeon._torch import TorchDispatchMode, pytree
 
 WRITTEN = "surgeon.written"
 """From the value that was written to, to all others on its memory."""

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from surgeon._torch import pytree
 from surgeon.errors import FoldError
 
 _ATOMS = (

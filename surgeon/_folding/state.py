@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+
+from surgeon._torch import FakeTensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from surgeon._torch import pytree
 from surgeon._tracing.example import tensors
 from surgeon._tracing.oplog import Step
 from surgeon._tracing.record import Recording, record

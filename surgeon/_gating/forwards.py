@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from surgeon._finding.addition import Addition
 from surgeon._finding.flow import Flow
@@ -18,6 +16,7 @@ from surgeon._gating.gate import Gate
 from surgeon._gating.places import Mark, again, located
 from surgeon._gating.splice import Run, Spliced, splice
 from surgeon._gating.ways import Arguments, forms
+from surgeon._torch import FakeTensorMode, pytree
 from surgeon._tracing.below import Below
 from surgeon._tracing.example import no_inference_mode, tensors, untouched
 from surgeon._tracing.facts import Path, Trace

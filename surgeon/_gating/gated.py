@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from surgeon._gating.block import gating_of
 from surgeon._gating.forwards import Gating
 from surgeon._gating.gate import Gate
+from surgeon._torch import pytree
 from surgeon._tracing.example import Example, inputs
 
 

@@ -16,8 +16,8 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
+from surgeon._torch import without_compiler
 from surgeon.errors import UsageError
 
 Sync = Literal["none", "ranks"]
@@ -56,7 +56,7 @@ class Ranks:
     tokens: dict[int, dict[float, int]] = field(default_factory=dict)
     counts: dict[int, int] = field(default_factory=dict)
 
-    @_disable_dynamo  # torch.compiler.disable, but it imports the compiler when called, not here
+    @without_compiler
     def numbers(self, gate: int, count: int) -> Tensor:
         """The next draw of that gate: so many numbers in [0, 1), in float64 on the CPU.
 

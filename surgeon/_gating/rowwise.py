@@ -18,11 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
-from torch.utils._mode_utils import no_dispatch
 
 from surgeon._gating.rowrules import PRIME, UNKNOWN, hazard
+from surgeon._torch import FakeTensorMode, no_dispatch, pytree
 from surgeon._tracing.example import generators_kept, no_autocast_cache, no_inference_mode, tensors, untouched
 from surgeon._tracing.fake import held_open
 from surgeon._tracing.oplog import OpLog

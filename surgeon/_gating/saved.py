@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from surgeon._gating.rowops import take
+from surgeon._torch import top_saving_hooks
 from surgeon._tracing.oplog import OpLog
 
 aten = torch.ops.aten
@@ -41,7 +42,7 @@ def saved_once(parts: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> Iterator
         parts: Part and whole, where ``part`` is ``take(whole, rows)`` and nothing writes to it.
         rows: Numbers of the rows.
     """
-    outer: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    outer: Any = top_saving_hooks()
     pack, unpack = outer or (Tensor.detach, _same)
     versions = [whole._version for _, whole in parts]
 
@@ -65,12 +66,6 @@ def saved_once(parts: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> Iterator
 
     with saved_tensors_hooks(save, load):
         yield
-
-
-def hooks_allowed() -> bool:
-    """Whether autograd may be told what to save; `torch.func` forbids it."""
-    autograd: Any = torch._C._autograd
-    return bool(autograd._saved_tensors_hooks_is_enabled())
 
 
 def _same(tensor: Tensor) -> Tensor:

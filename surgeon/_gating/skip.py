@@ -15,14 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import TransformType
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from surgeon._gating.gate import Branch, Gate, combine, masked_add
 from surgeon._gating.ranks import several
 from surgeon._gating.rowops import joined, parted, take
-from surgeon._gating.saved import hooks_allowed, saved_once
+from surgeon._gating.saved import saved_once
+from surgeon._torch import FakeTensorMode, saves_may_change, under_vmap
 from surgeon._tracing.example import generators_kept, no_autocast_cache, tensors, untouched
 from surgeon._tracing.fake import held_open, to_fake
 from surgeon._tracing.oplog import OpLog
@@ -67,7 +65,7 @@ def batch_add(
         block: The block.
         *inputs: What the branch reads.
     """
-    if _mapped() or _asks_ranks(lifted, gate, block):
+    if under_vmap() or _asks_ranks(lifted, gate, block):
         return masked_add(gate, shortcut, lifted.run(block, *inputs), onto)
     if gate.drop_rate > 0 and not gate.survives():
         return _dropped(lifted, gate, shortcut, onto, fresh, block, inputs)
@@ -98,7 +96,7 @@ def _masks(lifted: Lifted, gate: Gate, shortcut: Tensor, inputs: Sequence[Any]) 
         return True  # one graph; a number of rows that changes would break it
     if gate.drop_rate == 0:
         return False
-    if _mapped():
+    if under_vmap():
         return True
     known = (1, shortcut.shape[0])
     if not gate.skipping(shortcut.device.type, shortcut.shape[0]):
@@ -106,13 +104,6 @@ def _masks(lifted: Lifted, gate: Gate, shortcut: Tensor, inputs: Sequence[Any]) 
     if any(inputs[i].shape[0] not in known for i in lifted.rows):
         return True
     return any(tensors(inputs[i])[place].shape[0] != 1 for i, place in lifted.single)
-
-
-def _mapped() -> bool:
-    """Whether `torch.vmap` runs this: coins are tensors then that Python cannot look at."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
-        return False
-    return any(one.key() == TransformType.Vmap for one in retrieve_all_functorch_interpreters())
 
 
 def _asks_ranks(lifted: Lifted, gate: Gate, block: nn.Module) -> bool:
@@ -153,7 +144,7 @@ def _gathered(
 def _run(lifted: Lifted, block: nn.Module, inputs: Sequence[Any], taken: list[Any], rows: Tensor) -> Tensor:
     """The branch on the rows that were taken."""
     parts = [(taken[i], inputs[i]) for i in lifted.kept if inputs[i].requires_grad]
-    if not parts or torch.compiler.is_compiling() or not hooks_allowed():
+    if not parts or torch.compiler.is_compiling() or not saves_may_change():
         return lifted.run(block, *taken)
     with saved_once(parts, rows):
         return lifted.run(block, *taken)

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from surgeon._torch import pytree
 from surgeon._tracing.state import PLAIN
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

@@ -17,14 +17,13 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgeon._folding.still import evaluating, noting
 from surgeon._onnx.exporter import MODULE
 from surgeon._onnx.file import OnnxFile
 from surgeon._onnx.parity import Array, Divergence
 from surgeon._onnx.signature import Signature, tensors_by_name
+from surgeon._torch import TorchDispatchMode, pytree
 from surgeon.errors import OnnxFileError
 
 _PARTS = {"Gather", "GatherElements", "GatherND", "Slice", "Split"}

@@ -29,11 +29,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from surgeon._onnx.padding import keep_zeros
 from surgeon._onnx.signature import Signature, TensorModule, drop_caches, tensors_by_name
 from surgeon._text import first_line
+from surgeon._torch import EXPORT_LOGS
 from surgeon.errors import ExportError
 
 # The first opset with an Attention operator of its own.
 _NATIVE_ATTENTION = 23
-_LOUD = ("torch.onnx", "torch.export", "torch.fx", "torch._dynamo", "torch._export", "onnxscript", "onnx_ir")
+_LOUD = (*EXPORT_LOGS, "onnxscript", "onnx_ir")
 MODULE = "surgeon.module"
 """What a node says of the module that it comes from."""
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from surgeon._copy import copied
+from surgeon._torch import pytree
 from surgeon._tracing.example import inputs
 from surgeon.errors import UsageError
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from surgeon._torch import pytree
 from surgeon._tracing.outside import nothing_left_outside
 from surgeon.errors import UsageError
 

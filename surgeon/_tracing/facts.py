@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
+from surgeon._torch import traced_assert
 from surgeon._tracing.below import Below
 from surgeon._tracing.example import tensors
 from surgeon._tracing.mentions import Place
@@ -80,7 +80,7 @@ class Trace:
 def is_size(node: fx.Node, fact: Fact) -> bool:
     """Whether a node only computes sizes, indices or flags: no tensor in its value and nothing written."""
     pure = node.op in ("call_function", "call_method", "get_attr")
-    return pure and not tensors(fact.value) and not fact.writes and node.target is not torch._assert
+    return pure and not tensors(fact.value) and not fact.writes and node.target is not traced_assert
 
 
 def drop_unused(graph: fx.Graph, facts: dict[fx.Node, Fact]) -> None:

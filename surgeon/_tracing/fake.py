@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._mode_utils import no_dispatch
 
+from surgeon._torch import FakeTensorMode, fake_of, no_dispatch
 from surgeon._tracing.example import mapped
 
 
@@ -58,7 +57,7 @@ class Shadows:
             meta = torch.empty(0, dtype=tensor.dtype, device="meta")
             meta.set_(self._memory[memory._cdata], tensor.storage_offset(), tensor.size(), tensor.stride())
             asks = is_parameter and tensor.requires_grad
-            made = FakeTensor(self.fake, meta, tensor.device, requires_grad=asks)
+            made = fake_of(self.fake, meta, tensor.device, requires_grad=asks)
         if is_parameter:
             made._is_param = True  # what isinstance(_, nn.Parameter) asks
         return made

@@ -14,10 +14,9 @@ from typing import Any, Protocol
 from unittest import mock
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from surgeon._torch import CHECKPOINTS, pytree
 from surgeon._tracing.example import tensors
 from surgeon._tracing.outside import cached_functions
 from surgeon._tracing.state import PLAIN
@@ -82,10 +81,10 @@ def guarded(tracer: Listener, block: nn.Module) -> Iterator[None]:
         )  # no trace runs in it
         for name in _FACTORIES:
             stack.enter_context(mock.patch.object(torch, name, _factory(tracer, getattr(torch, name))))
-        checkpoint = torch.utils.checkpoint._checkpoint_impl  # of checkpoint(), however it was imported
-        stopped = _stopping(tracer, checkpoint, "its forward calls torch.utils.checkpoint")
-        stack.enter_context(mock.patch.object(torch.utils.checkpoint, "_checkpoint_impl", stopped))
         stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", _leaf(tracer)))
+        for owner, name in CHECKPOINTS:
+            stopped = _stopping(tracer, getattr(owner, name), "its forward calls torch.utils.checkpoint")
+            stack.enter_context(mock.patch.object(owner, name, stopped))
         stack.enter_context(mock.patch.object(torch.jit.ScriptFunction, "__call__", _scripted(tracer)))
         for function, put in cached_functions(block):
             put(_cached(tracer, function))

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from surgeon._torch import operators
 from surgeon._tracing.oplog import Op
 
 aten = torch.ops.aten
@@ -156,5 +157,6 @@ _LINEAR = {
 }
 _PROJECTS = {
     *(aten.max_pool1d, aten.max_pool2d_with_indices, aten.max_pool3d_with_indices, aten.native_layer_norm),
-    *(aten.native_group_norm, aten._fused_rms_norm, aten.adaptive_max_pool2d, aten.max, aten.amax),
+    *operators("_fused_rms_norm"),  # since 2.8
+    *(aten.native_group_norm, aten.adaptive_max_pool2d, aten.max, aten.amax),
 }

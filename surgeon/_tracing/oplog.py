@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from surgeon._torch import FakeTensor, FakeTensorMode, TorchDispatchMode
 from surgeon._tracing.example import mapped, tensors
 from surgeon._tracing.fake import Shadows, storage
 

@@ -17,8 +17,8 @@ from types import MappingProxyType
 from typing import Any
 
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from surgeon._torch import FakeTensor
 from surgeon._tracing.proxy import ValueProxy
 
 Namespace = Mapping[str, Any]

@@ -15,8 +15,8 @@ from typing import Any
 from unittest import mock
 
 from torch import Tensor, nn
-from torch.fx import _symbolic_trace
 
+from surgeon._torch import MODULE_GETATTR
 from surgeon._tracing.state import PLAIN, draws_numbers, held_by, state
 from surgeon.errors import TraceError
 
@@ -82,7 +82,7 @@ def noted(block: nn.Module, reads: Reads, listening: Callable[[], bool]) -> Iter
         listening: Whether the traced code itself is running.
     """
     hidden: dict[int, tuple[str, dict[str, Any]]] = {}
-    original = _symbolic_trace._orig_module_getattr
+    original = getattr(*MODULE_GETATTR)
 
     def look_up(module: nn.Module, name: str) -> Any:
         prefix, held = hidden.get(id(module), ("", {}))
@@ -105,7 +105,7 @@ def noted(block: nn.Module, reads: Reads, listening: Callable[[], bool]) -> Iter
         return _seen(value, prefix + name, reads, listening) if own else value
 
     modules = {f"{path}." if path else "": module for path, module in block.named_modules()}
-    with mock.patch.object(_symbolic_trace, "_orig_module_getattr", look_up):
+    with mock.patch.object(*MODULE_GETATTR, look_up):
         try:
             for prefix, module in modules.items():
                 hidden[id(module)] = prefix, {}

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
+from surgeon._torch import FAKE_LOG, FakeTensorMode, pytree
 from surgeon._tracing.example import (
     generators_kept,
     mode,
@@ -207,7 +206,7 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """A forward that fails on fake tensors is an answer here, not worth PyTorch's own error log."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger = logging.getLogger(FAKE_LOG)
     disabled, logger.disabled = logger.disabled, True
     try:
         yield
