@@ -47,7 +47,7 @@ class Bench:
     def steps(self, rate: float, variants: tuple[str, ...], rounds: int) -> dict[str, Taken]:
         """Training steps of each variant at one final drop rate."""
         models = {v: variant(self.net, v, rate).to(self.device).train() for v in variants}
-        taken, step = {v: Taken() for v in models}, {v: self._step(m) for v, m in models.items()}
+        taken, step = {v: Taken() for v in models}, {v: self.step(m) for v, m in models.items()}
         for v, model in models.items():  # to warm up, and for the memory
             for _ in range(3 if v in COUNTED else 1):
                 taken[v].bytes.append(self._saved(model))
@@ -58,37 +58,35 @@ class Bench:
             for v in random.sample(list(models), len(models)):
                 torch.manual_seed(seed)
                 with drawing(models[v] if v in COUNTED else None) as share:
-                    taken[v].seconds.append(self._timed(step[v]))
+                    taken[v].seconds.append(self.timed(step[v]))
                 taken[v].drawn.append(share())
         return taken
 
     def still(self, rounds: int) -> dict[str, tuple[list[float], list[float]]]:
         """Seconds, plain and gated, where nothing is dropped: evaluating, and training at rate 0."""
         plain, gated = (variant(self.net, v, 0.0).to(self.device) for v in ("plain", "auto"))
-        runs: dict[str, Callable[[nn.Module], Callable[[], None]]] = {
-            "evaluation": lambda m: lambda: self._forward(m),
-            "rate 0": self._step,
-        }
         found: dict[str, tuple[list[float], list[float]]] = {}
-        for name, make in runs.items():
-            for model in (plain, gated):
-                model.train(name != "evaluation")
-            pair = [make(plain), make(gated)]
+        for name in ("evaluation", "rate 0"):
+            pair = [self.step(model.train(name != "evaluation")) for model in (plain, gated)]
             for run in pair:
                 run()
             found[name] = [], []
             for i in range(rounds):
                 for one in (0, 1) if i % 2 else (1, 0):
-                    found[name][one].append(self._timed(pair[one]))
+                    found[name][one].append(self.timed(pair[one]))
         return found
 
-    def _step(self, model: nn.Module) -> Callable[[], None]:
+    def step(self, model: nn.Module, *, optimized: bool = True) -> Callable[[], None]:
+        """A step of a model that trains, with or without the optimizer's; a forward of one that evaluates."""
+        if not model.training:
+            return lambda: self._forward(model)
         optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
             nn.functional.cross_entropy(model(self.x), self.y).backward()
-            optimizer.step()
+            if optimized:
+                optimizer.step()
 
         return step
 
@@ -96,7 +94,8 @@ class Bench:
     def _forward(self, model: nn.Module) -> None:
         model(self.x)
 
-    def _timed(self, run: Callable[[], None]) -> float:
+    def timed(self, run: Callable[[], None]) -> float:
+        """Seconds of one run; the device is waited for."""
         self._wait()
         start = self.clock()
         run()

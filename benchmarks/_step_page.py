@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks._step_measure import DRAWS
 from benchmarks._step_models import COUNTED, NETS, VARIANTS
+from benchmarks._step_small import table as small_table
 
 Row = dict[str, Any]
 
@@ -45,6 +46,7 @@ def page(rows: list[Row]) -> str:
     """The whole page."""
     steps = [r for r in rows if r["kind"] == "step"]
     still = [r for r in rows if r["kind"] == "still"]
+    small = [r for r in rows if r["kind"] == "small"]
     devices = sorted({f"{r['device']}, {r['threads']} thread(s), torch {r['torch']}" for r in rows})
     loads = [r["load"] for r in steps] or [0.0]
     return f"""# Time and memory of a training step
@@ -89,9 +91,24 @@ runs in pairs, and the ratio of the fastest.
 
 {_still(still)}
 
-## All steps
+{_small(small)}## All steps
 
 {table(steps)}
+"""
+
+
+def _small(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    return f"""## Small kernels
+
+Fifty blocks of two 1x1 convolutions and norms on 2 x 2 x 2 numbers a row (`benchmarks/_step_small.py`):
+everything but arithmetic, as on a GPU. A step is forward, cross-entropy and backward; over the mean of two
+plain networks of the same round, of which the second over the first shows the noise. Median and quartiles of
+{rows[0]["rounds"]} rounds, r = 0.5, load average {rows[0]["load"]:.1f}.
+
+{small_table(rows)}
+
 """
 
 

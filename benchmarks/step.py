@@ -1,7 +1,9 @@
 """Seconds per training step and memory, with and without stochastic depth, taken in turns.
 
     python -m benchmarks.step --models resnet50,vit_small --rates 0.5 --batch 16
+    python -m benchmarks.step --small 150
     python -m benchmarks.step --page-only
+    python -m benchmarks.step --device cuda --quick
 
 Every variant of a network takes one step per round, in an order drawn anew each round, so that what else the
 machine does falls on all of them alike. There is the median over the rounds of a variant's step over the
@@ -12,9 +14,11 @@ that the arithmetic sets (`surgeon.status(model).expected_flops`) and the share 
 
 Rows are appended as they come to ``docs/performance.jsonl``; what is there already is not measured again.
 From them ``docs/performance.md`` and ``docs/performance.png`` are written. With ``--device cuda`` it runs on
-that.
+that. ``--small`` measures the network of small kernels (`benchmarks/_step_small.py`) and nothing else;
+``--quick`` takes a look at it and at two other networks, prints and keeps nothing.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -25,6 +29,7 @@ from typing import Any
 import click
 import torch
 
+from benchmarks import _step_small
 from benchmarks._step_measure import Bench, bound, row
 from benchmarks._step_models import HAND, NETS, VARIANTS, Net
 from benchmarks._step_page import page, plot, table
@@ -46,6 +51,8 @@ KEEPS_MEMORY = {
 @click.option("--threads", default=1, show_default=True)
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--still", default=0, show_default=True, help="Rounds of evaluation and of rate 0; 0: none.")
+@click.option("--small", default=0, show_default=True, help="Rounds of the network of small kernels, alone.")
+@click.option("--quick", is_flag=True, help="A first look, in minutes: prints, and keeps nothing.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--rows", "log", default="docs/performance.jsonl", type=click.Path(path_type=Path))
 @click.option("--page", "out", default="docs/performance.md", type=click.Path(path_type=Path))
@@ -59,6 +66,8 @@ def main(  # noqa: PLR0913 - a command line
     threads: int,
     rounds: int,
     still: int,
+    small: int,
+    quick: bool,
     device: str,
     log: Path,
     out: Path,
@@ -70,23 +79,56 @@ def main(  # noqa: PLR0913 - a command line
     for name in models.split(","):
         if name not in NETS:
             raise click.UsageError(f"{name!r} is not among {', '.join(NETS)}")
-    if not page_only:
-        about = {"threads": threads, "device": _device(device), "torch": torch.__version__}
-        for batch in map(int, batches.split(",")):
-            for name in models.split(","):
-                bench = Bench(NETS[name], batch, torch.device(device), threads)
-                cell = {"model": name, "batch": batch, **about}
-                if still and not _known(log, cell, kind="still"):
-                    _append(log, _still(bench, cell, still))
-                for rate in map(float, rates.split(",")):
-                    wanted = tuple(v for v in variants if _possible(NETS[name], v))
-                    key = {**cell, "rate": rate}
-                    new = [v for v in wanted if not _known(log, key, kind="step", variant=v)]
-                    if new:
-                        _append(log, [r for r in _steps(bench, key, wanted, rounds) if r["variant"] in new])
+    if quick:
+        _look(device, threads)
+        return
+    about = {"threads": threads, "device": _device(device), "torch": torch.__version__}
+    if small and not page_only:
+        _small(log, about, device, small)
+    elif not page_only:
+        for batch, name in itertools.product(map(int, batches.split(",")), models.split(",")):
+            bench = Bench(NETS[name], batch, torch.device(device), threads)
+            cell = {"model": name, "batch": batch, **about}
+            if still and not _known(log, cell, kind="still"):
+                _append(log, _still(bench, cell, still))
+            _rates(log, bench, cell, [float(rate) for rate in rates.split(",")], variants, rounds)
     rows = _read(log)
     out.write_text(page(rows))
     plot(rows, out.with_suffix(".png"))
+
+
+def _rates(
+    log: Path, bench: Bench, cell: dict[str, Any], rates: list[float], variants: tuple[str, ...], rounds: int
+) -> None:
+    wanted = tuple(v for v in variants if _possible(bench.net, v))
+    for rate in rates:
+        key = {**cell, "rate": rate}
+        new = [v for v in wanted if not _known(log, key, kind="step", variant=v)]
+        if new:
+            _append(log, [r for r in _steps(bench, key, wanted, rounds) if r["variant"] in new])
+
+
+def _look(device: str, threads: int) -> None:
+    """Small kernels, and two networks at a batch that suits the device."""
+    for batch in _step_small.ROWS:
+        found = _step_small.rows(batch, 40, torch.device(device), threads)
+        click.echo(_step_small.table([{"batch": batch} | row for row in found]))
+    for name in ("resnet110", "vit_small"):
+        bench = Bench(NETS[name], 2 if device == "cpu" else 64, torch.device(device), threads)
+        key = {"model": name, "batch": bench.batch, "rate": 0.5}
+        wanted = [v for v in VARIANTS if _possible(NETS[name], v)]
+        _steps(bench, key, tuple(wanted), 3 if device == "cpu" else 30)
+
+
+def _small(log: Path, about: dict[str, Any], device: str, rounds: int) -> None:
+    for batch in _step_small.ROWS:
+        cell = {"kind": "small", "batch": batch, **about, "rounds": rounds, "load": os.getloadavg()[0]}
+        if not _known(log, {"kind": "small", "batch": batch, **about}):
+            found = [
+                cell | row for row in _step_small.rows(batch, rounds, torch.device(device), about["threads"])
+            ]
+            _append(log, found)
+            click.echo(_step_small.table(found))
 
 
 def _possible(net: Net, which: str) -> bool:

@@ -12,7 +12,7 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
 import surgeon
-from benchmarks import _step_models, step
+from benchmarks import _step_models, _step_small, step
 from benchmarks._step_by_hand import by_hand
 from benchmarks._step_cifar import Basic, cifar_resnet
 from benchmarks._step_measure import Taken, drawing, typical
@@ -117,3 +117,34 @@ def test_typical_draws_are_what_a_step_draws() -> None:
 def test_the_fastest_step_of_each_draw_counts() -> None:
     assert Taken([5.0, 2.0, 9.0, 4.0, 3.0, 6.0]).fastest == pytest.approx((4 + 2 + 6) / 3)
     assert Taken([5.0, 2.0]).fastest == 3.5
+
+
+def test_small_kernels_are_measured_once_and_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(_step_small, "BLOCKS", 2)
+    rows, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
+    given = ["--small", "3", "--rows", str(rows), "--page", str(page)]
+    for _ in range(2):
+        ran = CliRunner().invoke(step.main, given, catch_exceptions=False)
+        assert ran.exit_code == 0
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [r["variant"] for r in found if r["batch"] == 2] == [
+        *("rate 0", "batch", "sample", "mask", "timm's drop path", "auto", "plain again"),
+        *("evaluation", "plain again, evaluation"),
+    ]
+    assert {r["batch"] for r in found} == {2, 8}
+    assert all(0.2 < r["ratio"] < 20 for r in found)
+    assert page.read_text().count("| 8 | timm's drop path |") == 1
+
+
+def test_a_quick_look_keeps_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(_step_small, "BLOCKS", 2)
+    for name in ("resnet110", "vit_small"):
+        monkeypatch.setitem(_step_models.NETS, name, Net(tiny, 8))
+    rows, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
+    given = ["--quick", "--rows", str(rows), "--page", str(page)]
+    ran = CliRunner().invoke(step.main, given, catch_exceptions=False)
+    assert ran.exit_code == 0
+    assert "| 8 | evaluation |" in ran.output
+    assert "| resnet110 | 2 | 0.5 | sample |" in ran.output
+    assert not rows.exists()
+    assert not page.exists()
