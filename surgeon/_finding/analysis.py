@@ -29,6 +29,7 @@ from surgeon._tracing.operators import projects
 from surgeon._tracing.oplog import OpLog, layout
 from surgeon._tracing.reads import Reads
 from surgeon._tracing.record import Call, Recording, record
+from surgeon._tracing.state import kind
 from surgeon._tracing.trace import trace
 from surgeon.errors import TraceError
 
@@ -42,8 +43,9 @@ class Block:
     Attributes:
         name: Qualified name.
         module: The block.
-        call: Its first call in the recording.
+        call: The call in the recording with the most additions, the first of these.
         flow: Its traced forward.
+        others: Its calls in other ways, such as with another flag, and their traces.
         found: The additions to gate, in order.
         residuals: The same as `Residual`.
     """
@@ -54,6 +56,7 @@ class Block:
     flow: Flow
     found: list[Addition] = field(default_factory=list)
     residuals: list[Residual] = field(default_factory=list)
+    others: list[tuple[Call, Flow]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,16 +135,21 @@ class _Scan:
             self.sums[place] = 0
         adding = {call.module for call in recording.calls if self.sums[call.place]}
         self.kinds = Counter(type(module) for module in adding)
-        self.calls = {call.module: call for call in reversed(recording.calls)}
+        self.calls = {call.module: call for call in self._by_sums()}
         self.steps: dict[nn.Module, int] = {}
         self.traced: dict[Hashable, list[_Traced]] = {}
 
+    def _by_sums(self) -> list[Call]:
+        """The calls, of each module the first with the most additions last."""
+        return sorted(self.recording.calls, key=lambda call: (self.sums[call.place], -call.place))
+
     def visit(self, call: Call) -> None:
         module = call.module
-        sums = self.sums[call.place]
-        if module in self.seen or not (sums or call.biases):
+        if module in self.seen or not (self.sums[call.place] or call.biases):
             return
         self.seen.add(module)
+        call = self.calls[module]
+        sums = self.sums[call.place]
         if not sums:
             if self.choice.asks_for("bias"):
                 self._trace(call)
@@ -157,10 +165,11 @@ class _Scan:
         arguments = self.recording.arguments(call)
         try:
             traced = self._traced(call, arguments)
+            others = self._traced_otherwise(call, traced)
         except TraceError as error:
             self._untraced(call, error)
             return
-        block = Block(name, module, call, traced.flow)
+        block = Block(name, module, call, traced.flow, others=others)
         found = self._told_by_caller(block, traced.additions)
         for addition in nest(block.flow, found, lambda node: self._steps_in(module, node)):
             self._sort(block, addition)
@@ -169,6 +178,22 @@ class _Scan:
         if block.found:
             _number(block)
             self.blocks.append(block)
+
+    def _traced_otherwise(self, call: Call, traced: _Traced) -> list[tuple[Call, Flow]]:
+        """The calls of a block that may take a gate in every other way, and their traces.
+
+        Raises:
+            TraceError: One of them cannot be traced.
+        """
+        if all(addition.code == "bias" for addition in traced.additions):
+            return []
+        exact, found = traced.flow.trace.exact, list[tuple[Call, Flow]]()
+        known = {_way(call, exact)}
+        for one in self.recording.calls:
+            if one.module is call.module and _way(one, exact) not in known:
+                known.add(_way(one, exact))
+                found.append((one, self._traced(one, self.recording.arguments(one)).flow))
+        return found
 
     def _steps_in(self, block: nn.Module, node: fx.Node) -> int:
         """How many residual adds follow on one another through the module that a node calls."""
@@ -308,6 +333,12 @@ class _Scan:
         """Lists an addition that is in no graph."""
         self.choice.refuses(name, code, reason, block, kind)
         self.refused.append(Refusal(name, block, kind, code, reason))
+
+
+def _way(call: Call, exact: bool) -> Hashable:
+    """What of a call's arguments may decide which code runs."""
+    given = {str(place): value for place, value in enumerate(call.args)} | call.kwargs
+    return tuple((name, kind(value, exact)) for name, value in given.items())
 
 
 def _number(block: Block) -> None:

@@ -53,6 +53,7 @@ class Gating:
         self.exact = False
         self.ambient = False
         self.below = Below()
+        self.optional: set[int] = set()  # gates, by ordinal, whose sum the example's calls do not all perform
         self.sides: dict[int, str] = {}  # for each gate, by ordinal, which operand was its shortcut
         self.attributes: tuple[str, ...] = ()
         self.places: tuple[Place, ...] = ()
@@ -91,13 +92,23 @@ class Gating:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         batch: int | None = None,
+        *,
+        shown: bool = False,
     ) -> Spliced:
         """Makes the forward for one way of calling the block, in the mode it is in, given its trace.
+
+        Args:
+            block: The block.
+            flow: The trace.
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+            batch: How many samples the example has, if this is its trace.
+            shown: The example itself calls the block so, after another way; it may lack some of the sums.
 
         Raises:
             UnseenCallError: The trace lacks one of the residual adds that carry a gate.
         """
-        spliced = self._spliced(block, flow, batch)
+        spliced = self._spliced(block, flow, batch, shown)
         found = flow.trace
         self.exact |= found.exact
         self.ambient |= found.ambient
@@ -111,14 +122,14 @@ class Gating:
         self.weights.setdefault((*key[:2], key[3]), set()).add(_weights(block, found))
         return spliced
 
-    def _spliced(self, block: nn.Module, flow: Flow, batch: int | None) -> Spliced:
+    def _spliced(self, block: nn.Module, flow: Flow, batch: int | None, shown: bool) -> Spliced:
         """The forward with gates in it; equal blocks, which share their trace, share it."""
-        chosen = self._chosen(flow)
-        for one in chosen:
+        chosen = self._chosen(flow, shown)
+        for one in chosen.values():
             self.sides.setdefault(one.ordinal, "left" if one.node.args[0] is one.shortcut else "right")
         skip = frozenset(gate.ordinal for gate in self.gates if gate.skips)
         by_rows = self.gates[0].unit == "sample"
-        places = tuple((a.node, a.ordinal, a.shortcut) for a in chosen)
+        places = tuple((place, a.node, a.ordinal, a.shortcut) for place, a in chosen.items())
         key = (block.training, places, skip, by_rows, self.rewritten, self.kept, batch)
         if key not in flow.shared:
             written, kept = self.rewritten, self.kept
@@ -176,23 +187,29 @@ class Gating:
             stacklevel=2,
         )
 
-    def _chosen(self, flow: Flow) -> list[Addition]:
-        """The additions that the gates belong to; called in another way a block may perform others."""
+    def _chosen(self, flow: Flow, shown: bool) -> dict[int, Addition]:
+        """The additions that the gates belong to, by the gate's place.
+
+        Called in another way a block may perform others.
+        """
         if not self.marks:
             found, marks = located(flow)
             self.marks = tuple([marks[gate.ordinal] for gate in self.gates])
             plain = [a.ordinal for a in found if a.code is None]
             self.complete = plain == [gate.ordinal for gate in self.gates]
-        chosen = []
+        chosen: dict[int, Addition] = {}
         located_again = again(flow, self.marks, complete=self.complete)
-        for gate, addition in zip(self.gates, located_again, strict=True):
+        for place, (gate, addition) in enumerate(zip(self.gates, located_again, strict=True)):
             one = meant(flow, addition, gate.kind, self.sides.get(gate.ordinal))
-            if one is None:
+            if one is None and shown:
+                self.optional.add(gate.ordinal)
+            if one is None and gate.ordinal not in self.optional:
                 raise UnseenCallError(
                     f"{self.name or 'the model'} is called in a way in which it does not perform the gated "
                     f"addition {gate.name}; exclude it (exclude={gate.name!r}) or call it as on the example"
                 )
-            chosen.append(replace(one, ordinal=gate.ordinal))
+            if one is not None:
+                chosen[place] = replace(one, ordinal=gate.ordinal)
         return chosen
 
     def way(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -224,7 +241,7 @@ class Gating:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Gating":
         twin = Gating(self.name, copy.deepcopy(self.gates, memo), self.rewritten, self.kept)
-        twin.complete, twin.marks = self.complete, self.marks
+        twin.complete, twin.marks, twin.optional = self.complete, self.marks, set(self.optional)
         twin.exact, twin.ambient, twin.attributes = self.exact, self.ambient, self.attributes
         twin.places, twin.around = self.places, self.around
         twin.given, twin.below, twin.sides = dict(self.given), self.below, dict(self.sides)

@@ -82,6 +82,8 @@ def _prepare_block(
     args, kwargs, log = recording.arguments(block.call)
     with mode(block.module, True):
         spliced = gating.prepare(block.module, block.flow, args, kwargs, batch.size)
+        for call, flow in block.others:
+            gating.prepare(block.module, flow, *recording.arguments(call)[:2], shown=True)
     gating.note_active(args, kwargs, log)
     for gate in chosen:
         _settle_form(gate, spliced)
@@ -90,6 +92,9 @@ def _prepare_block(
     if not gating.evaluates_plainly:
         with mode(block.module, False):
             gating.prepare(block.module, _evaluating(block, args, kwargs, log), args, kwargs)
+            for call, _ in block.others:
+                given = recording.arguments(call)
+                gating.prepare(block.module, _traced(block, *given), *given[:2], shown=True)
     _check_class(block, keeping=any(gate.keep_eval for gate in chosen))
     return gating
 
@@ -115,10 +120,13 @@ def _evaluating(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], log
     shared = next((flow for flow in alike if flow.trace.reads.agree(block.module, beside=drops)), None)
     if shared is not None:
         return shared
+    alike.append(_traced(block, args, kwargs, log))
+    return alike[-1]
+
+
+def _traced(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], log: OpLog) -> Flow:
     with no_inference_mode(), untouched(block.module), held_open():
-        flow = Flow(trace(block.module, args, kwargs, log, below=block.flow.trace.below))
-    alike.append(flow)
-    return flow
+        return Flow(trace(block.module, args, kwargs, log, below=block.flow.trace.below))
 
 
 def _kept(block: Block, recording: Recording) -> frozenset[int]:

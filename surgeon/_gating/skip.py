@@ -32,12 +32,13 @@ class Lifted:
     """The branch of one residual add as a function of its own.
 
     Attributes:
-        run: ``run(block, *inputs)``.
+        run: ``run(block, *inputs)``, the gates of sums inside it last.
         rows: Which inputs have one entry per sample, or one for all, by place; the others go in whole.
         owns: Submodules and parameters of the block that it uses.
         feeds: Which inputs reach the result through the branch alone, by place; of a nest a part may.
         kept: Which of ``rows`` autograd keeps whole anyway, see `surgeon._gating.saved`.
         single: Tensors that have one entry for all and must have, by the input's place and theirs in it.
+        gates: The gates of sums inside the branch, by their place among those of the block.
     """
 
     run: Branch
@@ -46,6 +47,7 @@ class Lifted:
     feeds: tuple[int, ...]
     kept: tuple[int, ...] = ()
     single: tuple[tuple[int, int], ...] = ()
+    gates: tuple[int, ...] = ()
 
 
 Form = Callable[..., Tensor]

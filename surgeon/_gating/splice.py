@@ -3,8 +3,9 @@
 Two forms. *Masked*: the addition becomes ``masked_add(gate, shortcut, branch)`` and everything else stays
 where it was. *Lifted*: the nodes that run for the branch alone move into a function of their own, which
 `_gating.skip` calls when the branch survives, or on the rows that survive. In both, stochastic depth that
-was on the branch is taken off, as the gate stands in for it. The generated code names the block's own
-children and parameters, never copies; `surgeon._gating.block` installs it.
+was on the branch is taken off, as the gate stands in for it. A sum with a gate that lies inside a lifted
+branch moves along, gate and all. The generated code names the block's own children and parameters, never
+copies; `surgeon._gating.block` installs it.
 """
 
 import functools
@@ -50,7 +51,7 @@ class Spliced:
 def splice(
     block: nn.Module,
     flow: Flow,
-    chosen: Sequence[Addition],
+    chosen: Mapping[int, Addition],
     *,
     skip: Collection[int],
     by_rows: bool,
@@ -63,7 +64,7 @@ def splice(
     Args:
         block: The block; it is only read.
         flow: Its traced forward.
-        chosen: The additions, in order; the i-th one uses ``gates[i]``.
+        chosen: The additions, in order, by the place of their gate among the block's.
         skip: Ordinals of those whose branch is lifted out where that is sound, so that it need not run.
         by_rows: What a coin decides is one row of the batch.
         rewritten: Something outside the block writes to its output in place.
@@ -71,7 +72,7 @@ def splice(
         batch: How many samples the example has, if this is its trace.
     """
     writer, whole, subsets = _Writer(flow, rewritten, kept), dict[int, str](), dict[int, Subset]()
-    for index, addition in enumerate(chosen):
+    for index, addition in chosen.items():
         if not block.training:
             writer.add(index, addition, evaluating_add)
             continue
@@ -106,6 +107,21 @@ def unliftable(flow: Flow, addition: Addition) -> str:
     return ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Gated:
+    """What stands in an addition's place.
+
+    Attributes:
+        reads: The nodes whose values it takes.
+        gates: Its gate, and those of the sums inside its branch, by place.
+        emit: ``emit(graph, value of, gate of)`` puts it into a graph.
+    """
+
+    reads: tuple[fx.Node, ...]
+    gates: tuple[int, ...]
+    emit: Callable[[fx.Graph, Callable[[fx.Node], fx.Node], Callable[[int], fx.Node]], fx.Node]
+
+
 class _Writer:
     """Copies a traced graph node by node, with some additions replaced."""
 
@@ -113,42 +129,41 @@ class _Writer:
         self.flow, self.rewritten = flow, rewritten
         arguments = [node for node in flow.order if node.op == "placeholder"]
         self.kept = {node for place, node in enumerate(arguments) if place in kept}
-        self.graph = fx.Graph()
-        self.block = _receiver(self.graph)
-        self.gates = self.graph.placeholder("_gates")
-        self.env: dict[fx.Node, fx.Node] = {}
-        self.replaced: dict[fx.Node, Callable[[], fx.Node]] = {}
+        self.replaced: dict[fx.Node, _Gated] = {}
         self.left_out: set[fx.Node] = set()
         self.passed: dict[fx.Node, fx.Node] = {}
 
     def add(self, index: int, addition: Addition, form: Callable[..., Tensor]) -> None:
         """Replaces an addition by ``form(gate, shortcut, branch, onto)``."""
         self._take_off_drops(addition)
+        sides, onto = (addition.shortcut, addition.branch), _onto(addition)
 
-        def emit() -> fx.Node:
-            sides = (self.env[addition.shortcut], self.env[addition.branch])
-            return self.graph.call_function(form, (self._gate(index), *sides, _onto(addition)))
+        def emit(graph: fx.Graph, value: Callable[..., fx.Node], gate: Callable[..., fx.Node]) -> fx.Node:
+            return graph.call_function(form, (gate(index), *map(value, sides), onto))
 
-        self.replaced[addition.node] = emit
+        self.replaced[addition.node] = _Gated(sides, (index,), emit)
 
     def lift(
         self, index: int, addition: Addition, form: Form, lifted: Lifted, reads: Sequence[fx.Node]
     ) -> None:
         """Moves the branch of an addition into a function that ``form`` calls if the gate is open."""
         self.left_out |= self._inside(addition)
+        how = _onto(addition), self._fresh(addition)
 
-        def emit() -> fx.Node:
-            inputs = (self.env[node] for node in reads)
-            head = (self._gate(index), self.env[addition.shortcut], _onto(addition), self._fresh(addition))
-            return self.graph.call_function(_bound(form, lifted), (*head, self.block, *inputs))
+        def emit(graph: fx.Graph, value: Callable[..., fx.Node], gate: Callable[..., fx.Node]) -> fx.Node:
+            block = next(iter(graph.nodes))
+            head = (gate(index), value(addition.shortcut), *how, block)
+            return graph.call_function(
+                _bound(form, lifted), (*head, *map(value, reads), *map(gate, lifted.gates))
+            )
 
-        self.replaced[addition.node] = emit
+        self.replaced[addition.node] = _Gated((addition.shortcut, *reads), (index, *lifted.gates), emit)
 
     def lifted(self, addition: Addition) -> tuple[Lifted, list[fx.Node]]:
         """The branch as a function of its own, and the nodes whose values it reads."""
         self._take_off_drops(addition)
         flow, shortcut = self.flow, addition.shortcut
-        run, reads = self._branch(addition)
+        run, reads, gates = self._branch(addition)
         count = flow.fact(shortcut).value.shape[:1]
         facts = [flow.fact(node) for node in reads]
         rows = [
@@ -167,26 +182,40 @@ class _Writer:
         ]
         owns = [str(n.target) for n in uses if n in addition.region or n.op == "get_attr"]
         kept = [i for i in rows if reads[i] in self.kept]
-        return Lifted(run, tuple(rows), tuple(dict.fromkeys(owns)), tuple(feeds), tuple(kept)), reads
+        owned = tuple(dict.fromkeys(owns))
+        return Lifted(run, tuple(rows), owned, tuple(feeds), tuple(kept), gates=gates), reads
 
     def write(self) -> Run:
-        for node in self.flow.order:
-            if node in self.left_out:
-                continue
-            if node in self.replaced:
-                self.env[node] = self.replaced[node]()
-                if writes_to(node) is not None:  # the name that was added to in place now means the sum
-                    self.env[node.args[0]] = self.env[node]
-            elif node in self.passed:
-                self.env[node] = self.env[self.passed[node]]
-            elif node.op == "placeholder":
-                self.env[node] = _input(self.graph, node)
-            else:
-                self.env[node] = self.graph.node_copy(node, self.env.__getitem__)
-        return _compile(self.graph)
+        graph = fx.Graph()
+        _receiver(graph)
+        gates = graph.placeholder("_gates")
 
-    def _gate(self, index: int) -> fx.Node:
-        return self.graph.call_function(operator.getitem, (self.gates, index))
+        def gate(index: int) -> fx.Node:
+            return graph.call_function(operator.getitem, (gates, index))
+
+        env: dict[fx.Node, fx.Node] = {}
+        self._copy([node for node in self.flow.order if node not in self.left_out], graph, env, gate)
+        return _compile(graph)
+
+    def _copy(
+        self,
+        nodes: Sequence[fx.Node],
+        graph: fx.Graph,
+        env: dict[fx.Node, fx.Node],
+        gate: Callable[[int], fx.Node],
+    ) -> None:
+        """Copies nodes into a graph, additions with a gate as what stands in their place."""
+        for node in nodes:
+            if node in self.replaced:
+                env[node] = self.replaced[node].emit(graph, env.__getitem__, gate)
+                if writes_to(node) is not None:  # the name that was added to in place now means the sum
+                    env[node.args[0]] = env[node]  # type: ignore[index]
+            elif node in self.passed:
+                env[node] = env[self.passed[node]]
+            elif node.op == "placeholder":
+                env[node] = _input(graph, node)
+            else:
+                env[node] = graph.node_copy(node, env.__getitem__)
 
     def _take_off_drops(self, addition: Addition) -> None:
         for drop in addition.drops:
@@ -200,8 +229,8 @@ class _Writer:
             if mask is not None:
                 self.left_out |= set(self.flow.region(mask, drop))
 
-    def _branch(self, addition: Addition) -> tuple[Run, list[fx.Node]]:
-        """The branch as a function ``(block, *reads)``, and the nodes whose values it reads."""
+    def _branch(self, addition: Addition) -> tuple[Run, list[fx.Node], tuple[int, ...]]:
+        """The branch as a function ``(block, *reads, *gates)``, the nodes that it reads, the gates inside."""
         graph, env, reads = fx.Graph(), dict[fx.Node, fx.Node](), list[fx.Node]()
         _receiver(graph)
         own = self._inside(addition)
@@ -210,17 +239,18 @@ class _Writer:
         for node in reads:
             env[node] = _input(graph, node)
         todo = sorted(own, key=self.flow.position)
-        for node in todo:
-            env[node] = (
-                env[self.passed[node]] if node in self.passed else graph.node_copy(node, env.__getitem__)
-            )
+        gated = (self.replaced[node] for node in todo if node in self.replaced)
+        inside = tuple(dict.fromkeys(index for one in gated for index in one.gates))
+        gates = {index: graph.placeholder(f"_gate_{index}") for index in inside}
+        self._copy(todo, graph, env, gates.__getitem__)
         graph.output(env[addition.branch])
-        return _compile(graph), reads
+        return _compile(graph), reads, inside
 
     def _inside(self, addition: Addition) -> set[fx.Node]:
         """The nodes that move. What only picks an item out of a nest made outside costs nothing and stays.
 
-        So the branch is handed the tensors that it reads, each of which has rows or has none.
+        So the branch is handed the tensors that it reads, each of which has rows or has none. What has moved
+        into the branch of a sum inside this one moves along with that sum.
         """
         own: set[fx.Node] = set()
         for node in addition.region:
@@ -231,8 +261,7 @@ class _Writer:
 
     def _gather(self, node: fx.Node, own: set[fx.Node], reads: list[fx.Node]) -> None:
         """Sorts what ``node`` uses: sizes are read anew inside the branch, all else is handed in."""
-        sources = [self.passed[node]] if node in self.passed else node.all_input_nodes
-        for source in sources:
+        for source in self._uses(node):
             if source in own or source in reads:
                 continue
             if self._reads_anew(source):
@@ -240,6 +269,11 @@ class _Writer:
                 self._gather(source, own, reads)
             else:
                 reads.append(source)
+
+    def _uses(self, node: fx.Node) -> Sequence[fx.Node]:
+        if node in self.replaced:
+            return self.replaced[node].reads
+        return [self.passed[node]] if node in self.passed else node.all_input_nodes
 
     def _reads_anew(self, node: fx.Node) -> bool:
         size = node.op != "placeholder" and is_size(node, self.flow.fact(node))

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from surgeon._finding.addition import Addition
 from surgeon._finding.flow import Flow
+from surgeon._gating.gate import open_gate
 from surgeon._gating.rowwise import Rowwise, nested, rowwise
 from surgeon._gating.samples import Samples
 from surgeon._gating.skip import Lifted
@@ -81,8 +82,9 @@ class _Branch:
         self, flow: Flow, block: nn.Module, lifted: Lifted, reads: Sequence[fx.Node], shortcut: Tensor
     ) -> None:
         self.block, self.lifted, self.shortcut = block, lifted, shortcut
-        self.values = [flow.fact(node).value for node in reads]
-        self.active = [flow.fact(node).active for node in reads]
+        inner = len(lifted.gates)  # what they drop has no bearing on whether rows stay apart
+        self.values = [*(flow.fact(node).value for node in reads), *[open_gate()] * inner]
+        self.active = [*(flow.fact(node).active for node in reads), *[False] * inner]
         self.given = [i for i, node in enumerate(reads) if node.op != "get_attr"]
 
     def on_rows(self, batch: int | None) -> Rowwise:
