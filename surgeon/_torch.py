@@ -21,6 +21,7 @@ __all__ = [
     "EXPORT_LOGS",
     "FAKE_LOG",
     "MODULE_GETATTR",
+    "NUMBERS_ASKED",
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
@@ -52,7 +53,13 @@ try:
     from torch._compile import _disable_dynamo as without_compiler
 
     # Runs a forward without arithmetic and without touching a weight.
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    # What a fake tensor raises where code asks for its numbers.
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensor,
+        FakeTensorMode,
+    )
 
     # Where fx asks for what is no plain attribute of a module while it traces.
     from torch.fx import _symbolic_trace
@@ -108,6 +115,8 @@ _top_hooks = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
 
 # What torch.compile returns; its module is looked at only if somebody has imported it.
 COMPILED = "torch._dynamo.eval_frame", "OptimizedModule"
+
+NUMBERS_ASKED = DataDependentOutputException, DynamicOutputShapeException
 
 # Loggers that speak of what is no news to a user: fake runs that fail, and an export that goes well.
 FAKE_LOG = FakeTensorMode.__module__

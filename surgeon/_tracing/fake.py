@@ -17,11 +17,17 @@ from torch import Tensor, nn
 
 from surgeon._torch import FakeTensorMode, fake_of, no_dispatch
 from surgeon._tracing.example import mapped
+from surgeon.errors import TraceError
+
+NESTED = (
+    "a nested tensor, whose sizes no analysis knows. Give the model a padded batch and a mask, or put the "
+    "gates into the part of it that gets ordinary or sparse tensors"
+)
 
 
 def storage(tensor: Tensor) -> int:
-    """An identity of the memory behind a tensor, equal for views of it."""
-    return int(tensor.untyped_storage()._cdata)
+    """An identity of the memory behind a tensor, equal for views of it; a sparse one is its own."""
+    return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else id(tensor)
 
 
 class Shadows:
@@ -47,6 +53,8 @@ class Shadows:
         return self._made[id(tensor)][1]
 
     def _converted(self, tensor: Tensor) -> Tensor:
+        if tensor.is_nested:
+            raise TraceError(f"it is given {NESTED}")
         return self.fake.from_tensor(tensor if tensor.is_leaf else tensor.detach())
 
     def _strided(self, tensor: Tensor) -> Tensor:

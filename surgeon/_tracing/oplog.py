@@ -53,6 +53,8 @@ Layout = tuple[torch.Size, tuple[int, ...], int]
 
 def layout(tensor: Tensor) -> Layout:
     """The shape, strides and offset of a tensor: which part of its storage it shows."""
+    if tensor.layout != torch.strided:
+        return torch.Size() if tensor.is_nested else tensor.shape, (), 0
     return tensor.shape, tensor.stride(), int(tensor.storage_offset())
 
 

@@ -53,20 +53,20 @@ class ValueProxy(fx.Proxy):
         return method
 
     def __bool__(self) -> bool:
-        return bool(self.tracer.pin(self))
+        return bool(self.tracer.answer(self, bool))
 
     def __len__(self) -> int:
         value = self.__dict__["value"]
         return int(self.tracer.pin(self).shape[0]) if isinstance(value, Tensor) else len(value)
 
     def __index__(self) -> int:
-        return operator.index(self.tracer.pin(self))
+        return int(self.tracer.answer(self, operator.index))
 
     def __int__(self) -> int:
-        return int(self.tracer.pin(self))
+        return int(self.tracer.answer(self, int))
 
     def __float__(self) -> float:
-        return float(self.tracer.pin(self))
+        return float(self.tracer.answer(self, float))
 
     def __hash__(self) -> int:
         # A size that is the key of a cache would stay there, with what was traced for it.
@@ -80,7 +80,7 @@ class ValueProxy(fx.Proxy):
         )
 
     def __contains__(self, item: Any) -> bool:
-        return item in self.tracer.pin(self)
+        return bool(self.tracer.answer(self, lambda value: item in value))
 
     def __iter__(self) -> Iterator[Any]:
         value = self.__dict__["value"]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon._torch import FAKE_LOG, FakeTensorMode, pytree
+from surgeon._tracing.blame import is_internal
 from surgeon._tracing.example import (
     generators_kept,
     mode,
@@ -26,7 +27,7 @@ from surgeon._tracing.example import (
     tensors,
     untouched,
 )
-from surgeon._tracing.fake import held_open, storage, to_fake, twin
+from surgeon._tracing.fake import NESTED, held_open, storage, to_fake, twin
 from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.state import draws
 from surgeon.errors import RecordError
@@ -143,13 +144,17 @@ def record(
     """
     attempts = [(True, False, False), (True, True, False), (False, False, False), (False, False, True)]
     first: Exception | None = None
+    if any(t.is_nested for t in tensors((args, kwargs))):
+        raise RecordError(f"{type(model).__name__} is given {NESTED}")
     for in_training, doubled, real in attempts if training else attempts[2:]:
         given = pytree.tree_map_only(Tensor, _doubled, (args, kwargs)) if doubled else (args, kwargs)
         if real and any(t.is_meta for t in (*model.parameters(), *tensors((args, kwargs)))):
             continue
         try:
             return _record(model, *given, training=in_training, real=real)
-        except Exception as error:  # noqa: BLE001 - a model's forward may raise anything
+        except Exception as error:
+            if is_internal(error):
+                raise
             first = first or error
     raise RecordError(_failure(model, args, kwargs, first)) from first
 
@@ -168,7 +173,8 @@ def _record(model: nn.Module, args: Any, kwargs: Any, *, training: bool, real: b
         stack.enter_context(held_open())
         stack.enter_context(quiet())
         stack.enter_context(no_inference_mode())
-        stack.enter_context(torch.no_grad())
+        # As in training, where a forward may ask whether its input requires a gradient.
+        stack.enter_context(torch.set_grad_enabled(training))
         stack.enter_context(_watch(model, log, calls))
         given = twin((args, kwargs)) if real else to_fake(log.fake, (args, kwargs))
         twin(given, log.root)

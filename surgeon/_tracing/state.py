@@ -100,8 +100,9 @@ def _numbers(value: Any) -> bytes:
 
 
 def draws_numbers(value: Any) -> bool:
-    """Whether a value is a random number generator of Python or NumPy: what it draws, no state foretells."""
-    return isinstance(value, random.Random) or type(value).__module__.startswith("numpy.random")
+    """Whether a value is a random number generator: what it draws, no state foretells."""
+    known = isinstance(value, (random.Random, torch.Generator))
+    return known or type(value).__module__.startswith("numpy.random")
 
 
 def draws() -> tuple[Hashable, ...]:

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import fx, nn
 
-from surgeon._text import first_line
 from surgeon._tracing.below import Below
 from surgeon._tracing.example import generators_kept, no_autocast_cache, untouched
 from surgeon._tracing.facts import Trace, drop_unused
@@ -55,15 +54,13 @@ def trace(
     with _ONE_AT_A_TIME, untouched(block), generators_kept(), no_autocast_cache():
         below = below or Below()
         tracer = BlockTracer(log, args, kwargs, replays or {}, reads, below)
-        try:
-            named, places, classes = _mentioned(block, below)
-            around = _around(block, named, places)
-            with guarded(tracer, block), Capture(tracer):
+        named, places, classes = _mentioned(block, below)
+        around = _around(block, named, places)
+        with guarded(tracer, block), Capture(tracer):
+            try:
                 graph = tracer.trace(block)
-        except TraceError:
-            raise
-        except Exception as error:
-            raise TraceError(f"{type(error).__name__}: {first_line(error)}{_hooked(block)}") from error
+            except TraceError as error:
+                raise TraceError(f"{error}{_hooked(block) if error.__cause__ else ''}") from error
         changed = [name for name, value in block.__dict__.items() if before.get(name, block) is not value]
         left, elsewhere = kept(block), held_elsewhere(tracer.proxies)
         moved = [name for name, value in _around(block, named, places).items() if [value] != [around[name]]]

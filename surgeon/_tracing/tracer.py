@@ -14,7 +14,7 @@ import builtins
 import inspect
 import operator
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -25,7 +25,9 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 
+from surgeon._text import first_line
 from surgeon._tracing.below import Below, StandIn
+from surgeon._tracing.blame import asks_numbers, is_internal
 from surgeon._tracing.canonical import canonical
 from surgeon._tracing.example import generators_kept, tensors
 from surgeon._tracing.facts import Fact
@@ -40,6 +42,10 @@ from surgeon._tracing.state import CONSTANTS, PLAIN, draws
 from surgeon.errors import TraceError
 
 _DRAWS = "its forward draws random numbers from Python's or NumPy's generator"
+_COIN = (
+    "its forward tosses a coin of its own: random numbers that it draws decide what runs. Set the rate of "
+    "that coin to 0 before surgeon.apply, as its gate is to take over"
+)
 
 
 class BlockTracer(fx.Tracer):
@@ -89,6 +95,33 @@ class BlockTracer(fx.Tracer):
         self.given.decides(proxy.node)
         return proxy.__dict__["value"]
 
+    def answer(self, proxy: ValueProxy, ask: Callable[[Any], Any]) -> Any:
+        """What Python learns of the value of ``proxy`` when it asks for a number, a flag, an item."""
+        value = self.pin(proxy)
+        with self.deaf():
+            try:
+                return ask(value)
+            except Exception as error:
+                if asks_numbers(error):
+                    raise TraceError(self._looks(proxy.node, ())) from error
+                raise
+
+    def _looks(self, node: fx.Node, ran: Sequence[Op]) -> str:
+        """Why a trace ends where code asks for the numbers in a tensor."""
+        behind, todo = set[fx.Node](), [node]
+        while todo:
+            one = todo.pop()
+            behind.add(one)
+            todo += [n for n in one.all_input_nodes if n not in behind]
+        drawn = any(op.random for n in behind if n in self.facts for op in self.facts[n].ops)
+        if drawn or any(op.random for op in ran):
+            return _COIN
+        where = f"{node.target}, which it calls," if node.op == "call_module" else "its forward"
+        return (
+            f"{where} looks at the numbers in a tensor, which only a run tells. If they are drawn (a coin of "
+            "its own), set their rate to 0 before surgeon.apply"
+        )
+
     def made_here(self, node: fx.Node) -> bool:
         """Whether a value is an object that the forward made or got from a child, and no argument."""
         while node.target in (getattr, operator.getitem):
@@ -116,6 +149,12 @@ class BlockTracer(fx.Tracer):
                 self.listening, builtins.isinstance = True, sees
                 try:
                     result = root_fn(self.root, *given[:split], **keywords)
+                except TraceError:
+                    raise
+                except Exception as error:
+                    if is_internal(error):
+                        raise
+                    raise TraceError(f"{type(error).__name__}: {first_line(error)}") from error
                 finally:
                     self.listening, builtins.isinstance = False, isinstance_
             if draws() != drawn:
@@ -158,7 +197,10 @@ class BlockTracer(fx.Tracer):
         known = not isinstance(a, Tensor) or isinstance(a, nn.Parameter) or a in self.tensor_attrs
         if not known and not any(a is b for b in self.root.buffers()):
             raise TraceError("its forward uses a tensor that is no parameter, buffer or attribute")
-        made = super().create_arg(a)
+        try:
+            made = super().create_arg(a)
+        except NotImplementedError as error:
+            raise TraceError(f"its forward hands on a value that a graph cannot hold: {error}") from error
         if (
             isinstance(made, fx.Node) and made not in self.facts
         ):  # a tensor that no attribute access handed out
@@ -250,7 +292,12 @@ class BlockTracer(fx.Tracer):
         start = len(self.log.ops)
         self.log.touched.clear()
         with torch.no_grad(), self.log.fake, self.log:
-            value, ops = self._value_and_ops(node, args, kwargs, start)
+            try:
+                value, ops = self._value_and_ops(node, args, kwargs, start)
+            except Exception as error:
+                if asks_numbers(error):
+                    raise TraceError(self._looks(node, self.log.ops[start:])) from error
+                raise
         child = node.op == "call_module"
         for given, items in held:  # later readers of it would not be known to depend on this node
             if not same_items(contents(given, deep=not child), items):
