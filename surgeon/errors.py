@@ -52,6 +52,10 @@ class FoldError(SurgeonError, RuntimeError):
     """A fold failed; nothing was changed."""
 
 
+class PruneError(SurgeonError, RuntimeError):
+    """A branch cannot be deleted; nothing was changed."""
+
+
 class ExportError(SurgeonError, RuntimeError):
     """An ONNX export failed; no file was left behind."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from surgeon._gating.forwards import Gating
 from surgeon._gating.gate import NOTE
-from surgeon._tracing.trace import Unannounced
+from surgeon._tracing.trace import Made, Unannounced, portable, revived
 from surgeon.errors import CheckpointError, WrappedModelError
 
 
@@ -54,7 +54,7 @@ class GatedBlock(Unannounced, nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(2)
         _, _, *rest = reduced
-        return (_revive, (self._ungated, isinstance(self, KeepingBlock)), *rest)
+        return (_revive, (portable(self._ungated), isinstance(self, KeepingBlock)), *rest)
 
 
 class KeepingBlock(GatedBlock):
@@ -117,8 +117,8 @@ def _spoken(table: Sequence[Any]) -> str:
     return ", ".join(f"{scale:.4g}" for _, scale in table) or "(none)"
 
 
-def _revive(ungated: type[nn.Module], keeping: bool = False) -> nn.Module:
-    cls = gated_class(ungated, keeping=keeping)
+def _revive(ungated: type[nn.Module] | Made, keeping: bool = False) -> nn.Module:
+    cls = gated_class(revived(ungated), keeping=keeping)
     block: nn.Module = cls.__new__(cls)
     return block
 

@@ -148,7 +148,7 @@ class _Writer:
     ) -> None:
         """Moves the branch of an addition into a function that ``form`` calls if the gate is open."""
         self.left_out |= self._inside(addition)
-        how = _onto(addition), self._fresh(addition)
+        how = _onto(addition), fresh(self.flow, addition, rewritten=self.rewritten)
 
         def emit(graph: fx.Graph, value: Callable[..., fx.Node], gate: Callable[..., fx.Node]) -> fx.Node:
             block = next(iter(graph.nodes))
@@ -279,15 +279,22 @@ class _Writer:
         size = node.op != "placeholder" and is_size(node, self.flow.fact(node))
         return size and not _picks(self.flow, node)
 
-    def _fresh(self, addition: Addition) -> bool:
-        """Whether something writes in place later on to the result, or to the shortcut it would share."""
-        if _onto(addition) == "shortcut":
-            return False  # there the result is the shortcut in the original too
-        shared = {
-            storage(self.flow.fact(n).value) for n in (addition.node, addition.shortcut) if n is not None
-        }
-        later = self.flow.order[self.flow.position(addition.node) + 1 : -1]
-        return self.rewritten or any(shared & self.flow.fact(node).writes for node in later)
+
+def fresh(flow: Flow, addition: Addition, *, rewritten: bool) -> bool:
+    """Whether what stands for a sum without its branch must be a copy of the shortcut.
+
+    Something writes in place later on to the result, or to the shortcut it would share.
+
+    Args:
+        flow: The block's trace.
+        addition: The sum.
+        rewritten: Something outside the block writes to its output in place.
+    """
+    if _onto(addition) == "shortcut":
+        return False  # there the result is the shortcut in the original too
+    shared = {storage(flow.fact(n).value) for n in (addition.node, addition.shortcut) if n is not None}
+    later = flow.order[flow.position(addition.node) + 1 : -1]
+    return rewritten or any(shared & flow.fact(node).writes for node in later)
 
 
 def _picks(flow: Flow, node: fx.Node) -> bool:

@@ -1,7 +1,8 @@
 """Traces one block's own ``forward`` into an fx graph, and refuses what a graph cannot hold."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
@@ -119,3 +120,22 @@ class Unannounced:
     """Mixed in in front: no register of subclasses that a user's class keeps hears of surgeon's own."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A class that surgeon made, in a form that pickles: the class it was made of, and by what."""
+
+    make: Callable[[Any], type[nn.Module]]
+    of: "type[nn.Module] | Made"
+
+
+def portable(cls: type[nn.Module]) -> type[nn.Module] | Made:
+    """``cls`` in a form that pickles; a class that surgeon made has a ``_made`` that says how."""
+    made: Made | None = vars(cls).get("_made")
+    return cls if made is None else Made(made.make, portable(made.of))  # type: ignore[arg-type]
+
+
+def revived(cls: type[nn.Module] | Made) -> type[nn.Module]:
+    """The class again."""
+    return cls.make(revived(cls.of)) if isinstance(cls, Made) else cls

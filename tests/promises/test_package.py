@@ -41,7 +41,7 @@ def fresh_python(code: str, *paths: Path) -> str:
 
 def test_no_folder_imports_one_further_on() -> None:
     """The order of docs/design.md; "" is what lies flat in the package."""
-    order = ["_tracing", "_finding", "_gating", "_folding", "", "_onnx", "cli"]
+    order = ["_tracing", "_finding", "_gating", "_folding", "", "_pruning", "_onnx", "cli"]
     flat = ("errors", "_version", "_files", "_plain", "_text", "_torch")
     for_all = {f"surgeon.{room}" for room in flat}
     seen = set()
