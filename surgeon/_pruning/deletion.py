@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from surgeon._finding.addition import Addition
 from surgeon._finding.analysis import Analysis, Block
@@ -23,6 +22,7 @@ from surgeon._finding.residual import meant
 from surgeon._gating.places import again, located
 from surgeon._pruning.cut import Code, Cut
 from surgeon._pruning.pruned import Kept, form
+from surgeon._torch import pytree
 from surgeon._tracing.example import mode, no_inference_mode, tensors, untouched
 from surgeon._tracing.fake import held_open
 from surgeon._tracing.record import Recording, record

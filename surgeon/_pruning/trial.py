@@ -5,11 +5,11 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from surgeon._pruning.deletion import Deleter, Deletion
 from surgeon._pruning.pruned import prune_block
 from surgeon._pruning.score import Worth
+from surgeon._torch import pytree
 from surgeon._tracing.record import record
 from surgeon.errors import RecordError
 
