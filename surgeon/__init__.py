@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from surgeon._load import load
     from surgeon._onnx.export import export
     from surgeon._onnx.verify import verify
+    from surgeon._pruning.lesion import lesion
     from surgeon._pruning.prune import prune
     from surgeon._ramp import Ramp
     from surgeon._removal import fold, remove
@@ -30,6 +31,7 @@ __all__ = [
     "export",
     "find",
     "fold",
+    "lesion",
     "load",
     "load_model",
     "prune",
@@ -43,7 +45,12 @@ __all__ = [
 _HOMES = dict.fromkeys(("apply", "find", "set_drop_rate", "status"), "_surgery")
 _HOMES |= {"fold": "_removal", "remove": "_removal"}
 _HOMES |= {"Ramp": "_ramp", "export": "_onnx.export", "load": "_load", "verify": "_onnx.verify"}
-_HOMES |= {"prune": "_pruning.prune", "load_model": "_source", "save_checkpoint": "_checkpoint"}
+_HOMES |= {
+    "lesion": "_pruning.lesion",
+    "prune": "_pruning.prune",
+    "load_model": "_source",
+    "save_checkpoint": "_checkpoint",
+}
 
 
 def __getattr__(name: str) -> Any:

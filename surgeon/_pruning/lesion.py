@@ -1,0 +1,170 @@
+"""What each branch of a trained network is worth: the network is measured without it.
+
+Veit et al. 2016 (section 4.1) delete single blocks of a trained residual network and find that most are
+hardly missed; networks trained with stochastic depth miss them less still. `lesion` measures that.
+"""
+
+import random
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from surgeon._pruning.choose import choose
+from surgeon._pruning.deletion import Deleter
+from surgeon._pruning.prune import analysed, ungated
+from surgeon._pruning.score import Data, Score, Worth, scorer
+from surgeon._pruning.trial import Trial
+from surgeon._text import table
+from surgeon._tracing.example import Example
+from surgeon.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What the network is worth without one branch.
+
+    Attributes:
+        name: Of the residual add.
+        block_type: Class of its block.
+        flops_share: FLOPs of the branch over those of the network, in [0, 1].
+        worth: Of the network without it.
+    """
+
+    name: str
+    block_type: str
+    flops_share: float
+    worth: Worth
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What networks without ``deleted`` of their branches are worth.
+
+    Attributes:
+        deleted: How many branches are left out.
+        chosen: Names of the least important ones, chosen one after another.
+        worth: Without those.
+        at_random: Without as many at random, one entry per draw.
+        tail: Without the last ones, as where a network is cut off at its end.
+    """
+
+    deleted: int
+    chosen: tuple[str, ...]
+    worth: Worth
+    at_random: tuple[Worth, ...]
+    tail: Worth
+
+
+@dataclass(frozen=True, slots=True)
+class Lesions:
+    """What the branches of a network are worth; iterating gives one `Loss` per branch, in execution order.
+
+    Attributes:
+        full: The worth of the whole network.
+        single: Without each branch alone.
+        curve: Without more and more of them.
+        labelled: Whether accuracy counts right answers; else agreement with the whole network.
+    """
+
+    full: Worth
+    single: tuple[Loss, ...]
+    curve: tuple[Row, ...]
+    labelled: bool
+
+    def __iter__(self) -> Iterator[Loss]:
+        return iter(self.single)
+
+    def __len__(self) -> int:
+        return len(self.single)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        kind = "accuracy" if self.labelled else "agreement"
+        lines = [f"{len(self)} branches; whole network: {_said(self.full)}"]
+        rows = [(one.name, one.block_type, f"{one.flops_share:.1%}", *_cells(one.worth)) for one in self]
+        lines += table(("without", "block", "FLOPs", "loss", kind), rows)
+        if self.curve:
+            lines.append("deleted together")
+            more = [
+                (str(row.deleted), *_cells(row.worth), _spread(row.at_random), _cells(row.tail)[1])
+                for row in self.curve
+            ]
+            lines += table(("branches", "loss", kind, "at random", "the last ones"), more)
+        return "\n".join(lines)
+
+
+def _cells(worth: Worth) -> tuple[str, str]:
+    return f"{worth.loss:.4g}", "" if worth.accuracy is None else f"{worth.accuracy:.1%}"
+
+
+def _said(worth: Worth) -> str:
+    loss, accuracy = _cells(worth)
+    return f"loss {loss}" + (f", {accuracy}" if accuracy else "")
+
+
+def _spread(draws: Sequence[Worth]) -> str:
+    values = [w.accuracy for w in draws if w.accuracy is not None]
+    if not values:
+        return ""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.1%} ± {spread:.1%}"
+
+
+def lesion(
+    model: nn.Module,
+    data: Data | None = None,
+    *,
+    score: Score | None = None,
+    counts: Sequence[int] = (),
+    draws: int = 5,
+    candidates: int = 8,
+    seed: int = 0,
+    example: Example = None,
+) -> Lesions:
+    """Measures what ``model`` is worth without each of its branches; ``model`` is left as it was.
+
+    A gated model is measured as its folded copy.
+
+    Args:
+        model: A trained network with residual adds.
+        data: As in `prune`: batches with labels, or inputs alone for agreement with the whole network.
+        score: Instead of ``data``: a function of a network in evaluation mode, the higher the better.
+        counts: How many branches to delete together, for each of these numbers: the least important, as many
+            at random, and the last ones.
+        draws: How many random sets for each.
+        candidates: As in `prune`.
+        seed: Of the random sets.
+        example: As in `find`.
+
+    Raises:
+        UsageError: Neither or both of ``data`` and ``score``, or a count out of range.
+        NoResidualsError: The model has no residual add.
+    """
+    plain, args, kwargs = ungated(model, example)
+    analysis = analysed(plain, args, kwargs)
+    deleter, worth = Deleter(analysis), scorer(plain, data, score)
+    names = list(deleter.blocks)
+    for count in counts:
+        if not 0 < count < len(names):
+            raise UsageError(
+                f"counts has {count}; the network has {len(names)} branches, so give 1 to {len(names) - 1}"
+            )
+    trial, flops = Trial(plain, deleter, worth), max(analysis.recording.flops, 1)
+    residuals = analysis.findings.residuals
+    single = tuple(Loss(r.name, r.block_type, r.flops / flops, trial([r.name])) for r in residuals)
+    generator = random.Random(seed)  # noqa: S311 - which branches, no secret
+    curve = []
+    chosen = choose(trial, names, max(counts, default=0), candidates) if counts else []
+    for count in sorted(counts):
+        at_random = tuple(trial(generator.sample(names, count)) for _ in range(draws))
+        curve.append(
+            Row(count, tuple(chosen[:count]), trial(chosen[:count]), at_random, trial(names[-count:]))
+        )
+    labelled = bool(getattr(worth, "labelled", False))
+    return Lesions(trial([]), single, tuple(curve), labelled)
