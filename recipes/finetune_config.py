@@ -23,7 +23,7 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    name: str  # timm:NAME, torchvision:NAME or package.module:callable
+    name: str  # timm:NAME, torchvision:NAME, recipes:NAME or package.module:callable
     kwargs: dict[str, Any] = {}  # further arguments of the model's constructor
     pretrained: bool = False  # fetch the published weights
     checkpoint: HomePath | None = None  # or start from this file (.safetensors, .pt)

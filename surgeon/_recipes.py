@@ -5,9 +5,12 @@ carries them as plain files under `surgeon/recipes` and puts no `recipes` packag
 """
 
 import importlib
+import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from surgeon.errors import SurgeonError, UsageError
 
@@ -53,3 +56,22 @@ def load(name: str = "finetune") -> ModuleType:
             f"the recipe {name} needs {error.name}, which is not installed: "
             "pip install 'surgeon[recipes,plots]'"
         ) from error
+
+
+def models() -> dict[str, Callable[..., Any]]:
+    """What makes each network of the papers, by name: the ``MODELS`` of every file in the folder `models`."""
+    found: dict[str, Callable[..., Any]] = {}
+    for path in sorted((locate() / "models").glob("*.py")):
+        found |= _file(path).MODELS
+    return found
+
+
+def _file(path: Path) -> ModuleType:
+    """One file as a module of a name that no package of the user's has, so that `sys.path` stays as it is."""
+    name = f"surgeon_recipes_{path.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]

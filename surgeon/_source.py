@@ -1,8 +1,9 @@
 """Finds the model that a MODEL string names.
 
-``timm:NAME`` and ``torchvision:NAME`` name a model of these libraries, ``package.module:callable`` anything
-importable that returns a module. A bare NAME is looked up in both libraries; one that both have is refused
-with both spellings, because their models of one name differ in keys, defaults and training.
+``timm:NAME`` and ``torchvision:NAME`` name a model of these libraries, ``recipes:NAME`` a network of a paper
+(`recipes/models`), ``package.module:callable`` anything importable that returns a module. A bare NAME is
+looked up in the first three; one that two of them have is refused with both spellings, because their models
+of one name differ in keys, defaults and training.
 """
 
 import difflib
@@ -16,9 +17,10 @@ from typing import Any
 
 from torch import nn
 
+from surgeon._recipes import models
 from surgeon.errors import UsageError
 
-LIBRARIES = ("timm", "torchvision")
+LIBRARIES = ("timm", "torchvision", "recipes")
 
 
 def load_model(
@@ -27,8 +29,8 @@ def load_model(
     """Makes the model that ``spec`` names, with random weights or those of a checkpoint.
 
     Args:
-        spec: ``timm:NAME``, ``torchvision:NAME``, ``package.module:callable``, or a bare name that only one
-            of the two libraries has. Modules are also looked for in the current directory.
+        spec: ``timm:NAME``, ``torchvision:NAME``, ``recipes:NAME``, ``package.module:callable``, or a bare
+            name that only one of the three has. Modules are also looked for in the current directory.
         checkpoint: A safetensors file or a file of torch to load; see `surgeon.load`.
         img_size: Side of the square images, in pixels, for models of fixed size (ViT, Swin, ...); models that
             take any size are made without it.
@@ -58,7 +60,7 @@ def resolve(spec: str) -> str:
     """The full spelling of a MODEL string: ``"densenet_cifar"`` becomes ``"timm:densenet_cifar"``.
 
     Raises:
-        UsageError: A bare name is in neither library, with the nearest names, or in both.
+        UsageError: A bare name is in none of the libraries, with the nearest names, or in two.
     """
     if ":" in spec:
         return spec
@@ -70,13 +72,15 @@ def resolve(spec: str) -> str:
         raise UsageError(f"{spec} is a model of {' and of '.join(homes)}, and they differ; write {spellings}")
     close = [f"{library}:{name}" for library in LIBRARIES for name in _close(spec, names(library))]
     raise UsageError(
-        f"there is no model {spec!r} in timm or torchvision. {_suggest(close)}"
-        "MODEL is timm:NAME, torchvision:NAME or package.module:callable."
+        f"there is no model {spec!r} in timm, torchvision or recipes. {_suggest(close)}"
+        "MODEL is timm:NAME, torchvision:NAME, recipes:NAME or package.module:callable."
     )
 
 
 def names(library: str) -> list[str]:
-    """All model names of ``"timm"`` or ``"torchvision"``."""
+    """All model names of ``"timm"``, ``"torchvision"`` or ``"recipes"``."""
+    if library == "recipes":
+        return list(models())
     if library == "timm":
         import timm
 
@@ -133,6 +137,8 @@ def _maker(spec: str) -> Callable[..., Any]:
 
 
 def _library_maker(library: str, name: str) -> Callable[..., Any]:
+    if library == "recipes":
+        return models()[name]
     if library == "timm":
         import timm
 

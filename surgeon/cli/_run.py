@@ -34,8 +34,8 @@ Exit codes:
   4  nothing to do: the model has no residual add"""
 
 MODEL_HELP = (
-    "MODEL is timm:NAME, torchvision:NAME, package.module:callable, or a bare name that only one of timm and "
-    "torchvision has."
+    "MODEL is timm:NAME, torchvision:NAME, recipes:NAME, package.module:callable, or a bare name that only "
+    "one of the first three has."
 )
 
 

@@ -52,7 +52,9 @@ def test_bare_name_of_both_is_refused_with_both_spellings():
 
 
 def test_bare_unknown_name_gets_suggestions():
-    with pytest.raises(UsageError, match=r"no model 'resnet10' in timm or torchvision.*timm:resnet10t"):
+    with pytest.raises(
+        UsageError, match=r"no model 'resnet10' in timm, torchvision or recipes.*timm:resnet10t"
+    ):
         resolve("resnet10")
 
 
@@ -93,7 +95,10 @@ def test_image_size_is_left_out_where_any_size_will_do():
         ("timm:resnet18x", "timm has no model 'resnet18x'. Did you mean timm:resnet18"),
         ("timm:qqqqqqq", "timm has no model 'qqqqqqq'.$"),
         ("torchvision:resnet19", "torchvision has no model 'resnet19'. Did you mean torchvision:resnet18"),
-        ("no_such_package:thing", "cannot import 'no_such_package'.*Known prefixes: timm:, torchvision:"),
+        (
+            "no_such_package:thing",
+            "cannot import 'no_such_package'.*Known prefixes: timm:, torchvision:, recipes:",
+        ),
         ("networks_of_mine:tinny", "networks_of_mine has no 'tinny'. Did you mean tiny"),
         ("networks_of_mine:number", "networks_of_mine:number is a int; name a function or class"),
         ("networks_of_mine:ready", "networks_of_mine:ready is a Sequential; name a function"),
