@@ -13,6 +13,7 @@ from surgeon.errors import SurgeonError
 
 if TYPE_CHECKING:
     from surgeon._checkpoint import save_checkpoint
+    from surgeon._column import column
     from surgeon._load import load
     from surgeon._onnx.export import export
     from surgeon._onnx.verify import verify
@@ -28,6 +29,7 @@ __all__ = [
     "SurgeonError",
     "__version__",
     "apply",
+    "column",
     "export",
     "find",
     "fold",
@@ -46,6 +48,7 @@ _HOMES = dict.fromkeys(("apply", "find", "set_drop_rate", "status"), "_surgery")
 _HOMES |= {"fold": "_removal", "remove": "_removal"}
 _HOMES |= {"Ramp": "_ramp", "export": "_onnx.export", "load": "_load", "verify": "_onnx.verify"}
 _HOMES |= {
+    "column": "_column",
     "lesion": "_pruning.lesion",
     "prune": "_pruning.prune",
     "load_model": "_source",

@@ -13,7 +13,7 @@ class GateStatus:
     Attributes:
         name, block, block_type, kind: As in `Residual`.
         drop_rate: The present drop rate, in [0, 1).
-        survival: The survival probability ``p_l = 1 - drop_rate``.
+        survival: The survival probability ``p_l = 1 - drop_rate``; of a join, that of one of its paths.
         scale: What evaluation multiplies the branch by.
         unit: ``"sample"`` or ``"batch"``.
         scaling: ``"inverted"`` or ``"paper"``.
@@ -47,10 +47,13 @@ class Status:
     Attributes:
         gates: One entry per gate.
         schedule: The schedule asked of `surgeon.apply`, in words.
+        column: Of a network with joins, the column that the last step ran, from 1, the shortest; one for each
+            sample where each has its own; ``None`` in it where paths were dropped by themselves.
     """
 
     gates: tuple[GateStatus, ...]
     schedule: str
+    column: tuple[int | None, ...] = ()
 
     @property
     def expected_depth(self) -> float:
@@ -60,7 +63,7 @@ class Status:
     @property
     def expected_flops(self) -> float:
         """FLOPs of a training step over those of the ungated model, in (0, 1]; masks save none."""
-        return 1 - sum(gate.flops_share * gate.drop_rate for gate in self.gates if gate.skips)
+        return 1 - sum(gate.flops_share * (1 - gate.survival) for gate in self.gates if gate.skips)
 
     def __str__(self) -> str:
         rows = [

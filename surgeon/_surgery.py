@@ -7,12 +7,13 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from surgeon._finding.analysis import Analysis, analyse
+from surgeon._finding.analysis import Analysis, analyse, most_paths
 from surgeon._finding.findings import Findings
 from surgeon._folding.keep import check_state_is_free, divide
 from surgeon._gating.block import gate_block, ungate_block
-from surgeon._gating.gate import Gate, Origin, Scaling, Unit, Unused
+from surgeon._gating.gate import Columns, Gate, Origin, Paths, Scaling, Unit, Unused
 from surgeon._gating.gated import gated_blocks, gates_of, is_gated
+from surgeon._gating.joins import survival
 from surgeon._gating.preparation import prepare
 from surgeon._gating.ranks import Ranks, Sync
 from surgeon._gating.schedule import NAMES, Schedule, drop_rates
@@ -62,6 +63,7 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
     skip: bool | Literal["auto"] = "auto",
     unused: Unused = "auto",
     sync: Sync = "none",
+    paths: Paths = "both",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     overrides: Mapping[str, float] | None = None,
@@ -99,6 +101,10 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
             initialised, as DDP needs a gradient of every parameter on every rank.
         sync: ``"none"``: every rank of a distributed training draws for itself. ``"ranks"``: all draw the
             same, from a seed of rank 0; the ranks' drop rates are compared at the first draw.
+        paths: What is dropped at joins, which take the mean of several paths (FractalNet). ``"local"``: each
+            path by itself, but never all; ``"global"``: all but one column of the network, drawn in each
+            step; ``"both"``: one or the other, half of the steps each, as in the paper. Evaluation is the
+            mean of all paths under either scaling.
         include: Glob patterns on names of residual adds, blocks or block classes: only these. The full name
             of a refused addition, or its reason code, brings that in; where either side of the sum may be
             the shortcut, ``:left`` or ``:right`` behind a pattern tells which.
@@ -110,7 +116,8 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
         ``model``.
 
     Raises:
-        UsageError: An argument is out of range, unknown, or a pattern matches nothing.
+        UsageError: An argument is out of range, unknown, or a pattern matches nothing; or ``paths="global"``
+            for a model without joins.
         AlreadyGatedError: The model has gates; `remove` takes them out.
         WrappedModelError: The model is wrapped.
         NoResidualsError: There is nothing to gate; the message counts the reasons.
@@ -118,7 +125,13 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
         FoldError: ``keep_eval``, and no weight can take the scale of some gate; nothing was changed.
     """
     check_plain(model)
-    _check_choices(unit=(unit, Unit), scaling=(scaling, Scaling), unused=(unused, Unused), sync=(sync, Sync))
+    _check_choices(
+        unit=(unit, Unit),
+        scaling=(scaling, Scaling),
+        unused=(unused, Unused),
+        sync=(sync, Sync),
+        paths=(paths, Paths),
+    )
     if skip not in (True, False, "auto"):
         raise UsageError(f"skip is {skip!r}; give True, False or 'auto'")
     if isinstance(schedule, str):
@@ -127,6 +140,7 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
         raise AlreadyGatedError("the model already has gates; call surgeon.remove(model) first")
     args, kwargs = inputs(model, example)
     analysis = analyse(model, args, kwargs, include, exclude)
+    columns = _columns(model, analysis, paths)
     if not analysis.blocks:
         raise NoResidualsError(_nothing_found(model, analysis))
     residuals = [
@@ -150,7 +164,7 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
             unit=unit,
             scaling=scaling,
             drop_rate=rate,
-            scale=1.0 if scaling == "inverted" else 1 - rate,
+            scale=1.0 if scaling == "inverted" or r.kind == "mean" else 1 - rate,
             flops_share=r.flops / flops,
             origin=origin,
             depth=r.depth,
@@ -158,7 +172,9 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
             by_cost=skip == "auto" and unit == "sample",
             unused=unused,
             ranks=ranks,
-            keep_eval=keeps,
+            keep_eval=keeps and r.kind != "mean",
+            columns=columns if r.kind == "mean" else None,
+            paths=r.paths,
         )
         for order, ((r, ordinal), rate) in enumerate(zip(residuals, rates, strict=True))
     }
@@ -183,14 +199,15 @@ def status(model: nn.Module) -> Status:
     Raises:
         NotGatedError: The model has no gates.
     """
-    rows, schedule = [], ""
+    rows, schedule, column = [], "", None
     for name, block, gating in gated_blocks(model):
         for gate in [gate for gate in gating.gates if not gate.folded]:
             schedule = schedule or gate.origin.schedule
             rows.append((gate.order, _gate_status(name, block, gate)))
+            column = gate.columns.drawn if gate.columns else column
     if not rows:
         raise NotGatedError("the model has no gates; surgeon.apply(model) puts them in")
-    return Status(tuple(row for _, row in sorted(rows, key=lambda row: row[0])), schedule)
+    return Status(tuple(row for _, row in sorted(rows, key=lambda row: row[0])), schedule, _numbered(column))
 
 
 def set_drop_rate(model: nn.Module, rate: float | Sequence[float] | Callable[[int, int], float]) -> nn.Module:
@@ -242,7 +259,7 @@ def _gate_status(name: str, block: nn.Module, gate: Gate) -> GateStatus:
         block_type=type(block).__name__,
         kind=gate.kind,
         drop_rate=gate.drop_rate,
-        survival=gate.survival,
+        survival=survival(gate),
         scale=gate.scale,
         unit=gate.unit,
         scaling=gate.scaling,
@@ -252,6 +269,21 @@ def _gate_status(name: str, block: nn.Module, gate: Gate) -> GateStatus:
         keep_eval=gate.keep_eval,
         obstacle=gate.obstacle,
     )
+
+
+def _columns(model: nn.Module, analysis: Analysis, paths: Paths) -> Columns:
+    count = most_paths(analysis)
+    if paths == "global" and count < 2:
+        raise UsageError(
+            f"paths='global' keeps one column of a network in each step, and {type(model).__name__} has one "
+            "column: none of its sums is a join, which takes the mean of several paths. Leave paths out"
+        )
+    return Columns(paths, count)
+
+
+def _numbered(drawn: Tensor | None) -> tuple[int | None, ...]:
+    """The columns of a step, from 1; ``None`` where there is none."""
+    return () if drawn is None else tuple(None if c < 0 else c + 1 for c in drawn.tolist())
 
 
 def _check_choices(**given: tuple[str, Any]) -> None:

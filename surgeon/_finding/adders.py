@@ -4,11 +4,12 @@
 a norm of the sum.
 """
 
-from torch import nn
+from torch import Tensor, nn
 
 from surgeon._finding.opgraph import operators
 from surgeon._finding.residual import additions
 from surgeon._tracing.example import tensors
+from surgeon._tracing.operators import is_linear
 from surgeon._tracing.record import Call, Recording
 
 
@@ -27,8 +28,16 @@ def _adds(recording: Recording, call: Call) -> bool:
     ops = recording.log.ops[call.first_op : call.last_op]
     if any(op.flops for op in ops) or _hooked(call.module):
         return False
+    if all(is_linear(op) and not op.weighted for op in ops) and _of_one_shape(call):
+        return True  # a mean of a stack, say
     found = additions(operators(recording.log, call), regions=False)
     return any(addition.code == "no-shortcut" and not addition.kind for addition in found)
+
+
+def _of_one_shape(call: Call) -> bool:
+    """Whether a call gave one tensor of the shape that all its arguments have."""
+    given = tensors((call.args, call.kwargs))
+    return isinstance(call.output, Tensor) and all(t.shape == call.output.shape for t in given)
 
 
 def _hooked(module: nn.Module) -> bool:

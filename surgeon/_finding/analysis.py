@@ -18,6 +18,7 @@ from surgeon._finding.choice import Choice
 from surgeon._finding.drops import mask_nodes
 from surgeon._finding.findings import REASONS, Findings, Refusal, Residual, gate_name
 from surgeon._finding.flow import Flow
+from surgeon._finding.joins import joins, own_parts
 from surgeon._finding.opgraph import adds_constant, count_sums, operators
 from surgeon._finding.paths import side
 from surgeon._finding.residual import additions, arguments_of, nest, projected, steps_along, within
@@ -319,7 +320,9 @@ class _Scan:
         return told or addition
 
     def _mark_nested(self, block: Block, addition: Addition) -> None:
-        """Everything that runs inside this branch is no residual add of its own."""
+        """Everything that runs inside this branch is no residual add of its own; paths of joins hold such."""
+        if addition.kind == "mean":
+            return
         for node in within(block.flow, addition):
             if node.op == "call_module":
                 self.nested.update(block.module.get_submodule(str(node.target)).modules())
@@ -341,10 +344,17 @@ def _way(call: Call, exact: bool) -> Hashable:
     return tuple((name, kind(value, exact)) for name, value in given.items())
 
 
+def most_paths(analysis: Analysis) -> int:
+    """How many paths the widest join of a model has: its columns; 0 without one."""
+    return max((r.paths for block in analysis.blocks for r in block.residuals), default=0)
+
+
 def _number(block: Block) -> None:
     """Notes for each residual add of a block how many follow on one another up to it."""
     depths: dict[fx.Node, int] = {}
     for place, addition in enumerate(block.found):
+        if addition.kind == "mean":  # the joins of a block share a drop rate
+            continue
         carried = block.flow.sources(addition.shortcut, itself=True)
         depth = depths[addition.node] = 1 + max((d for n, d in depths.items() if n in carried), default=0)
         block.residuals[place] = replace(block.residuals[place], depth=depth)
@@ -371,6 +381,9 @@ def _constants(node: fx.Node) -> tuple[Any, ...]:
 def _describe(block: Block, addition: Addition, name: str) -> Residual:
     flow = block.flow
     work = [n for n in side(flow, addition.branch, addition.shortcut) if n not in addition.drops]
+    paths = joins(flow)[addition.node].paths if addition.kind == "mean" else ()
+    if paths:
+        work = [n for part in own_parts(flow, paths) for n in part]
     drops = [node for node in addition.drops if node.op == "call_module"]
     prefix = f"{block.name}." if block.name else ""
     return Residual(
@@ -380,10 +393,13 @@ def _describe(block: Block, addition: Addition, name: str) -> Residual:
         kind=addition.kind,
         shortcut="identity"
         if addition.kind == "identity"
+        else ""
+        if addition.kind == "mean"
         else _modules(side(flow, addition.shortcut, addition.branch)) or addition.shortcut.name,
         branch=_modules(work),
         flops=addition.flops,
         replaces=tuple(prefix + str(node.target) for node in drops),
+        paths=len(paths),
     )
 
 

@@ -15,6 +15,7 @@ REASONS = {
     "form": "is made inside one operator or in a form that cannot take a gate",
     "fusion": "merges two branches with activations of their own; neither side is a shortcut",
     "gating": "mixes or modulates activations with weights computed from the input",
+    "join": "is a step of a join, which takes a gate as a whole",
     "linear": "sums linear paths (a reparametrisation branch); no activation to skip",
     "long-skip": "skips over several residual adds that follow on one another, and is no step itself",
     "nested": "lies inside the branch of another residual add",
@@ -35,12 +36,13 @@ class Residual:
             ``"blocks.3.add_1"``.
         block: Qualified name of the module whose own ``forward`` performs the add; ``""`` is the model.
         block_type: Class name of that module.
-        kind: ``"identity"`` or ``"projection"`` (what the shortcut does to the block's input), or ``"left"``
-            or ``"right"`` where ``include`` told which side is the shortcut.
+        kind: ``"identity"`` or ``"projection"`` (what the shortcut does to the block's input), ``"left"`` or
+            ``"right"`` where ``include`` told which side is the shortcut, ``"mean"`` for a join of paths.
         shortcut: What the shortcut runs: ``"identity"`` or its modules, ``"downsample"``.
         branch: What the branch runs, its modules in order: ``"conv1 bn1 act1 conv2 bn2"``.
         flops: FLOPs of one forward of the branch on the example.
         replaces: Names of the stochastic-depth modules already on this branch; the gate stands in for them.
+        paths: Of a join, of how many paths it is the mean; 0 otherwise.
         depth: How many residual adds of its block follow on one another up to this one, itself included.
     """
 
@@ -53,6 +55,7 @@ class Residual:
     flops: int
     replaces: tuple[str, ...] = ()
     depth: int = 1
+    paths: int = 0
 
 
 @dataclass(frozen=True, slots=True)

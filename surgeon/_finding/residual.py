@@ -26,6 +26,7 @@ from surgeon._finding.branch import unfit
 from surgeon._finding.drops import drops
 from surgeon._finding.findings import REASONS
 from surgeon._finding.flow import Flow
+from surgeon._finding.joins import joined
 from surgeon._finding.paths import (
     PRODUCTS,
     around,
@@ -51,7 +52,8 @@ def additions(flow: Flow, *, regions: bool = True) -> list[Addition]:
     nodes = [node for node in flow.order if is_addition(flow, node)]
     found = [_classify(flow, node, i, regions) for i, node in enumerate(nodes)]
     merged = _merged(flow, nodes)
-    return [replace(a, code="fusion") if a.code is None and a.node in merged else a for a in found]
+    found = [replace(a, code="fusion") if a.code is None and a.node in merged else a for a in found]
+    return joined(flow, found)
 
 
 def nest(flow: Flow, found: Sequence[Addition], steps_in: Callable[[fx.Node], int]) -> list[Addition]:
@@ -71,11 +73,13 @@ def nest(flow: Flow, found: Sequence[Addition], steps_in: Callable[[fx.Node], in
         addition = found[place]
         if addition.node in inside and addition.code != "bias":
             addition = replace(addition, code="nested")
+        elif addition.kind == "mean":
+            pass  # joins and residual adds on its paths are dropped each by itself, too
         elif (
             addition.code is None and not addition.drops and _is_long(flow, addition, found[:place], steps_in)
         ):
             addition = replace(addition, code="long-skip")
-        if addition.code is None:
+        if addition.code is None and addition.kind != "mean":
             inside.update(within(flow, addition))
         nested.append(addition)
     return nested[::-1]

@@ -201,6 +201,8 @@ class Gating:
         located_again = again(flow, self.marks, complete=self.complete)
         for place, (gate, addition) in enumerate(zip(self.gates, located_again, strict=True)):
             one = meant(flow, addition, gate.kind, self.sides.get(gate.ordinal))
+            if one is not None and (one.kind == "mean") != (gate.kind == "mean"):
+                one = None
             if one is None and shown:
                 self.optional.add(gate.ordinal)
             if one is None and gate.ordinal not in self.optional:

@@ -28,6 +28,7 @@ from surgeon._tracing.fake import held
 
 Unit = Literal["sample", "batch"]
 Scaling = Literal["inverted", "paper"]
+Paths = Literal["both", "local", "global"]
 Unused = Literal["auto", "zero", "none"]
 Branch = Callable[..., Tensor]
 
@@ -66,6 +67,37 @@ class Origin:
 
 
 @dataclass(eq=False)
+class Columns:
+    """What the joins of one network share: the column that a step was given.
+
+    Attributes:
+        mode: What is dropped: paths, all but a column, or both in turn.
+        count: How many columns the network has: the paths of its widest join.
+        lead: The gate that draws for all: the one that runs first.
+        drawn: The columns of this step, from 0, the shortest: one for each sample or for all; -1 where paths
+            are dropped by themselves. ``None`` before the first step.
+    """
+
+    mode: Paths
+    count: int
+    lead: "Gate | None" = field(default=None, repr=False)
+    drawn: Tensor | None = None
+
+    def draw(self, gate: "Gate", rows: int) -> Tensor:
+        """The columns of this step, of shape ``(rows,)``; drawn anew where the first join runs."""
+        self.lead = self.lead or gate
+        if self.drawn is None or gate is self.lead or len(self.drawn) != rows:
+            self.drawn = self._drawn(gate, rows)
+        return self.drawn
+
+    def _drawn(self, gate: "Gate", rows: int) -> Tensor:
+        numbers = gate.numbers(1 + rows)
+        columns = (numbers[1:] * self.count).long().clamp(max=self.count - 1)
+        by_themselves = {"local": numbers[:1] >= 0, "both": numbers[:1] < 0.5, "global": numbers[:1] < 0}
+        return torch.where(by_themselves[self.mode], -1, columns)
+
+
+@dataclass(eq=False)
 class Gate:
     """A gate on one residual add. It holds no parameter and no buffer: a ``state_dict`` never shows it.
 
@@ -94,6 +126,8 @@ class Gate:
         note: Why it is computed all the same, or why its scale stays after a fold; ``""`` otherwise.
         ranks: What ``sync="ranks"`` shares among the gates; None where each rank draws for itself.
         keep_eval: The weights were divided by its scale when it was put in, so that evaluation stayed.
+        columns: What a join shares with the others of its network; None if it is a residual add.
+        paths: Of a join, how many paths it has.
         settled: A fold has been: it takes no part in training any more.
         folded: Its scale is in the weights now; it does nothing any more.
         obstacle: The operator that keeps the scale out of the weights after a fold, such as ``"silu"``.
@@ -120,6 +154,8 @@ class Gate:
     note: str = ""
     ranks: Ranks | None = field(default=None, repr=False)
     keep_eval: bool = False
+    columns: "Columns | None" = field(default=None, repr=False)
+    paths: int = 0
     settled: bool = False
     folded: bool = False
     obstacle: str = ""
@@ -213,13 +249,14 @@ class Gate:
             order = self.ranks.numbers(self.order, count).argsort().to(device)
         return order[:kept].sort().values
 
-    def _tosses(self, count: int) -> list[float]:
+    def numbers(self, count: int) -> Tensor:
         """So many numbers in [0, 1), from the CPU's generator or the one that the ranks share."""
         if self.ranks is None:
-            numbers = torch.rand(count, dtype=torch.float64, device="cpu")
-        else:
-            numbers = self.ranks.numbers(self.order, count)
-        return [float(number) for number in numbers.tolist()]
+            return torch.rand(count, dtype=torch.float64, device="cpu")
+        return self.ranks.numbers(self.order, count)
+
+    def _tosses(self, count: int) -> list[float]:
+        return [float(number) for number in self.numbers(count).tolist()]
 
 
 def open_gate() -> Gate:

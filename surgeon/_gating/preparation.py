@@ -39,6 +39,9 @@ def prepare(analysis: Analysis, gates: Mapping[str, Gate]) -> list[tuple[Block, 
     sums = {r.name: _sum(block, a) for block in analysis.blocks for r, a in _paired(block)}
     by_rows = any(gate.unit == "sample" for gate in gates.values())
     batch = batch_of(recording, list(sums.values()) if by_rows else [])
+    for name, gate in gates.items():
+        if gate.columns is not None:
+            gate.dim = batch.along.get(sums[name], 0)
     prepared = [(block, _prepare_block(block, recording, gates, batch, samples)) for block in analysis.blocks]
     along = [batch.along.get(sums[name]) for name in samples]
     places = dimensions(list(samples.values()), batch.size, along) if batch.size else []

@@ -182,10 +182,14 @@ def _dropped(
     needed = torch.is_grad_enabled() and (gate.zeroes or not shortcut.requires_grad)
     idle = list(_idle(lifted, block, inputs)) if needed else []
     if idle:
-        sharing = "same" if onto == "shortcut" else "copy" if fresh else "view"
-        function = _Idle if torch.compiler.is_compiling() else _IdleForward
-        return function.apply(shortcut, sharing, gate.zeroes, *idle)  # type: ignore[no-any-return]
+        return with_idle(gate, shortcut, idle, "same" if onto == "shortcut" else "copy" if fresh else "view")
     return shortcut.clone() if fresh else shortcut
+
+
+def with_idle(gate: Gate, value: Tensor, idle: Sequence[Tensor], sharing: str = "view") -> Tensor:
+    """A value as it is; idle tensors, which took no part in it, get gradients of zeros from it, or none."""
+    function = _Idle if torch.compiler.is_compiling() else _IdleForward
+    return function.apply(value, sharing, gate.zeroes, *idle)  # type: ignore[no-any-return]
 
 
 def _result_type(

@@ -19,8 +19,10 @@ from torch import Tensor, fx, nn
 from surgeon._finding.addition import Addition
 from surgeon._finding.drops import row_mask
 from surgeon._finding.flow import Flow
+from surgeon._finding.joins import Join, joins
 from surgeon._finding.paths import side, writes_to
 from surgeon._gating.gate import Gate, evaluating_add, masked_add
+from surgeon._gating.joins import PathRun, masked_mean
 from surgeon._gating.rowwise import nested
 from surgeon._gating.skip import Form, Lifted, batch_add, rows_add
 from surgeon._gating.subsets import Subset, look
@@ -73,6 +75,12 @@ def splice(
     """
     writer, whole, subsets = _Writer(flow, rewritten, kept), dict[int, str](), dict[int, Subset]()
     for index, addition in chosen.items():
+        if addition.kind == "mean":
+            if block.training:
+                writer.join(index, joins(flow)[addition.node])
+                if addition.ordinal in skip and by_rows:
+                    whole[addition.ordinal] = "each sample has paths of its own"
+            continue
         if not block.training:
             writer.add(index, addition, evaluating_add)
             continue
@@ -89,7 +97,14 @@ def splice(
             writer.lift(index, addition, rows_add if by_rows else batch_add, *part)
         if reason and wanted:
             whole[addition.ordinal] = reason
-    return Spliced(writer.write(), flow.trace.exact, whole, subsets)
+    run = writer.write()
+    if (
+        block.training
+        and not by_rows
+        and all(a.kind == "mean" and a.ordinal in skip for a in chosen.values())
+    ):
+        run = PathRun(flow, chosen, run, rewritten)
+    return Spliced(run, flow.trace.exact, whole, subsets)
 
 
 def unliftable(flow: Flow, addition: Addition) -> str:
@@ -142,6 +157,17 @@ class _Writer:
             return graph.call_function(form, (gate(index), *map(value, sides), onto))
 
         self.replaced[addition.node] = _Gated(sides, (index,), emit)
+
+    def join(self, index: int, join: Join) -> None:
+        """Replaces the mean of a join by that of the paths which survive."""
+        for step in reversed(join.steps):
+            if self.flow.users(step) <= self.left_out | {join.node} and step is not join.node:
+                self.left_out.add(step)
+
+        def emit(graph: fx.Graph, value: Callable[..., fx.Node], gate: Callable[..., fx.Node]) -> fx.Node:
+            return graph.call_function(masked_mean, (gate(index), *map(value, join.paths)))
+
+        self.replaced[join.node] = _Gated(join.paths, (index,), emit)
 
     def lift(
         self, index: int, addition: Addition, form: Form, lifted: Lifted, reads: Sequence[fx.Node]
