@@ -6,10 +6,11 @@ name, so that a misspelt `optimizer.weigth_decay` cannot silently train without 
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import Self
 
 from surgeon.errors import UsageError
 

@@ -76,7 +76,8 @@ def _digits(config: Data) -> Images:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise SurgeonError("data.kind=digits needs scikit-learn: pip install 'surgeon[recipes]'") from error
+        cure = "pip install 'depth-surgeon[recipes]'"
+        raise SurgeonError(f"data.kind=digits needs scikit-learn: {cure}") from error
     size = config.image_size or 32
     pixels, targets = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16

@@ -127,6 +127,6 @@ def _tensorboard(config: Config) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise SurgeonError(
-            "log.tensorboard=true needs tensorboard: pip install 'surgeon[recipes]'"
+            "log.tensorboard=true needs tensorboard: pip install 'depth-surgeon[recipes]'"
         ) from error
     return SummaryWriter(str(config.output))

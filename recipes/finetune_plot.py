@@ -20,7 +20,7 @@ def plot_survival(status: Any, title: str, path: Path) -> Path:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise SurgeonError(
-            "the plot needs matplotlib: pip install 'surgeon[plots]', or deliver.plot=false"
+            "the plot needs matplotlib: pip install 'depth-surgeon[recipes]', or deliver.plot=false"
         ) from error
     count = len(status.gates)
     figure = Figure(figsize=(min(24.0, max(6.4, 0.26 * count)), 4.0), layout="constrained")

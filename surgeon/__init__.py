@@ -54,12 +54,19 @@ _HOMES |= {
     "load_model": "_source",
     "save_checkpoint": "_checkpoint",
 }
+_RUNS_ONNX = ("onnx", "onnx-ir", "onnxruntime")
+# Older versions of onnxscript leave control flow in plain graphs.
+_NEEDS = {"export": (*_RUNS_ONNX, "onnxscript>=0.7.2"), "verify": _RUNS_ONNX}
 
 
 def __getattr__(name: str) -> Any:
     """Loads a function's room when it is first asked for: the command line answers before torch loads."""
     if name not in _HOMES:
         raise AttributeError(f"module 'surgeon' has no attribute {name!r}")
+    if name in _NEEDS:
+        from surgeon._needs import need
+
+        need(f"surgeon.{name}", *_NEEDS[name])
     found = getattr(importlib.import_module(f"surgeon.{_HOMES[name]}"), name)
     globals()[name] = found
     return found

@@ -1,6 +1,21 @@
 """``python -m surgeon`` is the command line."""
 
-from surgeon.cli.main import main
+import sys
+
+from surgeon._needs import need
+from surgeon.errors import MissingPackageError
+
+
+def main() -> None:
+    """Runs the command, if what it is made with is installed."""
+    try:
+        need("the surgeon command", "click", "rich")
+    except MissingPackageError as error:
+        sys.exit(f"surgeon: {error}")
+    from surgeon.cli.main import main as command
+
+    command()
+
 
 if __name__ == "__main__":
     main()

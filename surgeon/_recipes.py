@@ -29,7 +29,7 @@ def locate() -> Path:
             return place
     raise SurgeonError(
         f"cannot find the recipes: no finetune.py in {' or '.join(map(str, places))}. "
-        "Install surgeon again (pip install --force-reinstall surgeon) or work in a checkout."
+        "Install surgeon again (pip install --force-reinstall depth-surgeon) or work in a checkout."
     )
 
 
@@ -54,7 +54,7 @@ def load(name: str = "finetune") -> ModuleType:
     except ModuleNotFoundError as error:
         raise SurgeonError(
             f"the recipe {name} needs {error.name}, which is not installed: "
-            "pip install 'surgeon[recipes,plots]'"
+            "pip install 'depth-surgeon[recipes]'"
         ) from error
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from surgeon._needs import need
 from surgeon._recipes import models
 from surgeon.errors import UsageError
 
@@ -64,6 +65,7 @@ def resolve(spec: str) -> str:
     """
     if ":" in spec:
         return spec
+    need(f"{spec!r}, a name without its library,", "timm", "torchvision")
     homes = [library for library in LIBRARIES if _has(library, spec)]
     if len(homes) == 1:
         return f"{homes[0]}:{spec}"
@@ -82,12 +84,8 @@ def names(library: str) -> list[str]:
     if library == "recipes":
         return list(models())
     if library == "timm":
-        import timm
-
-        return list(timm.list_models(include_tags=False))
-    import torchvision
-
-    return list(torchvision.models.list_models())
+        return list(_library("timm").list_models(include_tags=False))
+    return list(_library("torchvision").models.list_models())
 
 
 def normalisation(spec: str) -> dict[str, list[float]]:
@@ -98,9 +96,7 @@ def normalisation(spec: str) -> dict[str, list[float]]:
     library, _, name = spec.partition(":")
     if library != "torchvision":
         return {}
-    import torchvision
-
-    for weights in torchvision.models.get_model_weights(name):
+    for weights in _library("torchvision").models.get_model_weights(name):
         preset = weights.transforms()
         if hasattr(preset, "mean") and hasattr(preset, "std"):
             return {"mean": list(preset.mean), "std": list(preset.std)}
@@ -120,10 +116,13 @@ def _made_for_size(make: Callable[..., Any], size: int, kwargs: dict[str, Any]) 
 
 def _has(library: str, name: str) -> bool:
     if library == "timm":
-        import timm
-
-        return bool(timm.is_model(name))
+        return bool(_library("timm").is_model(name))
     return name in names(library)
+
+
+def _library(name: str) -> Any:
+    need(f"a model of {name}", name)
+    return importlib.import_module(name)
 
 
 def _maker(spec: str) -> Callable[..., Any]:
@@ -140,11 +139,9 @@ def _library_maker(library: str, name: str) -> Callable[..., Any]:
     if library == "recipes":
         return models()[name]
     if library == "timm":
-        import timm
-
+        timm = _library("timm")
         return lambda **kwargs: timm.create_model(name, **{"pretrained": False, **kwargs})
-    import torchvision
-
+    torchvision = _library("torchvision")
     # Without this a segmentation or detection model fetches the weights of its backbone.
     fixed = {"weights": None}
     if "weights_backbone" in inspect.signature(torchvision.models.get_model_builder(name)).parameters:

@@ -25,6 +25,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
+    "check_exporter",
     "fake_of",
     "from_functional",
     "functionalizing",
@@ -40,9 +41,16 @@ __all__ = [
 ]
 
 OLDEST, NEWEST = "2.6", "2.15"  # the versions that the tests have run on
+_EXPORTS_FROM = "2.8"  # before that the exporter fails on every network with a batch norm or a dynamic batch
 _CURE = "install one that it is tested on: pip install 'torch>=2.6,<2.16'"
 
-if tuple(map(int, torch.__version__.split(".")[:2])) < tuple(map(int, OLDEST.split("."))):
+
+def _older_than(version: str) -> bool:
+    here, there = ([int(part) for part in one.split(".")[:2]] for one in (torch.__version__, version))
+    return here < there
+
+
+if _older_than(OLDEST):
     raise UnsupportedTorchError(
         f"surgeon runs on PyTorch {OLDEST} and newer, and this is {torch.__version__}; {_CURE}"
     )
@@ -121,6 +129,19 @@ NUMBERS_ASKED = DataDependentOutputException, DynamicOutputShapeException
 # Loggers that speak of what is no news to a user: fake runs that fail, and an export that goes well.
 FAKE_LOG = FakeTensorMode.__module__
 EXPORT_LOGS = ("torch.onnx", "torch.export", "torch.fx", "torch._dynamo", "torch._export")
+
+
+def check_exporter() -> None:
+    """Checks that this PyTorch can export to ONNX.
+
+    Raises:
+        UnsupportedTorchError: It cannot; the message has the way out.
+    """
+    if _older_than(_EXPORTS_FROM):
+        raise UnsupportedTorchError(
+            f"ONNX export needs PyTorch {_EXPORTS_FROM} or newer, and this is {torch.__version__}: save a "
+            "fold here, surgeon.save_checkpoint(surgeon.fold(model), path), and export that with a newer one"
+        )
 
 
 def fake_of(mode: FakeTensorMode, meta: Tensor, device: torch.device, *, requires_grad: bool) -> FakeTensor:

@@ -16,6 +16,10 @@ class UnsupportedTorchError(SurgeonError, ImportError):
     """This version of PyTorch is too old, or lacks something that surgeon needs."""
 
 
+class MissingPackageError(SurgeonError, ImportError):
+    """A package that only this feature needs is not installed, or too old."""
+
+
 class UsageError(SurgeonError, ValueError):
     """An argument is outside its range, unknown, or does not fit the model."""
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from surgeon._torch import NEWEST
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
@@ -27,5 +29,8 @@ def one_registry() -> Iterator[None]:
         yield
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings are errors on the newest PyTorch; what other versions warn of is no fault of surgeon's."""
     torch.set_num_threads(1)
+    if torch.__version__.startswith(f"{NEWEST}."):
+        config.addinivalue_line("filterwarnings", "error")

@@ -33,6 +33,7 @@ from surgeon._onnx.verify import TOLERANCES, check_comparison, compare_runs, eva
 from surgeon._plain import check_filled, check_plain
 from surgeon._removal import fold, remove
 from surgeon._surgery import status
+from surgeon._torch import check_exporter
 from surgeon.errors import ExportError, OnnxFileError, OutputsDifferError, UsageError
 
 _SEED = 0
@@ -88,6 +89,7 @@ def export(  # noqa: PLR0913 - each a decision of its own, by keyword only
         tolerance: Largest relative error that counts as agreement; by default 1e-4, in float16 1e-2.
 
     Raises:
+        UnsupportedTorchError: The exporter of this version of PyTorch will not do.
         WrappedModelError: The model is wrapped (DDP, torch.compile, ...); give the plain one.
         UsageError: The path cannot be written, or an argument does not fit; found before any work.
         ExportError: The exporter failed, weights are not finite, or the graph holds what it must not.
@@ -99,6 +101,7 @@ def export(  # noqa: PLR0913 - each a decision of its own, by keyword only
         True
     """
     started = time.perf_counter()
+    check_exporter()
     place = destination(path, overwrite=overwrite)
     check_plain(model)
     _check_choices(opset, dtype, optimize)

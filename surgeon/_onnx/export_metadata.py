@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from surgeon._checkpoint import strings
+from surgeon._needs import installed
 from surgeon._onnx.signature import Signature
 from surgeon._version import __version__
 from surgeon.errors import UsageError
@@ -46,9 +47,6 @@ def describe(
     Raises:
         UsageError: There are more or fewer labels than classes.
     """
-    import onnxscript
-    import timm
-
     config = getattr(model, "pretrained_cfg", None)
     config = config if isinstance(config, Mapping) else {}
     classes = _classes(graph)
@@ -64,9 +62,9 @@ def describe(
         **more,
         "surgeon": __version__,
         "torch": torch.__version__,
-        "timm": timm.__version__,
+        "timm": installed("timm"),
         "onnx": onnx.__version__,
-        "onnxscript": onnxscript.__version__,
+        "onnxscript": installed("onnxscript"),
         "onnxruntime": onnxruntime.__version__,
     }
     return strings(found)

@@ -69,9 +69,8 @@ def command(  # noqa: PLR0913 - one for each option
     by the paper's rule (--scaling paper, or a checkpoint that says so) get the schedule's evaluation scales
     folded into them first; name the schedule and the drop rate of the training.
     """
-    from surgeon import _table
+    from surgeon import _table, export
     from surgeon._files import destination
-    from surgeon._onnx.export import export
 
     destination(output, overwrite=overwrite)
     names = _labels(labels)

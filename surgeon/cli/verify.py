@@ -48,9 +48,8 @@ def command(
     Weights come from --checkpoint; without it MODEL's are random, and nothing can agree. The options of the
     schedule are as for export.
     """
-    from surgeon import _table
+    from surgeon import _table, verify
     from surgeon._onnx.file import open_onnx
-    from surgeon._onnx.verify import verify
 
     with out.working(f"comparing {file} with {model}"):
         with open_onnx(file):  # A bad file is said before a large model is made.

@@ -6,11 +6,15 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 import surgeon
 from surgeon._version import __version__
@@ -42,7 +46,7 @@ def fresh_python(code: str, *paths: Path) -> str:
 def test_no_folder_imports_one_further_on() -> None:
     """The order of docs/design.md; "" is what lies flat in the package."""
     order = ["_tracing", "_finding", "_gating", "_folding", "", "_pruning", "_onnx", "cli"]
-    flat = ("errors", "_version", "_files", "_plain", "_text", "_torch")
+    flat = ("errors", "_version", "_files", "_needs", "_plain", "_text", "_torch")
     for_all = {f"surgeon.{room}" for room in flat}
     seen = set()
     for path in (ROOT / "surgeon").rglob("*.py"):
@@ -103,9 +107,47 @@ def test_public_names_exist() -> None:
 def test_extras_hold_what_the_documents_name() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    assert set(extras) == {"plots", "recipes", "dev", "test-zoo", "all"}
-    assert extras["all"] == ["surgeon[plots,recipes,dev]"]
-    assert project["requires-python"] == ">=3.11"
+    assert set(extras) == {"recipes", "test", "dev", "test-zoo"}
+    assert project["requires-python"] == ">=3.10"
+    documents = (
+        ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/training.md", "docs/export.md")
+    )
+    asked = {
+        extra for path in documents for extra in re.findall(r"depth-surgeon\[([a-z,-]+)\]", path.read_text())
+    }
+    assert {one for extra in asked for one in extra.split(",")} <= set(extras)
+
+
+def test_every_message_and_page_has_the_name_of_the_distribution() -> None:
+    """`surgeon` is another package on the index."""
+    wrong = re.compile(r"pip install[^\n\"`]* '?surgeon\b(?!/)|(?<![\w-])surgeon\[")
+    pages = [path for folder in ("surgeon", "recipes", "docs") for path in (ROOT / folder).rglob("*.*")]
+    pages = [path for path in pages if path.suffix in (".py", ".md", ".yaml")]
+    found = [path.name for path in (*pages, *ROOT.glob("*.md")) if wrong.search(path.read_text())]
+    assert found == []
+    assert wrong.search("pip install 'surgeon[recipes]'") and wrong.search("pip install -U surgeon")
+
+
+def test_the_citation_tells_this_version() -> None:
+    text = (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^version: (.*)$", text, flags=re.MULTILINE)[1] == __version__
+
+
+def test_everything_that_the_library_imports_is_declared() -> None:
+    """Of the packages that are no extra; what one of them brings along is declared none the less."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[^\w-]", one)[0].replace("-", "_") for one in project["dependencies"]}
+    imported = set()
+    for path in (ROOT / "surgeon").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            imported |= {name.split(".")[0] for name in names}
+    assert imported - set(sys.stdlib_module_names) - {"surgeon"} == declared - {
+        "timm",
+        "torchvision",
+        "onnxscript",
+    }
 
 
 def test_every_make_target_of_the_documents_exists() -> None:
@@ -133,8 +175,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_the_package_and_nothing_beside_it(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert wheel.name == f"surgeon-{__version__}-py3-none-any.whl"
-    assert {name.split("/")[0] for name in names} == {"surgeon", f"surgeon-{__version__}.dist-info"}
+    assert wheel.name == f"depth_surgeon-{__version__}-py3-none-any.whl"
+    assert {name.split("/")[0] for name in names} == {"surgeon", f"depth_surgeon-{__version__}.dist-info"}
     assert "surgeon/py.typed" in names
     recipes = {
         str(path.relative_to(ROOT))
