@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from surgeon._pruning.prune import prune
     from surgeon._ramp import Ramp
     from surgeon._removal import fold, remove
+    from surgeon._sample import sample
     from surgeon._source import load_model
     from surgeon._surgery import apply, find, set_drop_rate, status
 
@@ -38,21 +39,30 @@ __all__ = [
     "load_model",
     "prune",
     "remove",
+    "sample",
     "save_checkpoint",
     "set_drop_rate",
     "status",
     "verify",
 ]
 
-_HOMES = dict.fromkeys(("apply", "find", "set_drop_rate", "status"), "_surgery")
-_HOMES |= {"fold": "_removal", "remove": "_removal"}
-_HOMES |= {"Ramp": "_ramp", "export": "_onnx.export", "load": "_load", "verify": "_onnx.verify"}
-_HOMES |= {
+_HOMES = {
+    "Ramp": "_ramp",
+    "apply": "_surgery",
     "column": "_column",
+    "export": "_onnx.export",
+    "find": "_surgery",
+    "fold": "_removal",
     "lesion": "_pruning.lesion",
-    "prune": "_pruning.prune",
+    "load": "_load",
     "load_model": "_source",
+    "prune": "_pruning.prune",
+    "remove": "_removal",
+    "sample": "_sample",
     "save_checkpoint": "_checkpoint",
+    "set_drop_rate": "_surgery",
+    "status": "_surgery",
+    "verify": "_onnx.verify",
 }
 _RUNS_ONNX = ("onnx", "onnx-ir", "onnxruntime")
 # Older versions of onnxscript leave control flow in plain graphs.
