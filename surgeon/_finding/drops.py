@@ -22,6 +22,16 @@ def drops(flow: Flow, work: Iterable[fx.Node]) -> Iterator[fx.Node]:
             yield node
 
 
+def mixes(flow: Flow, work: Iterable[fx.Node]) -> bool:
+    """Whether rows, or all of them, are weighed by random numbers that are no coins, as in Shake-Shake."""
+    for node in work:
+        value, ops = flow.fact(node).value, flow.fact(node).ops
+        rows = value.shape[0] if isinstance(value, Tensor) and value.ndim else 1
+        if not is_coin(ops) and any(op.random in (1, rows) for op in ops):
+            return True
+    return False
+
+
 def row_mask(flow: Flow, product: fx.Node) -> fx.Node | None:
     """The operand of a multiplication that is a coin per row or batch; ``None`` if there is none."""
     for operand in product.all_input_nodes:

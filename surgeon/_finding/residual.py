@@ -23,7 +23,7 @@ from torch import fx
 
 from surgeon._finding.addition import Addition
 from surgeon._finding.branch import unfit
-from surgeon._finding.drops import drops
+from surgeon._finding.drops import drops, mixes
 from surgeon._finding.findings import REASONS
 from surgeon._finding.flow import Flow
 from surgeon._finding.joins import joined
@@ -293,7 +293,9 @@ def _projection(flow: Flow, left: fx.Node, right: fx.Node) -> _Sides:
         # A pre-activation projection has its norm and activation before its one layer.
         most, least = layers(flow, left, right), layers(flow, right, left)
         plain = [most[1] <= 1 < least[0], least[1] <= 1 < most[0]]
-    if not any(plain):
+    if not any(plain):  # what is mixed at random is a branch
+        plain = [not mixes(flow, work) for work in sides]
+    if plain[0] == plain[1]:
         return "", left, right, "fusion"
     return ("projection", left, right, None) if plain[0] else ("projection", right, left, None)
 

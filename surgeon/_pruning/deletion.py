@@ -58,7 +58,10 @@ class Deleter:
 
     def __init__(self, analysis: Analysis) -> None:
         self.analysis = analysis
-        self.blocks = {r.name: block for block in analysis.blocks for r in block.residuals}
+        # A join has no branch to delete; `surgeon.column` leaves paths out.
+        self.blocks = {
+            r.name: block for block in analysis.blocks for r in block.residuals if r.kind != "mean"
+        }
         self._flows: dict[tuple[str, bool, bool], Flow] = {}
         self._larger: Recording | None = None
 

@@ -79,10 +79,13 @@ def is_noise(op: Op) -> bool:
 
 
 def is_coin(ops: Iterable[Op]) -> bool:
-    """Whether random numbers are drawn and made zeros and ones of: by a Bernoulli draw, or by rounding."""
+    """Whether random numbers are drawn once and made zeros and ones of: by a Bernoulli draw, or by rounding.
+
+    A coin beside another draw (ShakeDrop's factors) is a mixture of its own.
+    """
     ops = list(ops)
-    drawn = any(op.random for op in ops)
-    return drawn and any(op.func.overloadpacket in _COINS for op in ops)
+    draws = sum(op.random > 0 for op in ops)
+    return draws == 1 and any(op.func.overloadpacket in _COINS for op in ops)
 
 
 _COINS = {
