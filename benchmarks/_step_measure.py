@@ -136,12 +136,12 @@ def drawing(model: nn.Module | None) -> Iterator[Callable[[], float]]:
 
     def rows(gate: Gate, count: int) -> int:
         kept = survivors(gate, count)
-        lost.append(gate.flops_share * (1 - kept / count))
+        lost.append(gate.branch.flops_share * (1 - kept / count))
         return kept
 
     def whole(gate: Gate) -> bool:
         kept = survives(gate)
-        lost.append(0.0 if kept else gate.flops_share)
+        lost.append(0.0 if kept else gate.branch.flops_share)
         return kept
 
     if model is not None:

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 import surgeon
 from surgeon._folding.planning import plan_gates
 from surgeon._gating.gate import Gate
-from surgeon._gating.gated import gated_blocks, gates_of
+from surgeon._gating.gated import gated_blocks, gates_of, is_gated, placed_gates
 from surgeon._tracing.example import inputs, tensors
 from surgeon.errors import FoldError
 
@@ -85,10 +85,10 @@ def folds(model: nn.Module, given: Any) -> dict[str, Any]:
 def leftover(model: nn.Module, given: Any) -> dict[str, Any]:
     """The plan of a fold: which gates find no weight for their scale, and why; the weights are not read."""
     surgeon.apply(model, drop_rate=0.4, scaling="paper", example=given)
-    gates = gates_of(model)
-    scales = {number: gate.scale for number, gate in enumerate(gates)}
-    kept = plan_gates(model, gates, scales, *inputs(model, given)).kept
-    return {"planned": len(gates), "left": {gates[one.gate].name: one.reason for one in kept}}
+    placed = placed_gates(model)
+    scales = {number: one.gate.scale for number, one in enumerate(placed)}
+    kept = plan_gates(model, [one.gate for one in placed], scales, *inputs(model, given)).kept
+    return {"planned": len(placed), "left": {placed[one.gate].name: one.reason for one in kept}}
 
 
 def _jumps(model: nn.Module, args: Any, kwargs: Any) -> float:
@@ -127,7 +127,7 @@ def _folded(model: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         surgeon.fold(model, inplace=True)
-    left = {gate.name: gate.note for gate in gates if not gate.folded}
+    left = {gate.name: gate.note for gate in surgeon.status(model).gates} if is_gated(model) else {}
     error = _error(outputs(model, args, kwargs), gated)
     silent = [name for name, by in moves.items() if name not in left and not by > 10 * error]
     return {"fold_error": error, "left": left, "fold_moved": moved, "silent": silent}
@@ -195,15 +195,15 @@ def _dead(model: nn.Module, args: Any, kwargs: Any) -> list[str]:
     ):  # a way of running that is traced when it comes: with plain numbers
         outputs(model, args, kwargs)
     _, slopes = _slopes(model, args, kwargs, [0.5] * len(gates))
-    return [gate.name for gate, slope in zip(gates, slopes, strict=True) if not slope]
+    return [one.name for one, slope in zip(placed_gates(model), slopes, strict=True) if not slope]
 
 
 def _moves(model: nn.Module, args: Any, kwargs: Any) -> dict[str, float]:
     """By how much evaluation would move without the scale of one gate, relative and to first order."""
-    gates = gates_of(model)
-    probe, slopes = _slopes(model, args, kwargs, [gate.scale for gate in gates])
-    pairs = zip(gates, slopes, strict=True)
-    return {g.name: abs(slope * (1 - g.scale)) / probe for g, slope in pairs if g.scale != 1}
+    placed = placed_gates(model)
+    probe, slopes = _slopes(model, args, kwargs, [one.gate.scale for one in placed])
+    pairs = [(one.name, one.gate.scale, slope) for one, slope in zip(placed, slopes, strict=True)]
+    return {name: abs(slope * (1 - scale)) / probe for name, scale, slope in pairs if scale != 1}
 
 
 def _slopes(model: nn.Module, args: Any, kwargs: Any, at: Sequence[float]) -> tuple[float, list[float]]:
@@ -223,9 +223,9 @@ def _lost(model: nn.Module, args: Any, kwargs: Any) -> list[str]:
     branch does) is looked at with its own branch off alone.
     """
     model.eval()
-    gates = gates_of(model)
-    suspects = _unreached(model, args, kwargs, gates, gates)
-    return [gate.name for gate in suspects if _unreached(model, args, kwargs, [gate], [gate])]
+    names = {one.gate: one.name for one in placed_gates(model)}
+    suspects = _unreached(model, args, kwargs, list(names), list(names))
+    return [names[gate] for gate in suspects if _unreached(model, args, kwargs, [gate], [gate])]
 
 
 def _unreached(

@@ -27,7 +27,7 @@ from surgeon._files import beside, settle
 from surgeon._finding.findings import gate_name
 from surgeon._gating.block import KeepingBlock
 from surgeon._gating.gate import NOTE
-from surgeon._gating.gated import gates_of, is_gated
+from surgeon._gating.gated import is_gated, scales_by_name
 from surgeon._text import first_line
 from surgeon._version import __version__
 from surgeon.errors import CheckpointError
@@ -71,7 +71,7 @@ def save_checkpoint(model: nn.Module, path: Path_, metadata: Mapping[str, object
     state = {key: value.detach().cpu().clone().contiguous() for key, value in held.items()}
     # Gated weights still need their evaluation scales; plain ones must not get them a second time.
     weights = "gated" if is_gated(model) else "plain"
-    scales = {gate.name: gate.scale for gate in gates_of(model) if gate.scale != 1.0}
+    scales = scales_by_name(model)
     own = {"weights": weights, "surgeon": __version__, "format": "pt"}
     noted = strings({**(metadata or {}), **own, **({"scales": scales} if scales else {})})
     try:

@@ -29,7 +29,7 @@ from surgeon._checkpoint import (
 from surgeon._folding.fold import FoldPlan, check_products, commit
 from surgeon._folding.planning import plan_gates
 from surgeon._gating.gate import Gate
-from surgeon._gating.gated import gates_of, recorded_inputs
+from surgeon._gating.gated import placed_gates, recorded_inputs
 from surgeon._plain import check_filled, check_plain
 from surgeon._removal import remove
 from surgeon._surgery import apply
@@ -97,11 +97,11 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, example: Example = N
     prefix = wrapper_prefix(model, read)
     noted = {name.removeprefix(prefix): scale for name, scale in noted_scales(metadata).items()}
     state, divided = split_scales(model, without_prefix(read, prefix))
-    scales = divided or noted
-    own = {gate.name: gate for gate in gates_of(model) if gate.scale != 1.0}
+    scales = _by_first_name(model, divided or noted, path)
+    own = {one.name: one.gate for one in placed_gates(model) if one.gate.scale != 1.0}
     found: Weights = "divided" if divided else "gated" if noted else "complete"
     into: Weights = (
-        "divided" if any(gate.keep_eval for gate in own.values()) else "gated" if own else "complete"
+        "divided" if any(gate.keeps_eval for gate in own.values()) else "gated" if own else "complete"
     )
     rest, _ = split_scales(model, model.state_dict())
     check_state(model, state, path, metadata.get("model"), own=rest)
@@ -134,6 +134,23 @@ def noted_scales(metadata: Mapping[str, str]) -> dict[str, float]:
     return scales
 
 
+def _by_first_name(
+    model: nn.Module, scales: Mapping[str, float], path: str | os.PathLike[str]
+) -> dict[str, float]:
+    """The scales by the first name of each block; a block that is in several places has several."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    first, found = {module: name for name, module in model.named_modules()}, dict[str, float]()
+    for name, scale in scales.items():
+        block, dot, add = name.rpartition(".")
+        own = f"{first[modules[block]]}{dot}{add}".removeprefix(".") if block in modules else name
+        if found.setdefault(own, scale) != scale:
+            raise CheckpointError(
+                f"{path} notes the scales {found[own]:.4g} and {scale:.4g} for {name}, which is one block "
+                f"with {own} in this model. Nothing was loaded."
+            )
+    return found
+
+
 def regate(model: nn.Module, scales: Mapping[str, float], *, example: Example = None) -> nn.Module:
     """Gates a plain ``model``, in place, as a checkpoint's model was: these adds, these scales.
 
@@ -154,8 +171,8 @@ def regate(model: nn.Module, scales: Mapping[str, float], *, example: Example = 
         )
     except (UsageError, NoResidualsError) as error:
         raise CheckpointError(f"the checkpoint's gates do not fit {type(model).__name__}: {error}") from error
-    for gate in gates_of(model):
-        gate.scale = scales[gate.name]
+    for one in placed_gates(model):
+        one.gate.scale = scales[one.name]
     return model
 
 
@@ -180,12 +197,12 @@ def _conversion(
     numbers = dict(enumerate(factors.values()))
     try:
         with _gates(model, factors, example, path) as gates:
-            args, kwargs = recorded_inputs(model, gates[0], example)
+            args, kwargs = recorded_inputs(model, gates[0].decided, example)
             found = plan_gates(model, gates, numbers, args, kwargs)
     except FoldError as error:
         raise CheckpointError(f"{path} could not be converted: {error}. Nothing was loaded.") from error
     if found.kept:
-        listed = "; ".join(f"{gates[kept.gate].name}: {kept.reason}" for kept in found.kept)
+        listed = "; ".join(f"{list(factors)[kept.gate]}: {kept.reason}" for kept in found.kept)
         raise CheckpointError(
             f"{path} cannot be converted for this model: no weight takes the scale of {len(found.kept)} "
             f"gates ({listed}). Gate the model as the checkpoint's was. Nothing was loaded."
@@ -198,7 +215,7 @@ def _gates(
     model: nn.Module, factors: Mapping[str, float], example: Example, path: str | os.PathLike[str]
 ) -> Iterator[list[Gate]]:
     """The gates of that name, those of the model or, in a plain model, such as are there for the while."""
-    own = {gate.name: gate for gate in gates_of(model)}
+    own = {one.name: one.gate for one in placed_gates(model)}
     if own:
         if missing := [name for name in factors if name not in own]:
             raise CheckpointError(
@@ -209,7 +226,7 @@ def _gates(
         return
     regate(model, dict.fromkeys(factors, 0.5), example=example)
     try:
-        by_name = {gate.name: gate for gate in gates_of(model)}
+        by_name = {one.name: one.gate for one in placed_gates(model)}
         yield [by_name[name] for name in factors]
     finally:
         remove(model)

@@ -58,7 +58,7 @@ class Ramp:
         for name, value in (("drop_rate", drop_rate), ("start", start)):
             if not 0 <= value < 1:
                 raise UsageError(f"{name} is {value}; give a rate in [0, 1)")
-        schedule = next((gate.origin.schedule for gate in gates_of(model)), NAMES[0])
+        schedule = next((gate.decided.schedule for gate in gates_of(model)), NAMES[0])
         if schedule not in NAMES:
             raise UsageError(
                 f'the gates follow {schedule}; a ramp needs a named schedule; apply with schedule="linear"'

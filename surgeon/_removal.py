@@ -9,8 +9,8 @@ from surgeon._copy import copied
 from surgeon._folding.fold import FoldPlan, commit
 from surgeon._folding.planning import plan_gates
 from surgeon._gating.block import check_class, ungate_block
-from surgeon._gating.gate import Gate
-from surgeon._gating.gated import gated_blocks, gates_of, is_gated, recorded_inputs
+from surgeon._gating.gate import Leftover
+from surgeon._gating.gated import Placed, gated_blocks, is_gated, placed_gates, recorded_inputs
 from surgeon._tracing.example import Example
 from surgeon.errors import FoldError, NotGatedError
 
@@ -40,7 +40,7 @@ def fold(model: nn.Module, *, inplace: bool = False, example: Example = None) ->
         WrappedModelError: Something else has been put onto a gated block since `apply`.
         FoldError: The model could not be analysed, or a product is not finite; nothing was changed.
     """
-    gates = gates_of(model)
+    gates = placed_gates(model)
     if not gates:
         raise NotGatedError("the model has no gates; there is nothing to fold")
     _check_classes(model)
@@ -67,8 +67,8 @@ def remove(model: nn.Module) -> nn.Module:
     if not is_gated(model):
         raise NotGatedError("the model has no gates; there is nothing to remove")
     _check_classes(model)
-    gates = gates_of(model)
-    if any(gate.keep_eval for gate in gates):
+    gates = placed_gates(model)
+    if any(one.gate.keeps_eval for one in gates):
         plan = _plan(model, gates, None)
         if stays := _stays(plan, gates):
             raise FoldError(
@@ -82,36 +82,37 @@ def remove(model: nn.Module) -> nn.Module:
     return model
 
 
-def _plan(model: nn.Module, gates: Sequence[Gate], example: Example) -> FoldPlan:
+def _plan(model: nn.Module, gates: Sequence[Placed], example: Example) -> FoldPlan:
     """Which weights take the scales of the gates, which the plan numbers as `_scaled` has them."""
     scaled = _scaled(gates)
     if not scaled:
         return FoldPlan((), ())
-    scales = {number: gate.scale for number, gate in enumerate(scaled)}
-    return plan_gates(model, scaled, scales, *recorded_inputs(model, gates[0], example))
+    scales = {number: one.gate.scale for number, one in enumerate(scaled)}
+    arguments = recorded_inputs(model, gates[0].gate.decided, example)
+    return plan_gates(model, [one.gate for one in scaled], scales, *arguments)
 
 
-def _scaled(gates: Sequence[Gate]) -> list[Gate]:
-    return [gate for gate in gates if gate.scale != 1.0]
+def _scaled(gates: Sequence[Placed]) -> list[Placed]:
+    return [one for one in gates if one.gate.scale != 1.0]
 
 
-def _stays(plan: FoldPlan, gates: Sequence[Gate]) -> dict[str, tuple[str, str]]:
-    """The gates that keep a multiplication, with the reason and the operator to blame."""
+def _stays(plan: FoldPlan, gates: Sequence[Placed]) -> dict[str, Leftover]:
+    """The gates that keep a multiplication, and why."""
     scaled = _scaled(gates)
-    return {scaled[kept.gate].name: (kept.reason, kept.operator) for kept in plan.kept}
+    return {scaled[kept.gate].name: Leftover(kept.reason, kept.operator) for kept in plan.kept}
 
 
-def _listed(stays: Mapping[str, tuple[str, str]]) -> str:
-    return "; ".join(f"{name}: {reason}" for name, (reason, _) in stays.items())
+def _listed(stays: Mapping[str, Leftover]) -> str:
+    return "; ".join(f"{name}: {leftover.reason}" for name, leftover in stays.items())
 
 
-def _settled(target: nn.Module, plan: FoldPlan, gates: Sequence[Gate]) -> nn.Module:
+def _settled(target: nn.Module, plan: FoldPlan, gates: Sequence[Placed]) -> nn.Module:
     """Carries out a plan for ``gates`` on their model or a copy of it, in place."""
     stays = _stays(plan, gates)
-    commit(target, plan, {number: gate.scale for number, gate in enumerate(_scaled(gates))})
+    commit(target, plan, {number: one.gate.scale for number, one in enumerate(_scaled(gates))})
+    for one in placed_gates(target):
+        one.gate.settle(stays.get(one.name))
     for _, block, gating in list(gated_blocks(target)):
-        for gate in gating.gates:
-            gate.settle(*stays.get(gate.name, ()))
         if all(gate.folded for gate in gating.gates):
             ungate_block(block)
     return target

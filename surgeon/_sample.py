@@ -75,7 +75,7 @@ def sample(model: nn.Module, inputs: Tensor, draws: int = 16) -> Samples:
     gatings = [gating for _, _, gating in gated_blocks(model)]
     if not gatings:
         raise NotGatedError("the model has no gates to draw; surgeon.apply(model) puts them in")
-    by_rows = all(gate.unit == "sample" for gating in gatings for gate in gating.gates)
+    by_rows = all(gate.decided.unit == "sample" for gating in gatings for gate in gating.gates)
     with gates_alone(model), torch.no_grad():
         if by_rows:
             rows = inputs.repeat(draws, *[1] * (inputs.ndim - 1))

@@ -3,6 +3,7 @@
 import numbers
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -11,8 +12,8 @@ from surgeon._finding.analysis import Analysis, analyse, most_paths
 from surgeon._finding.findings import Findings
 from surgeon._folding.keep import check_state_is_free, divide
 from surgeon._gating.block import gate_block, ungate_block
-from surgeon._gating.gate import Columns, Gate, Origin, Paths, Scaling, Unit, Unused
-from surgeon._gating.gated import gated_blocks, gates_of, is_gated
+from surgeon._gating.gate import BranchFacts, Columns, Decision, Gate, Leftover, Paths, Scaling, Unit, Unused
+from surgeon._gating.gated import Placed, first_weight, grouped_gates, is_gated, placed_gates
 from surgeon._gating.joins import survival
 from surgeon._gating.preparation import prepare
 from surgeon._gating.ranks import Ranks, Sync
@@ -143,41 +144,30 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
     columns = _columns(model, analysis, paths)
     if not analysis.blocks:
         raise NoResidualsError(_nothing_found(model, analysis))
-    residuals = [
-        (r, a.ordinal) for one in analysis.blocks for r, a in zip(one.residuals, one.found, strict=True)
-    ]
-    blocks, names = [r.block for r, _ in residuals], [r.name for r, _ in residuals]
-    rates = drop_rates(schedule, drop_rate, blocks, names, overrides, [r.depth for r, _ in residuals])
-    flops = max(analysis.recording.flops, 1)
-    given = tuple((overrides or {}).items())
-    origin = Origin(
-        schedule_text(schedule), given, *pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+    residuals = [r for block in analysis.blocks for r in block.residuals]
+    names = [r.name for r in residuals]
+    rates = drop_rates(
+        schedule, drop_rate, [r.block for r in residuals], names, overrides, [r.depth for r in residuals]
     )
-    ranks = Ranks() if sync == "ranks" else None
+    weight = first_weight(model)
     keeps = keep_eval and scaling == "paper"
-    gates = {
-        r.name: Gate(
-            name=r.name,
-            kind=r.kind,
-            ordinal=ordinal,
-            order=order,
-            unit=unit,
-            scaling=scaling,
-            drop_rate=rate,
-            scale=1.0 if scaling == "inverted" or r.kind == "mean" else 1 - rate,
-            flops_share=r.flops / flops,
-            origin=origin,
-            depth=r.depth,
-            skips=bool(skip),
-            by_cost=skip == "auto" and unit == "sample",
-            unused=unused,
-            ranks=ranks,
-            keep_eval=keeps and r.kind != "mean",
-            columns=columns if r.kind == "mean" else None,
-            paths=r.paths,
-        )
-        for order, ((r, ordinal), rate) in enumerate(zip(residuals, rates, strict=True))
-    }
+    shapes = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+    decided = Decision(
+        unit=unit,
+        scaling=scaling,
+        schedule=schedule_text(schedule),
+        overrides=tuple((overrides or {}).items()),
+        by_cost=skip == "auto" and unit == "sample",
+        unused=unused,
+        keep_eval=keeps,
+        columns=columns,
+        ranks=Ranks(tuple(names)) if sync == "ranks" else None,
+        ran=tuple(names),
+        args=shapes[0],
+        kwargs=shapes[1],
+        dtype=None if weight is None else weight.dtype,
+    )
+    gates = _gates(analysis, rates, decided, skips=bool(skip))
     if keeps:
         check_state_is_free([block.module for block in analysis.blocks])
     prepared = prepare(analysis, gates)
@@ -185,12 +175,29 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
         for block, gating in prepared:
             gate_block(block.module, gating)
         if keeps:
-            divide(model, gates_of(model), args, kwargs)
+            divide(model, placed_gates(model), args, kwargs)
     except BaseException:  # an interrupt, too, leaves all of it or nothing
         for block, _ in prepared:
             ungate_block(block.module)
         raise
     return model
+
+
+def _gates(analysis: Analysis, rates: Sequence[float], decided: Decision, *, skips: bool) -> dict[str, Gate]:
+    """The gates by the name of their residual add, nothing found of their branches yet."""
+    adds = [pair for block in analysis.blocks for pair in zip(block.residuals, block.found, strict=True)]
+    flops, gates = max(analysis.recording.flops, 1), dict[str, Gate]()
+    for (residual, addition), rate in zip(adds, rates, strict=True):
+        share = residual.flops / flops
+        branch = BranchFacts(
+            addition.ordinal, residual.kind, residual.depth, share, skips=skips, paths=residual.paths
+        )
+        plain = decided.scaling == "inverted" or residual.kind == "mean"
+        scale = 1.0 if plain else 1 - rate
+        gates[residual.name] = Gate(decided, branch, rate, scale)
+    if decided.ranks is not None:
+        decided.ranks.gates += gates.values()
+    return gates
 
 
 def status(model: nn.Module) -> Status:
@@ -199,75 +206,96 @@ def status(model: nn.Module) -> Status:
     Raises:
         NotGatedError: The model has no gates.
     """
-    rows, schedule, column = [], "", None
-    for name, block, gating in gated_blocks(model):
-        for gate in [gate for gate in gating.gates if not gate.folded]:
-            schedule = schedule or gate.origin.schedule
-            rows.append((gate.order, _gate_status(name, block, gate)))
-            column = gate.columns.drawn if gate.columns else column
-    if not rows:
+    placed = placed_gates(model)
+    if not placed:
         raise NotGatedError("the model has no gates; surgeon.apply(model) puts them in")
-    return Status(tuple(row for _, row in sorted(rows, key=lambda row: row[0])), schedule, _numbered(column))
+    schedules = dict.fromkeys(one.gate.decided.schedule for one in placed)
+    columns = [one.gate.columns for one in placed if one.gate.columns]
+    drawn = columns[-1].drawn if columns else None
+    return Status(tuple(map(_gate_status, placed)), ", ".join(schedules), _numbered(drawn))
 
 
-def set_drop_rate(model: nn.Module, rate: float | Sequence[float] | Callable[[int, int], float]) -> nn.Module:
+def set_drop_rate(
+    model: nn.Module,
+    rate: float | Sequence[float] | Callable[[int, int], float],
+    *,
+    overrides: Mapping[str, float] | None = None,
+) -> nn.Module:
     """Changes the drop rates of a gated model in place, from its next forward on, and returns ``model``.
 
     Evaluation does not change: the evaluation scale of a gate is fixed when it is put in.
 
     Args:
         model: A gated model.
-        rate: A final drop rate in [0, 1) for the schedule the gates were made with (named schedules only;
-            overrides stay), or a new sequence of rates or callable, as in `apply`.
+        rate: A final drop rate in [0, 1) for the schedule that the gates follow (named schedules only), or a
+            new schedule: a sequence of rates or a callable, as in `apply`. Blocks are counted as they are
+            now; where several networks with gates of their own are built into one, each is counted by itself.
+        overrides: Pattern -> drop rate, on top of that; None keeps those of `apply`, ``{}`` drops them.
 
     Raises:
-        UsageError: A rate outside [0, 1), or one number for gates made with explicit rates.
+        UsageError: A rate outside [0, 1), one number for gates made with explicit rates, or an override that
+            matches nothing.
         NotGatedError: The model has no gates, or a fold has left nothing of them but multiplications.
     """
-    gates = gates_of(model)
-    if not gates:
+    groups = grouped_gates(model)
+    if not groups:
         raise NotGatedError("the model has no gates; surgeon.apply(model) puts them in")
-    if all(gate.settled for gate in gates):
+    if all(one.gate.settled for group in groups for one in group):
         raise NotGatedError(
             "the model is folded: what is left of its gates multiplies in evaluation and drops nothing. "
             "surgeon.remove takes that out as well, surgeon.apply then puts gates in"
         )
-    origin = gates[0].origin
-    blocks, names = [gate.name.rpartition(".")[0] for gate in gates], [gate.name for gate in gates]
-    depths = [gate.depth for gate in gates]
-    if isinstance(rate, float | numbers.Real):
-        if origin.schedule not in NAMES:
-            raise UsageError(
-                f"the gates follow {origin.schedule}; give a sequence of drop rates or a callable"
-            )
-        rates = drop_rates(origin.schedule, float(rate), blocks, names, dict(origin.overrides), depths)
-    elif isinstance(rate, str):
+    if isinstance(rate, str):
         raise UsageError(f"rate is {rate!r}; give a number, a sequence of drop rates or a callable")
-    else:
-        rates = drop_rates(rate, 0.0, blocks, depths=depths)
-    for gate, value in zip(gates, rates, strict=True):
-        if not gate.settled:
-            gate.set_drop_rate(value)
+    planned = [_rescheduled(group, rate, overrides) for group in groups]
+    for group, (rates, decided) in zip(groups, planned, strict=True):
+        for one, value in zip(group, rates, strict=True):
+            if not one.gate.settled:
+                one.gate.set_drop_rate(value)
+                one.gate.decided = decided
     return model
 
 
-def _gate_status(name: str, block: nn.Module, gate: Gate) -> GateStatus:
-    device = next((p.device.type for p in block.parameters()), "cpu")
+def _rescheduled(
+    group: Sequence[Placed],
+    rate: float | Sequence[float] | Callable[[int, int], float],
+    overrides: Mapping[str, float] | None,
+) -> tuple[list[float], Decision]:
+    """The drop rates of gates that one schedule counts, and what is decided of them from now on."""
+    decided = group[0].gate.decided
+    schedule: Schedule = decided.schedule
+    final = 0.0
+    if not isinstance(rate, float | numbers.Real):
+        schedule = rate
+    elif schedule in NAMES:
+        final = float(rate)
+    else:
+        raise UsageError(f"the gates follow {schedule}; give a sequence of drop rates or a callable")
+    over = dict(decided.overrides if overrides is None else overrides)
+    blocks, names = [one.block_name for one in group], [one.name for one in group]
+    rates = drop_rates(schedule, final, blocks, names, over, [one.gate.branch.depth for one in group])
+    return rates, replace(decided, schedule=schedule_text(schedule), overrides=tuple(over.items()))
+
+
+def _gate_status(placed: Placed) -> GateStatus:
+    gate = placed.gate
+    device = next((p.device.type for p in placed.block.parameters()), "cpu")
+    leftover = gate.leftover or Leftover(gate.branch.note)
     return GateStatus(
-        name=gate.name,
-        block=name,
-        block_type=type(block).__name__,
-        kind=gate.kind,
+        name=placed.name,
+        block=placed.block_name,
+        block_type=type(placed.block).__name__,
+        kind=gate.branch.kind,
         drop_rate=gate.drop_rate,
         survival=survival(gate),
         scale=gate.scale,
-        unit=gate.unit,
-        scaling=gate.scaling,
-        flops_share=gate.flops_share,
+        unit=gate.decided.unit,
+        scaling=gate.decided.scaling,
+        flops_share=gate.branch.flops_share,
         skips=gate.skipping(device),
-        note=gate.note,
-        keep_eval=gate.keep_eval,
-        obstacle=gate.obstacle,
+        note=leftover.reason,
+        keep_eval=gate.keeps_eval,
+        obstacle=leftover.operator,
     )
 
 

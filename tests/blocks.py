@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import surgeon
+from surgeon._finding.findings import gate_name
+from surgeon._gating.forwards import Gating
 from surgeon._gating.gate import Gate
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
@@ -144,19 +146,27 @@ def coins(kept: bool | Mapping[str, bool] | Callable[[str], bool]) -> Iterator[l
     A kept row has the correction ``c / p`` that the gate itself computes, a dropped one 0.
     """
     tossed: list[str] = []
+    names: dict[int, str] = {}
+    gated_forward = Gating.run
+
+    def run(gating: Gating, *given: Any) -> Any:
+        names.update({id(g): gate_name(gating.name, g.branch.ordinal) for g in gating.gates})
+        return gated_forward(gating, *given)
 
     def fate(gate: Gate) -> bool:
-        tossed.append(gate.name)
+        name = names[id(gate)]
+        tossed.append(name)
         if callable(kept):
-            return kept(gate.name)
-        return kept if isinstance(kept, bool) else kept[gate.name]
+            return kept(name)
+        return kept if isinstance(kept, bool) else kept[name]
 
     def mask(gate: Gate, branch: Tensor) -> Tensor:
-        rows = branch.shape[0] if gate.unit == "sample" else 1
+        rows = branch.shape[0] if gate.decided.unit == "sample" else 1
         value = gate.scale / gate.survival if fate(gate) else 0.0
         return branch.new_full((rows,) + (1,) * (branch.ndim - 1), value)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Gating, "run", run)
         patch.setattr(Gate, "survives", fate)
         patch.setattr(Gate, "survivors", lambda gate, count: count if fate(gate) else 0)
         patch.setattr(Gate, "mask", mask)

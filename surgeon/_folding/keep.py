@@ -14,11 +14,11 @@ from torch import nn
 
 from surgeon._folding.fold import commit
 from surgeon._folding.planning import plan_gates
-from surgeon._gating.gate import Gate
+from surgeon._gating.gated import Placed
 from surgeon.errors import FoldError
 
 
-def divide(model: nn.Module, gates: Sequence[Gate], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def divide(model: nn.Module, gates: Sequence[Placed], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Divides what a fold would multiply, in place: the gated ``model`` evaluates as the ungated one did.
 
     All of it or nothing: products are taken in float64 and checked before the first is written.
@@ -32,8 +32,9 @@ def divide(model: nn.Module, gates: Sequence[Gate], args: tuple[Any, ...], kwarg
     Raises:
         FoldError: The scale of a gate fits into no parameter, or a quotient does not fit its type.
     """
-    scaled = [gate for gate in gates if gate.scale != 1.0]
-    found = plan_gates(model, scaled, {n: gate.scale for n, gate in enumerate(scaled)}, args, kwargs)
+    scaled = [one for one in gates if one.gate.scale != 1.0]
+    scales = {number: one.gate.scale for number, one in enumerate(scaled)}
+    found = plan_gates(model, [one.gate for one in scaled], scales, args, kwargs)
     if found.kept:
         kept = {scaled[one.gate].name: one.reason for one in found.kept}
         listed = "; ".join(f"{name}: {reason}" for name, reason in kept.items())
@@ -42,7 +43,7 @@ def divide(model: nn.Module, gates: Sequence[Gate], args: tuple[Any, ...], kwarg
             f"({listed}). Leave them out with exclude={list(kept)}, or gate with scaling='inverted', which "
             "trains alike and never changes evaluation"
         )
-    commit(model, found, {number: 1 / gate.scale for number, gate in enumerate(scaled)})
+    commit(model, found, {number: 1 / scale for number, scale in scales.items()})
 
 
 def check_state_is_free(blocks: Sequence[nn.Module]) -> None:

@@ -142,7 +142,7 @@ def _in_all_ways(model: nn.Module, found: FoldPlan, scales: Mapping[int, float],
         if gating is None:
             continue
         known = seen[id(gating)]
-        gates = [g.marked_as for g in gating.gates if g.marked_as in found.folded and not g.keep_eval]
+        gates = [g.marked_as for g in gating.gates if g.marked_as in found.folded and not g.keeps_eval]
         if gating.attributes_choose:
             stays |= dict.fromkeys(gates, _CHOSEN)
             continue

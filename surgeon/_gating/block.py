@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgeon._finding.findings import gate_name
 from surgeon._gating.forwards import Gating
 from surgeon._gating.gate import NOTE
 from surgeon._tracing.trace import Made, Unannounced, portable, revived
@@ -29,7 +30,7 @@ class GatedBlock(Unannounced, nn.Module):
         gating, own = gating_of(self), super().extra_repr()
         if gating is None:
             return own
-        gates = ", ".join(f"{g.name.rpartition('.')[2]} p={g.survival:.4g}" for g in gating.gates)
+        gates = ", ".join(f"{gate_name('', g.branch.ordinal)} p={g.survival:.4g}" for g in gating.gates)
         return f"{own}, gates: {gates}" if own else f"gates: {gates}"
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -101,7 +102,7 @@ _LOAD = "surgeon.load(model, file) converts them"
 def _table(block: GatedBlock) -> list[tuple[int, float]]:
     """Place and scale of each gate that still acts; empty for a slice of a gated block."""
     gating = gating_of(block)
-    return [(gate.ordinal, gate.scale) for gate in gating.gates if not gate.folded] if gating else []
+    return [(g.branch.ordinal, g.scale) for g in gating.gates if not g.folded] if gating else []
 
 
 def _close(state: Tensor, own: Tensor) -> bool:
@@ -167,7 +168,7 @@ def gate_block(block: nn.Module, gating: Gating) -> None:
 
     Where it is interrupted, `ungate_block` undoes what it did.
     """
-    cls = gated_class(type(block), keeping=any(gate.keep_eval for gate in gating.gates))
+    cls = gated_class(type(block), keeping=any(gate.keeps_eval for gate in gating.gates))
     block.__dict__["_surgeon"] = gating
     block.__class__ = cls
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgeon._finding.addition import Addition
+from surgeon._finding.findings import gate_name
 from surgeon._finding.flow import Flow
 from surgeon._finding.residual import meant
 from surgeon._gating.gate import Gate
@@ -36,7 +37,7 @@ class Gating:
     """What a gated block carries: its gates, and its forward for each way of calling it seen so far.
 
     Args:
-        name: Qualified name of the block.
+        name: Qualified name of the block at `surgeon.apply`, for messages.
         gates: The gates, in the order of their additions.
         rewritten: Something outside the block writes to its output in place.
         kept: Places of the arguments that autograd keeps anyway, for the backward of what made them.
@@ -127,8 +128,8 @@ class Gating:
         chosen = self._chosen(flow, shown)
         for one in chosen.values():
             self.sides.setdefault(one.ordinal, "left" if one.node.args[0] is one.shortcut else "right")
-        skip = frozenset(gate.ordinal for gate in self.gates if gate.skips)
-        by_rows = self.gates[0].unit == "sample"
+        skip = frozenset(gate.branch.ordinal for gate in self.gates if gate.branch.skips)
+        by_rows = self.gates[0].decided.unit == "sample"
         places = tuple((place, a.node, a.ordinal, a.shortcut) for place, a in chosen.items())
         key = (block.training, places, skip, by_rows, self.rewritten, self.kept, batch)
         if key not in flow.shared:
@@ -194,24 +195,26 @@ class Gating:
         """
         if not self.marks:
             found, marks = located(flow)
-            self.marks = tuple([marks[gate.ordinal] for gate in self.gates])
+            self.marks = tuple([marks[gate.branch.ordinal] for gate in self.gates])
             plain = [a.ordinal for a in found if a.code is None]
-            self.complete = plain == [gate.ordinal for gate in self.gates]
+            self.complete = plain == [gate.branch.ordinal for gate in self.gates]
         chosen: dict[int, Addition] = {}
         located_again = again(flow, self.marks, complete=self.complete)
         for place, (gate, addition) in enumerate(zip(self.gates, located_again, strict=True)):
-            one = meant(flow, addition, gate.kind, self.sides.get(gate.ordinal))
-            if one is not None and (one.kind == "mean") != (gate.kind == "mean"):
+            ordinal, kind = gate.branch.ordinal, gate.branch.kind
+            one = meant(flow, addition, kind, self.sides.get(ordinal))
+            if one is not None and (one.kind == "mean") != (kind == "mean"):
                 one = None
             if one is None and shown:
-                self.optional.add(gate.ordinal)
-            if one is None and gate.ordinal not in self.optional:
+                self.optional.add(ordinal)
+            if one is None and ordinal not in self.optional:
+                name = gate_name(self.name, ordinal)
                 raise UnseenCallError(
                     f"{self.name or 'the model'} is called in a way in which it does not perform the gated "
-                    f"addition {gate.name}; exclude it (exclude={gate.name!r}) or call it as on the example"
+                    f"addition {name}; exclude it (exclude={name!r}) or call it as on the example"
                 )
             if one is not None:
-                chosen[place] = replace(one, ordinal=gate.ordinal)
+                chosen[place] = replace(one, ordinal=ordinal)
         return chosen
 
     def way(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -51,19 +51,84 @@ def _(branch: Tensor, gate: int) -> Tensor:  # noqa: ARG001 - the operator's sig
 
 
 @dataclass(frozen=True, eq=False)
-class Origin:
-    """What one call of `surgeon.apply` was given.
+class Decision:
+    """What one call of `surgeon.apply` decided for all of its gates, which share it.
 
     Attributes:
+        unit: What one coin decides: each sample of the batch, or the mini-batch.
+        scaling: Where the correction goes.
         schedule: The schedule in words; its name, if it has one.
         overrides: Pattern and drop rate, as given.
+        by_cost: A branch is left uncomputed only where the arithmetic saved outweighs handling rows, and not
+            in a compiled graph.
+        unused: What the parameters of a branch that did not run at all get: zero gradients, none, or zero
+            where `torch.distributed` is in use.
+        keep_eval: The weights were divided by the evaluation scales, so that evaluation stayed.
+        columns: What the joins of the network share.
+        ranks: What ``sync="ranks"`` shares among the gates; None where each rank draws for itself.
+        ran: Names of the gated residual adds in the order in which they ran on the example.
         args, kwargs: The example, its tensors on the meta device: shapes and types, no numbers.
+        dtype: Type of the model's weights then; None if it had none.
     """
 
-    schedule: str
-    overrides: tuple[tuple[str, float], ...]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    unit: Unit = "sample"
+    scaling: Scaling = "inverted"
+    schedule: str = "linear"
+    overrides: tuple[tuple[str, float], ...] = ()
+    by_cost: bool = False
+    unused: Unused = "auto"
+    keep_eval: bool = False
+    columns: "Columns | None" = field(default=None, repr=False)
+    ranks: Ranks | None = field(default=None, repr=False)
+    ran: tuple[str, ...] = field(default=(), repr=False)
+    args: tuple[Any, ...] = field(default=(), repr=False)
+    kwargs: dict[str, Any] = field(default_factory=dict, repr=False)
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BranchFacts:
+    """What was found of one gate's residual add and its branch.
+
+    Attributes:
+        ordinal: The add's place among the additions of its block.
+        kind: ``"identity"`` or ``"projection"``; ``"left"`` or ``"right"`` where ``include`` told the side of
+            the shortcut; ``"mean"`` for a join.
+        depth: Its place in the longest chain of residual adds of its block, from 1.
+        flops_share: FLOPs of the branch over those of the whole model, in [0, 1].
+        skips: Whether a dropped branch can be left uncomputed.
+        flops: FLOPs of the branch's forward on one row.
+        moved: Bytes of one row of what the branch reads and of the shortcut.
+        statistics: It computes statistics over its rows, so it never runs on a single one of many.
+        dim: The dimension along which samples lie; where a gate skips it is 0.
+        note: Why it is computed also when dropped, or what was assumed; ``""`` otherwise.
+        paths: Of a join, how many paths it has.
+    """
+
+    ordinal: int = 0
+    kind: str = "identity"
+    depth: int = 1
+    flops_share: float = 0.0
+    skips: bool = False
+    flops: int = 0
+    moved: int = 0
+    statistics: bool = False
+    dim: int = 0
+    note: str = ""
+    paths: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """Why a fold has left one multiplication of a gate.
+
+    Attributes:
+        reason: In words.
+        operator: The operator that keeps the scale out of the weights, such as ``"silu"``; ``""`` if none.
+    """
+
+    reason: str
+    operator: str = ""
 
 
 @dataclass(eq=False)
@@ -101,74 +166,42 @@ class Columns:
 class Gate:
     """A gate on one residual add. It holds no parameter and no buffer: a ``state_dict`` never shows it.
 
+    It has no name and no order: both follow from where its block is in a model (`surgeon._gating.gated`).
+
     Attributes:
-        name: Qualified name of the residual add, as in `Residual`.
-        kind: ``"identity"`` or ``"projection"``; ``"left"`` or ``"right"`` where ``include`` told the side of
-            the shortcut.
-        ordinal: The add's place among the additions of its block.
-        order: The gate's place in the model's execution order.
-        unit: What one coin decides: each sample of the batch, or the mini-batch.
-        scaling: Where the correction goes.
+        decided: What `surgeon.apply` decided, shared by its gates.
+        branch: What was found of its residual add and branch.
         drop_rate: The present drop rate, ``1 - p``, in [0, 1).
         scale: The evaluation scale ``c``.
-        flops_share: FLOPs of the branch over those of the whole model, in [0, 1].
-        origin: What `surgeon.apply` was asked for, shared by the gates of one call.
-        depth: Its place in the longest chain of residual adds of its block, from 1.
-        skips: Whether it can leave a dropped branch uncomputed.
-        by_cost: It does so only where the arithmetic saved outweighs handling rows, and not in a compiled
-            graph.
-        flops: FLOPs of the branch's forward on one row.
-        moved: Bytes of one row of what the branch reads and of the shortcut.
-        statistics: The branch computes statistics over its rows, so it never runs on a single one of many.
-        dim: The dimension along which samples lie; a gate that skips has 0.
-        unused: What the parameters of a branch that did not run at all get: zero gradients, none, or zero
-            where `torch.distributed` is in use.
-        note: Why it is computed all the same, or why its scale stays after a fold; ``""`` otherwise.
-        ranks: What ``sync="ranks"`` shares among the gates; None where each rank draws for itself.
-        keep_eval: The weights were divided by its scale when it was put in, so that evaluation stayed.
-        columns: What a join shares with the others of its network; None if it is a residual add.
-        paths: Of a join, how many paths it has.
         settled: A fold has been: it takes no part in training any more.
-        folded: Its scale is in the weights now; it does nothing any more.
-        obstacle: The operator that keeps the scale out of the weights after a fold, such as ``"silu"``.
+        leftover: Why it still multiplies after a fold; None if it does not, or if none has been.
+        marked_as: While a fold looks on, the number that stands in the graph in place of the scale.
     """
 
-    name: str
-    kind: str
-    ordinal: int
-    order: int
-    unit: Unit
-    scaling: Scaling
+    decided: Decision
+    branch: BranchFacts
     drop_rate: float
-    scale: float
-    flops_share: float
-    origin: "Origin"
-    depth: int = 1
-    skips: bool = False
-    by_cost: bool = False
-    flops: int = 0
-    moved: int = 0
-    statistics: bool = False
-    dim: int = 0
-    unused: Unused = "auto"
-    note: str = ""
-    ranks: Ranks | None = field(default=None, repr=False)
-    keep_eval: bool = False
-    columns: "Columns | None" = field(default=None, repr=False)
-    paths: int = 0
+    scale: float = 1.0
     settled: bool = False
-    folded: bool = False
-    obstacle: str = ""
+    leftover: Leftover | None = None
+    marked_as: int | None = field(default=None, init=False, repr=False)
     types: dict[Any, torch.dtype | None] = field(default_factory=dict, init=False, repr=False)
     keep: Tensor = field(init=False, repr=False)
-    marked_as: int | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Compiled graphs read p from this tensor, as a changed Python float would recompile them.
         with torch.inference_mode(False):
             self.keep = torch.tensor(1 - self.drop_rate, dtype=torch.float32, device="cpu")
-        if self.ranks is not None:
-            self.ranks.gates.append(self)
+
+    @property
+    def columns(self) -> "Columns | None":
+        """What a join shares with the others of its network; None if this is a residual add."""
+        return self.decided.columns if self.branch.kind == "mean" else None
+
+    @property
+    def keeps_eval(self) -> bool:
+        """Whether weights were divided by its scale when it was put in; the mean of a join needs none."""
+        return self.decided.keep_eval and self.branch.kind != "mean"
 
     @property
     def survival(self) -> float:
@@ -177,26 +210,33 @@ class Gate:
 
     def skipping(self, device: str = "cpu", rows: float = math.inf) -> bool:
         """Whether it skips at its present drop rate, on that type of device and for that many rows."""
-        return self.skips and (not self.by_cost or pays(self.drop_rate, rows, self.flops, self.moved, device))
+        branch = self.branch
+        return branch.skips and (
+            not self.decided.by_cost or pays(self.drop_rate, rows, branch.flops, branch.moved, device)
+        )
+
+    @property
+    def folded(self) -> bool:
+        """Whether its scale is in the weights, so that it does nothing any more."""
+        return self.settled and self.leftover is None
 
     @property
     def zeroes(self) -> bool:
         """Whether the parameters of a branch that did not run get gradients of zeros."""
-        if self.unused == "auto":
+        if self.decided.unused == "auto":
             return torch.distributed.is_available() and torch.distributed.is_initialized()
-        return self.unused == "zero"
+        return self.decided.unused == "zero"
 
     def set_drop_rate(self, rate: float) -> None:
         """Changes the drop rate from the next forward on; the evaluation scale stays."""
         self.drop_rate = rate
         self.keep.fill_(1 - rate)
 
-    def settle(self, note: str = "", obstacle: str = "") -> None:
-        """Ends the gate's part in training. Its scale goes to 1, or stays, with a note."""
+    def settle(self, leftover: Leftover | None = None) -> None:
+        """Ends the gate's part in training. Its scale goes to 1, or stays, with the reason."""
         self.set_drop_rate(0.0)
-        self.settled, self.folded = True, not note
-        self.note, self.obstacle = note, obstacle
-        if self.folded:
+        self.settled, self.leftover = True, leftover
+        if leftover is None:
             self.scale = 1.0
 
     def correction(self) -> float:
@@ -208,10 +248,11 @@ class Gate:
 
         Draws as timm's ``DropPath`` does, from PyTorch's generator of the branch's device.
         """
-        rows = branch.shape[self.dim] if self.unit == "sample" else 1
-        shape = tuple([rows if d == self.dim else 1 for d in range(branch.ndim)])
-        if self.ranks is not None and not held.open:
-            mask = (self.ranks.numbers(self.order, rows) < self.survival).view(shape).to(branch)
+        dim = self.branch.dim
+        rows = branch.shape[dim] if self.decided.unit == "sample" else 1
+        shape = tuple([rows if d == dim else 1 for d in range(branch.ndim)])
+        if self.decided.ranks is not None and not held.open:
+            mask = (self.decided.ranks.numbers(self, rows) < self.survival).view(shape).to(branch)
         elif torch.compiler.is_compiling():
             keep = self.keep.to(branch.device)
             kept = torch.rand(shape, device=branch.device) < keep
@@ -237,23 +278,23 @@ class Gate:
             return count
         toss = self._tosses(2)
         kept = min(count, int(self.survival * count + toss[0]))
-        if self.statistics and kept == 1 < count:
+        if self.branch.statistics and kept == 1 < count:
             kept = 2 if toss[1] < 0.5 else 0
         return kept
 
     def rows(self, count: int, kept: int, device: torch.device) -> Tensor:
         """Which ``kept`` of ``count`` rows survive, in ascending order; every such set is equally likely."""
-        if self.ranks is None:
+        if self.decided.ranks is None:
             order = torch.randperm(count, device=device)
         else:
-            order = self.ranks.numbers(self.order, count).argsort().to(device)
+            order = self.decided.ranks.numbers(self, count).argsort().to(device)
         return order[:kept].sort().values
 
     def numbers(self, count: int) -> Tensor:
         """So many numbers in [0, 1), from the CPU's generator or the one that the ranks share."""
-        if self.ranks is None:
+        if self.decided.ranks is None:
             return torch.rand(count, dtype=torch.float64, device="cpu")
-        return self.ranks.numbers(self.order, count)
+        return self.decided.ranks.numbers(self, count)
 
     def _tosses(self, count: int) -> list[float]:
         return [float(number) for number in self.numbers(count).tolist()]
@@ -261,8 +302,7 @@ class Gate:
 
 def open_gate() -> Gate:
     """A gate that never drops and scales nothing: the sum as it was."""
-    origin = Origin("", (), (), {})
-    return Gate("", "identity", 0, 0, "batch", "inverted", 0.0, 1.0, 0.0, origin)
+    return Gate(Decision(unit="batch"), BranchFacts(), 0.0)
 
 
 def masked_add(gate: Gate, shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:

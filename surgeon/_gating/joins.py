@@ -54,8 +54,9 @@ def survival(gate: Gate) -> float:
     """The survival probability of a branch; of a join that of a path, on average over them."""
     if gate.columns is None:
         return gate.survival
+    paths = gate.branch.paths
     share = {"local": 0.0, "both": 0.5, "global": 1.0}[gate.columns.mode]
-    return (1 - share) * (gate.survival + gate.drop_rate**gate.paths / gate.paths) + share / gate.paths
+    return (1 - share) * (gate.survival + gate.drop_rate**paths / paths) + share / paths
 
 
 def path_of(column: int, columns: int, paths: int) -> int:
@@ -82,8 +83,8 @@ def _survivors(gate: Gate, paths: int, rows: int) -> Tensor:
 
 def masked_mean(gate: Gate, *paths: Tensor) -> Tensor:
     """Training, every path computed: for each sample, or for all, the mean of those that survive."""
-    first, dim = paths[0], gate.dim
-    rows = first.shape[dim] if gate.unit == "sample" else 1
+    first, dim = paths[0], gate.branch.dim
+    rows = first.shape[dim] if gate.decided.unit == "sample" else 1
     kept = _survivors(gate, len(paths), rows).to(first.device)
     shape = [rows if d == dim else 1 for d in range(first.ndim)]
     shares = (kept / kept.sum(0)).to(first.dtype)

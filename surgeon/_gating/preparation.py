@@ -1,6 +1,7 @@
 """The gated forwards of every block of a model, made before any block is touched."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -37,23 +38,23 @@ def prepare(analysis: Analysis, gates: Mapping[str, Gate]) -> list[tuple[Block, 
     samples: dict[str, Samples] = {}
     recording = analysis.recording
     sums = {r.name: _sum(block, a) for block in analysis.blocks for r, a in _paired(block)}
-    by_rows = any(gate.unit == "sample" for gate in gates.values())
+    by_rows = any(gate.decided.unit == "sample" for gate in gates.values())
     batch = batch_of(recording, list(sums.values()) if by_rows else [])
     for name, gate in gates.items():
         if gate.columns is not None:
-            gate.dim = batch.along.get(sums[name], 0)
+            _note(gate, dim=batch.along.get(sums[name], 0))
     prepared = [(block, _prepare_block(block, recording, gates, batch, samples)) for block in analysis.blocks]
     along = [batch.along.get(sums[name]) for name in samples]
     places = dimensions(list(samples.values()), batch.size, along) if batch.size else []
     turned = {name: dim for name, dim in zip(samples, places, strict=False) if dim}
     for name, dim in turned.items():
-        gate, shape = gates[name], list(samples[name].shape)
-        gate.dim, gate.skips = dim, False
-        gate.note = f"computed also when dropped: its samples lie along dimension {dim} of {shape}"
+        where = f"its samples lie along dimension {dim} of {list(samples[name].shape)}"
+        _note(gates[name], dim=dim, skips=False, note=f"computed also when dropped: {where}")
     for name in samples.keys() - turned.keys():
         if sums[name] not in batch.along and doubtful(sums[name][1], batch.size):
             assumed = f"its samples are taken to lie along the first dimension of {list(sums[name][1])}"
-            gates[name].note = "; ".join(text for text in (gates[name].note, assumed) if text)
+            known = gates[name].branch.note
+            _note(gates[name], note=f"{known}; {assumed}" if known else assumed)
     return [
         (block, _prepare_block(block, recording, gates, batch, {}) if turned.keys() & names else gating)
         for block, gating in prepared
@@ -80,25 +81,25 @@ def _prepare_block(
     chosen = [gates[r.name] for r in block.residuals]
     gating = Gating(block.name, chosen, block.call.rewritten, _kept(block, recording))
     for gate, addition in zip(chosen, block.found, strict=True):
-        if gate.skips and (kept := _kept_by_layers(block, addition, recording)):
-            gate.skips, gate.note = False, f"computed also when dropped: it keeps a value in {kept}"
+        if gate.branch.skips and (kept := _kept_by_layers(block, addition, recording)):
+            _note(gate, skips=False, note=f"computed also when dropped: it keeps a value in {kept}")
     args, kwargs, log = recording.arguments(block.call)
     with mode(block.module, True):
         spliced = gating.prepare(block.module, block.flow, args, kwargs, batch.size)
         for call, flow in block.others:
             gating.prepare(block.module, flow, *recording.arguments(call)[:2], shown=True)
     gating.note_active(args, kwargs, log)
-    for gate in chosen:
+    for residual, gate in zip(block.residuals, chosen, strict=True):
         _settle_form(gate, spliced)
-        if gate.ordinal in spliced.subsets:
-            samples[gate.name] = spliced.subsets[gate.ordinal].samples
+        if gate.branch.ordinal in spliced.subsets:
+            samples[residual.name] = spliced.subsets[gate.branch.ordinal].samples
     if not gating.evaluates_plainly:
         with mode(block.module, False):
             gating.prepare(block.module, _evaluating(block, args, kwargs, log), args, kwargs)
             for call, _ in block.others:
                 given = recording.arguments(call)
                 gating.prepare(block.module, _traced(block, *given), *given[:2], shown=True)
-    _check_class(block, keeping=any(gate.keep_eval for gate in chosen))
+    _check_class(block, keeping=any(gate.keeps_eval for gate in chosen))
     return gating
 
 
@@ -144,13 +145,18 @@ def _kept(block: Block, recording: Recording) -> frozenset[int]:
 
 def _settle_form(gate: Gate, spliced: Spliced) -> None:
     """Notes on ``gate`` what came out about its branch."""
-    subset = spliced.subsets.get(gate.ordinal)
+    ordinal = gate.branch.ordinal
+    subset = spliced.subsets.get(ordinal)
     if subset is not None:
-        gate.statistics, gate.flops, gate.moved = subset.statistics, subset.flops, subset.moved
-    if gate.ordinal in spliced.kept_whole:
-        if gate.skipping():  # where it would not pay anyway there is nothing to note
-            gate.note = f"computed also when dropped: {spliced.kept_whole[gate.ordinal]}"
-        gate.skips = False
+        _note(gate, statistics=subset.statistics, flops=subset.flops, moved=subset.moved)
+    if ordinal in spliced.kept_whole:
+        # Where it would not pay anyway there is nothing to note.
+        note = f"computed also when dropped: {spliced.kept_whole[ordinal]}" if gate.skipping() else ""
+        _note(gate, skips=False, note=note or gate.branch.note)
+
+
+def _note(gate: Gate, **facts: Any) -> None:
+    gate.branch = replace(gate.branch, **facts)
 
 
 def _check_class(block: Block, *, keeping: bool) -> None:

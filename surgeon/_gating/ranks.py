@@ -33,8 +33,6 @@ def several() -> bool:
 class Member(Protocol):
     """What is to be known of a gate here."""
 
-    name: str
-    order: int
     drop_rate: float
 
 
@@ -43,13 +41,16 @@ class Ranks:
     """What the gates of one model share under ``sync="ranks"``.
 
     Attributes:
-        gates: Those gates.
+        names: Names of their residual adds at `surgeon.apply`, for the message.
+        gates: Those gates, in the same order.
         seed: What the ranks agreed on; None before the first draw.
         size: How many ranks agreed.
-        tokens: For each gate (by order) the number of the draw that belongs to a token, oldest first.
+        tokens: For each gate (by its place in the list) the number of the draw that belongs to a
+            token, oldest first.
         counts: How many draws each gate has made.
     """
 
+    names: tuple[str, ...] = ()
     gates: list[Member] = field(default_factory=list)
     seed: int | None = None
     size: int = 0
@@ -57,7 +58,7 @@ class Ranks:
     counts: dict[int, int] = field(default_factory=dict)
 
     @without_compiler
-    def numbers(self, gate: int, count: int) -> Tensor:
+    def numbers(self, member: Member, count: int) -> Tensor:
         """The next draw of that gate: so many numbers in [0, 1), in float64 on the CPU.
 
         Raises:
@@ -66,6 +67,7 @@ class Ranks:
         size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if self.seed is None or self.size != size:
             self._agree(size)
+        gate = self.gates.index(member)  # gates are equal to themselves only
         token = float(torch.rand((), dtype=torch.float64, device="cpu"))
         known = self.tokens.setdefault(gate, {})
         if token not in known:
@@ -80,7 +82,8 @@ class Ranks:
     def _agree(self, size: int) -> None:
         with torch.random.fork_rng(devices=()):  # a checkpoint that repeats the first draw agrees on nothing
             seed = int(torch.randint(2**62, (), device="cpu"))
-        mine = (seed, [(gate.name, gate.drop_rate) for gate in self.gates])
+        rates = [(name, gate.drop_rate) for name, gate in zip(self.names, self.gates, strict=True)]
+        mine = (seed, rates)
         every: list[Any] = [mine]
         if size > 1:
             every = [None] * size

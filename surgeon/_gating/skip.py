@@ -94,7 +94,7 @@ def rows_add(
 
 def _masks(lifted: Lifted, gate: Gate, shortcut: Tensor, inputs: Sequence[Any]) -> bool:
     """Whether this call computes every row: gathering would not pay, or an input is not one entry per row."""
-    if gate.by_cost and torch.compiler.is_compiling():
+    if gate.decided.by_cost and torch.compiler.is_compiling():
         return True  # one graph; a number of rows that changes would break it
     if gate.drop_rate == 0:
         return False
@@ -110,7 +110,7 @@ def _masks(lifted: Lifted, gate: Gate, shortcut: Tensor, inputs: Sequence[Any]) 
 
 def _asks_ranks(lifted: Lifted, gate: Gate, block: nn.Module) -> bool:
     """Whether the branch takes statistics over ranks that draw otherwise: all of them have to run it."""
-    if gate.ranks is not None or not several():
+    if gate.decided.ranks is not None or not several():
         return False
     return any(isinstance(module, nn.SyncBatchNorm) for module in _modules(lifted, block))
 

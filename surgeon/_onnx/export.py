@@ -33,7 +33,7 @@ from surgeon._onnx.verify import TOLERANCES, check_comparison, compare_runs, eva
 from surgeon._plain import check_filled, check_plain
 from surgeon._removal import fold, remove
 from surgeon._surgery import status
-from surgeon._torch import check_exporter
+from surgeon._torch import check_exporter, pytree
 from surgeon.errors import ExportError, OnnxFileError, OutputsDifferError, UsageError
 
 _SEED = 0
@@ -110,7 +110,7 @@ def export(  # noqa: PLR0913 - each a decision of its own, by keyword only
     check_comparison(batch_sizes, tolerance)
     _check_weights(model)
     reference = evaluating_copy(model)
-    plain, gates = _without_gates(reference)
+    plain, gates = _without_gates(reference, example)
     called = signature(plain, example)
     if not dynamic_batch and example is None:
         called = signature(plain, called.tensors[0][:1])
@@ -163,14 +163,15 @@ class _Gates:
     settings: tuple[tuple[str, object], ...] = ()
 
 
-def _without_gates(model: nn.Module) -> tuple[nn.Module, _Gates]:
+def _without_gates(model: nn.Module, example: Any) -> tuple[nn.Module, _Gates]:
     """A folded copy of a gated model; a plain model itself."""
     if not is_gated(model):
         return model, _Gates()
     before = status(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # It warns of gates that keep a factor; the report lists them.
-        plain = fold(model)
+        here = pytree.tree_map_only(Tensor, Tensor.cpu, example)
+        plain = fold(model, example=here)
     left = status(plain).gates if is_gated(plain) else ()
     kept = tuple((gate.name, gate.note) for gate in left)
     folded = tuple(gate.name for gate in before.gates if gate.name not in dict(kept))

@@ -89,7 +89,7 @@ def ungated(
     check_plain(model)
     if not is_gated(model):
         return model, *inputs(model, example)
-    args, kwargs = recorded_inputs(model, gates_of(model)[0], example)
+    args, kwargs = recorded_inputs(model, gates_of(model)[0].decided, example)
     return fold(model, inplace=inplace, example=example), args, kwargs
 
 

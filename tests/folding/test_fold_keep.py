@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 import surgeon
 from surgeon._folding import keep as _keep
 from surgeon._folding.fold import FoldPlan
-from surgeon._gating.gated import gates_of
+from surgeon._gating.gated import gates_of, placed_gates
 from surgeon.errors import CheckpointError, FoldError, NotGatedError
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
@@ -80,9 +80,10 @@ def test_a_fold_gives_back_what_keeping_evaluation_divided(name: str, size: int)
     before, expected, names = weights(model), model(x), list(model.state_dict())
     kept(model, x)
     assert error(model(x), expected) < 1e-12
-    for gate in gates_of(model):  # no gate is without effect
+    for placed in placed_gates(model):  # no gate is without effect
+        gate = placed.gate
         scale, gate.scale = gate.scale, 1.0
-        assert error(model(x), expected) > 1e-11, f"{gate.name} shows nothing"
+        assert error(model(x), expected) > 1e-11, f"{placed.name} shows nothing"
         gate.scale = scale
     stock = surgeon.fold(model)
     assert list(stock.state_dict()) == names
@@ -269,7 +270,7 @@ def test_a_fold_ends_the_part_of_every_gate_in_training() -> None:
     with pytest.warns(UserWarning, match="1 of 3 gates keep one multiplication"):
         left = surgeon.fold(model)
     expected = left.eval()(X)
-    assert [gate.name for gate in gates_of(left)] == ["1.add"]
+    assert [gate.name for gate in surgeon.status(left).gates] == ["1.add"]
     for rate in (0.5, [0.5], lambda l, count: 0.5):
         with pytest.raises(NotGatedError, match="the model is folded"):
             surgeon.set_drop_rate(left, rate)  # type: ignore[arg-type]

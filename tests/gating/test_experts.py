@@ -11,7 +11,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 import surgeon
-from surgeon._gating.gated import gates_of, is_gated
+from surgeon._gating.gated import is_gated
 from surgeon.errors import FoldError
 
 X = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -87,7 +87,7 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor | None]:
 def test_experts_are_gated_and_train_at_other_sizes(unit: Any) -> None:
     plain = network()
     model = surgeon.apply(copy.deepcopy(plain), drop_rate=0.5, unit=unit, example=X)
-    assert [g.name for g in gates_of(model)] == ["0.add", "0.add_1", "1.add", "1.add_1"]
+    assert [g.name for g in surgeon.status(model).gates] == ["0.add", "0.add_1", "1.add", "1.add_1"]
     given = torch.randn(7, 3, 8)
     surgeon.set_drop_rate(model, 0.0)
     torch.testing.assert_close(model(given), plain(given))
@@ -122,7 +122,7 @@ def test_experts_keep_their_multiplication_and_all_inputs_agree() -> None:
     model = surgeon.apply(network().double(), drop_rate=0.5, scaling="paper", example=X.double())
     with pytest.warns(UserWarning, match=r"2 of 4 gates keep .*values decide what runs \(nonzero in '0.exp"):
         folded = surgeon.fold(model)
-    assert [gate.name for gate in gates_of(folded)] == ["0.add_1", "1.add_1"]
+    assert [gate.name for gate in surgeon.status(folded).gates] == ["0.add_1", "1.add_1"]
     for seed in range(5):  # each sends its tokens to other experts
         given = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(seed)).double() * (1 + seed)
         torch.testing.assert_close(folded.eval()(given), model.eval()(given), rtol=1e-12, atol=1e-12)

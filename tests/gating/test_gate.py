@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth, stochastic_depth
 
 import surgeon
-from surgeon._gating.gate import Gate, Origin
+from surgeon._gating.gate import BranchFacts, Decision, Gate
 from surgeon._gating.gated import gates_of
 
 X = torch.zeros(2, 4)
@@ -27,8 +27,7 @@ ALARM = 1e-7  # of each test of one frequency; a dozen of them stay below 1e-6 t
 
 def gate(unit: str = "sample", scaling: str = "inverted", drop_rate: float = 0.3) -> Gate:
     scale = 1.0 if scaling == "inverted" else 1 - drop_rate
-    origin = Origin("uniform", drop_rate, (), {})
-    return Gate("g", "identity", 0, 0, unit, scaling, drop_rate, scale, 0.1, origin)  # type: ignore[arg-type]
+    return Gate(Decision(unit, scaling), BranchFacts(), drop_rate, scale)  # type: ignore[arg-type]
 
 
 # --- the coin -----------------------------------------------------------------
@@ -85,21 +84,20 @@ def test_gates_are_independent_of_each_other_and_of_the_step_before(unit: str) -
     block = surgeon.apply(Twice(), "uniform", drop_rate=p, unit=unit, example=X)
     block.f, block.g = Ones(), Ones()
     x = torch.zeros(draws, 4) if unit == "sample" else torch.zeros(1, 4)
-    first, second = [], []
-    seen: dict[str, Tensor] = {}
+    seen: dict[int, list[Any]] = {}
     with pytest.MonkeyPatch.context() as patch:
         original = Gate.mask if unit == "sample" else Gate.survives
 
         def note(g: Gate, *args: Any) -> Any:
             value = original(g, *args)
-            seen.setdefault(g.name, []).append(value)  # type: ignore[attr-defined]
+            seen.setdefault(id(g), []).append(value)
             return value
 
         patch.setattr(Gate, "mask" if unit == "sample" else "survives", note)
         for _ in range(1 if unit == "sample" else draws):
             block(x)
-    kept = {n: torch.cat([torch.as_tensor(v).flatten() > 0 for v in values]) for n, values in seen.items()}
-    first, second = kept["add"], kept["add_1"]
+    drawn = [seen[id(g)] for g in gates_of(block)]
+    first, second = (torch.cat([torch.as_tensor(v).flatten() > 0 for v in values]) for values in drawn)
     for a, b in ((first, second), (first[1:], first[:-1]), (second[1:], first[:-1])):
         n = len(a)
         counts = [int((a.eq(i) & b.eq(j)).sum()) for i, j in itertools.product((False, True), repeat=2)]
@@ -387,6 +385,6 @@ def test_status_and_gates_agree() -> None:
         nn.Sequential(Plain(), Twice()), drop_rate=0.4, unit="batch", scaling="paper", example=X
     )
     for state, g in zip(surgeon.status(model).gates, gates_of(model), strict=True):
-        assert (state.name, state.survival, state.scale) == (g.name, g.survival, g.scale)
+        assert (state.survival, state.scale) == (g.survival, g.scale)
         assert state.survival == state.scale == 1 - state.drop_rate
         assert (state.unit, state.scaling, state.skips, state.note) == ("batch", "paper", True, "")

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import surgeon
 from surgeon._gating.gated import gates_of
-from surgeon._gating.ranks import _REMEMBERED, Ranks, _check
+from surgeon._gating.ranks import _REMEMBERED, _check
 from surgeon.errors import UsageError
 
 X = torch.zeros(2, 4)
@@ -83,15 +83,17 @@ def test_copies_and_pickles_go_on_each_for_itself() -> None:
         expected = [copy.deepcopy(model)(x) for _ in range(1)]
         torch.random.set_rng_state(state)
         assert same([twin(x)], expected)
-        ranks = {id(gate.ranks) for gate in gates_of(twin)}
+        ranks = {id(gate.decided.ranks) for gate in gates_of(twin)}
         assert len(ranks) == 1
-        assert ranks != {id(gates_of(model)[0].ranks)}
+        assert ranks != {id(gates_of(model)[0].decided.ranks)}
 
 
 def test_only_so_many_draws_are_remembered() -> None:
-    ranks = Ranks()
+    gate = gates_of(gated(0.5))[0]
+    ranks = gate.decided.ranks
+    assert ranks is not None
     for _ in range(_REMEMBERED + 10):
-        ranks.numbers(0, 1)
+        ranks.numbers(gate, 1)
     assert len(ranks.tokens[0]) == _REMEMBERED
 
 
@@ -121,7 +123,7 @@ def test_a_compiled_graph_breaks_at_the_draw_and_draws_anew() -> None:
     torch.manual_seed(3)
     expected = [model(x) for _ in range(3)]
     model.load_state_dict(model.state_dict())
-    for ranks in {id(g.ranks): g.ranks for g in gates_of(model)}.values():
+    for ranks in {id(g.decided.ranks): g.decided.ranks for g in gates_of(model)}.values():
         assert ranks is not None
         ranks.seed = None  # agree again, with the same seed
     torch.manual_seed(3)

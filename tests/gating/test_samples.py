@@ -54,7 +54,7 @@ def test_a_sequence_first_model_drops_samples_and_says_so(skip: Any) -> None:
         example=torch.zeros(7, 3, 4),
     )
     status = surgeon.status(model)
-    assert [g.dim for g in gates_of(model)] == [1] * 4
+    assert [g.branch.dim for g in gates_of(model)] == [1] * 4
     assert not any(g.skips for g in status.gates)
     assert all("its samples lie along dimension 1 of [7, 3, 4]" in g.note for g in status.gates)
     block, x = model.blocks[1], torch.randn(5, 3000, 4)
@@ -73,9 +73,11 @@ def test_a_sequence_first_model_trains_as_its_batch_first_twin(skip: Any) -> Non
         example = torch.zeros(3, 7, 4) if batch_first else torch.zeros(7, 3, 4)
         surgeon.apply(model, "uniform", drop_rate=0.4, skip=False if batch_first else skip, example=example)
 
-        def mask(gate: Gate, branch: Tensor) -> Tensor:
-            shape = [3 if d == gate.dim else 1 for d in range(3)]
-            return fates[gate.order].view(shape)
+        gates = gates_of(model)
+
+        def mask(gate: Gate, branch: Tensor, gates: list[Gate] = gates) -> Tensor:
+            shape = [3 if d == gate.branch.dim else 1 for d in range(3)]
+            return fates[gates.index(gate)].view(shape)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Gate, "mask", mask)
@@ -87,14 +89,14 @@ def test_a_sequence_first_model_trains_as_its_batch_first_twin(skip: Any) -> Non
 
 def test_a_batch_first_model_is_left_alone() -> None:
     model = surgeon.apply(randomise(Encoder(batch_first=True)), skip=True, example=torch.zeros(3, 7, 4))
-    assert [g.dim for g in gates_of(model)] == [0] * 4
+    assert [g.branch.dim for g in gates_of(model)] == [0] * 4
     assert all(g.skips and not g.note for g in surgeon.status(model).gates)
 
 
 def test_torchs_own_encoder_layer_in_its_default_layout() -> None:
     layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0)
     surgeon.apply(layer, "uniform", drop_rate=0.5, example=torch.zeros(7, 3, 4))
-    assert [g.dim for g in gates_of(layer)] == [1, 1]
+    assert [g.branch.dim for g in gates_of(layer)] == [1, 1]
     with coins(True):
         layer(torch.randn(7, 3, 4))
 
@@ -110,7 +112,7 @@ def test_one_branch_that_mixes_samples_turns_no_model_that_mixes_tokens_elsewher
     model = nn.Sequential(Attention(batch_first=True), MeanOfAll())
     surgeon.apply(model, skip=True, example=torch.zeros(3, 7, 4))
     first, second = gates_of(model)
-    assert (first.dim, second.dim, first.skips, second.skips) == (0, 0, True, False)
+    assert [(g.branch.dim, g.branch.skips) for g in (first, second)] == [(0, True), (0, False)]
 
 
 def test_dimensions() -> None:

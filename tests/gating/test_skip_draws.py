@@ -13,17 +13,14 @@ from scipy.stats import binomtest, chi2
 from torch import Tensor, nn
 
 import surgeon
-from surgeon._gating.gate import Gate, Origin
+from surgeon._gating.gate import BranchFacts, Decision, Gate
 
 X = torch.zeros(2, 4)
 ALARM = 1e-7  # of one test of a frequency
 
 
 def gate(rate: float, *, statistics: bool = False) -> Gate:
-    origin = Origin("uniform", (), (), {})
-    return Gate(
-        "g", "identity", 0, 0, "sample", "inverted", rate, 1.0, 0.1, origin, True, statistics=statistics
-    )
+    return Gate(Decision(), BranchFacts(skips=True, statistics=statistics), rate)
 
 
 @pytest.mark.parametrize("statistics", [False, True])

@@ -17,7 +17,7 @@ from surgeon._gating.gated import gates_of
 def test_batch_norm_never_sees_a_single_row_of_many() -> None:
     block = skipping(BasicBlock(), 0.75, example=torch.zeros(2, 4, 6, 6))
     (g,) = gates_of(block)
-    assert g.statistics
+    assert g.branch.statistics
     seen: list[int] = []
     block.bn1.register_forward_hook(lambda _, args, out: seen.append(len(args[0])))
     for _ in range(200):

@@ -128,7 +128,10 @@ def test_auto_skips_where_the_arithmetic_outweighs_the_moving_of_rows() -> None:
         assert (status.gates[0].skips, status.gates[0].note) == (gains, "")
         assert (status.expected_flops < 1) == gains
     (g,) = gates_of(wide)
-    assert (g.flops, g.moved) == (2 * 2 * 512 * 512, 2 * 512 * 4)  # two layers; the shortcut is what it reads
+    assert (g.branch.flops, g.branch.moved) == (
+        2 * 2 * 512 * 512,
+        2 * 512 * 4,
+    )  # two layers; the shortcut is what it reads
     seen: list[int] = []
     wide.f.register_forward_hook(lambda _, args, out: seen.append(len(args[0])))
     for rows, rate in ((1000, 0.5), (4, 0.5), (1000, 0.001)):  # it follows the batch, and a ramp

@@ -32,7 +32,7 @@ class Inside(nn.Module):
 def test_a_model_that_turns_its_batch_drops_samples(sizes: tuple[int, int]) -> None:
     batch, steps = sizes
     model = surgeon.apply(Inside(), "uniform", drop_rate=0.4, example=torch.zeros(batch, steps, 4))
-    assert [gate.dim for gate in gates_of(model)] == [1, 1]
+    assert [gate.branch.dim for gate in gates_of(model)] == [1, 1]
     x = torch.randn(5, steps, 4)
     model.attend.out_proj.weight.data.zero_()
     changed = [((model(x) - x).abs().sum(-1) > 0) for _ in range(8)]
@@ -52,7 +52,7 @@ class Masked(nn.Module):
 def test_a_mask_over_positions_is_no_batch() -> None:
     model = surgeon.apply(Masked(), skip=True, example=(torch.ones(5, 5), torch.zeros(4, 5, 4)))
     (gate,) = gates_of(model)
-    assert (gate.dim, gate.skips, gate.note) == (0, True, "")
+    assert (gate.branch.dim, gate.branch.skips, gate.branch.note) == (0, True, "")
 
 
 class Windows(nn.Module):
@@ -70,8 +70,8 @@ class Windows(nn.Module):
 def test_parts_of_samples_are_told_from_samples_that_were_turned() -> None:
     model = surgeon.apply(Windows(), skip=True, example=torch.zeros(2, 6, 4))
     (gate,) = gates_of(model)
-    assert gate.dim == 0
-    assert "its result has the shape [6, 2, 4], the batch 2 entries" in gate.note
+    assert gate.branch.dim == 0
+    assert "its result has the shape [6, 2, 4], the batch 2 entries" in gate.branch.note
 
 
 class Fixed(Inside):
@@ -87,7 +87,7 @@ def test_where_no_other_batch_runs_the_status_says_what_is_assumed(skip: bool) -
     said = "its samples are taken to lie along the first dimension of [16, 2, 4]"
     for gate in surgeon.status(model).gates:
         assert gate.note.endswith(said)
-        assert gate.note.startswith("computed also when dropped") == skip
+        assert gate.branch.note.startswith("computed also when dropped") == skip
 
 
 class Recurrent(nn.Module):
@@ -104,8 +104,8 @@ class Recurrent(nn.Module):
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_a_recurrence_tells_its_layout(kind: Any, skip: Any) -> None:
     turned = surgeon.apply(Recurrent(kind, batch_first=False), skip=skip, example=torch.zeros(7, 3, 4))
-    assert [gate.dim for gate in gates_of(turned)] == [1]
+    assert [gate.branch.dim for gate in gates_of(turned)] == [1]
     assert "its samples lie along dimension 1 of [7, 3, 4]" in surgeon.status(turned).gates[0].note
     model = surgeon.apply(Recurrent(kind, batch_first=True), skip=skip, example=torch.zeros(3, 7, 4))
-    assert [(gate.dim, gate.note) for gate in gates_of(model)] == [(0, "")]
+    assert [(gate.branch.dim, gate.branch.note) for gate in gates_of(model)] == [(0, "")]
     assert surgeon.status(model).gates[0].skips or skip == "auto"

@@ -116,18 +116,20 @@ def test_ddp_is_one_process_on_the_joined_batch(tmp_path: Path) -> None:
     succeed(
         """
         from torch.nn.parallel import DistributedDataParallel as DDP
-        def fate(of):
-            return lambda gate: gate.order % 2 != of
+        from surgeon._gating.gated import gates_of
+        def fate(of, net):
+            gates = gates_of(net)
+            return lambda gate: gates.index(gate) % 2 != of
         for unit in ("batch", "sample"):
             model = DDP(gated(0.5, unit=unit, skip=True))
-            Gate.survives = fate(rank)
-            Gate.survivors = lambda gate, count: count if fate(rank)(gate) else 0
+            Gate.survives = ours = fate(rank, model)
+            Gate.survivors = lambda gate, count: count if ours(gate) else 0
             model(data(0)[2 * rank : 2 * rank + 2]).square().mean().backward()
             sums = None
             for of in range(ranks):
                 single = gated(0.5, unit=unit, skip=True, unused="zero")
-                Gate.survives = fate(of)
-                Gate.survivors = lambda gate, count: count if fate(of)(gate) else 0
+                Gate.survives = alone = fate(of, single)
+                Gate.survivors = lambda gate, count: count if alone(gate) else 0
                 single(data(0)[2 * of : 2 * of + 2]).square().mean().backward()
                 found = [p.grad for p in single.parameters()]
                 sums = found if sums is None else [a + b for a, b in zip(sums, found)]
@@ -221,18 +223,21 @@ def test_synchronised_draws_are_the_same_on_every_rank_whatever_else_a_rank_draw
     succeed(
         """
         from torch.nn.parallel import DistributedDataParallel as DDP
+        from surgeon._gating.gated import gates_of
         seen = []
         for name in ("survives", "survivors", "rows", "mask"):
             def note(gate, *args, original=getattr(Gate, name)):
                 value = original(gate, *args)
                 if torch.is_tensor(value) and value.ndim == 2:  # a mask: of as many rows as there are here
                     value = value[:2]
-                seen.append((gate.name, value.flatten().tolist() if torch.is_tensor(value) else value))
+                flat = value.flatten().tolist() if torch.is_tensor(value) else value
+                seen.append((gates.index(gate), flat))
                 return value if not torch.is_tensor(value) or value.ndim != 2 else args[0].new_ones(1, 1)
             setattr(Gate, name, note)
         torch.manual_seed(rank)
         for options in ({"unit": "batch"}, {"skip": True}, {"skip": False}):
             model = DDP(gated(0.5, sync="ranks", **options))
+            gates = gates_of(model)
             for step in range(10):
                 torch.rand(rank + 1)
                 model(data(step)[2 * rank : 2 * rank + 2]).square().mean().backward()

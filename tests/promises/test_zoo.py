@@ -17,7 +17,7 @@ import surgeon
 from benchmarks._zoo_models import Entry, build, example
 from benchmarks._zoo_structure import recall
 from surgeon._finding.analysis import analyse
-from surgeon._gating.gated import gated_blocks
+from surgeon._gating.gated import placed_gates
 from surgeon._tracing.example import inputs
 
 # The smallest model of each of timm's model modules.
@@ -236,16 +236,15 @@ def test_no_drop_loses_the_input_of_its_block(family: str) -> None:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()  # over two values its gradient is zero
     checked = 0
-    for _, block, gating in gated_blocks(model):
-        for gate in gating.gates:
-            entrance = Entrance(block)
-            with coins(lambda name, gate=gate: name != gate.name) as tossed:
-                model(x).square().sum().backward()
-            entrance.handle.remove()
-            assert gate.name in tossed
-            assert entrance.seen
-            assert all(any(map(arrives, seen)) for seen in entrance.seen), gate.name
-            checked += 1
+    for placed in placed_gates(model):
+        entrance = Entrance(placed.block)
+        with coins(lambda name, dropped=placed.name: name != dropped) as tossed:
+            model(x).square().sum().backward()
+        entrance.handle.remove()
+        assert placed.name in tossed
+        assert entrance.seen
+        assert all(any(map(arrives, seen)) for seen in entrance.seen), placed.name
+        checked += 1
     assert checked == len(surgeon.status(model).gates) > 0
 
 
