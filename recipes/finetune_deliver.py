@@ -7,16 +7,20 @@ checkpoint against the gated network, and ONNX Runtime against that stock networ
 import copy
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from finetune_config import Config
 from finetune_data import Images
-from finetune_log import write_text
+from finetune_files import explained, write_text
+from finetune_log import epochs_of
 from finetune_model import fresh_network
-from finetune_plot import plot_survival
+from finetune_plot import plot_curves, plot_survival
+from finetune_report import facts, model_card, report_page, timm_config
+from finetune_settings import Config
+from finetune_show import Display
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -25,72 +29,120 @@ import surgeon
 
 def deliver(
     settings: Config,
-    gated: nn.Module,
+    trained: nn.Module,
     images: Images,
     device: torch.device,
-    before: dict[str, float],
-    after: dict[str, float],
+    display: Display,
+    figures: dict[str, Any],
+    there: set[Path],
 ) -> dict[str, Any]:
-    """Folds, saves, exports, compares, times and plots; prints and returns the report. `gated` stays so."""
-    output, status = settings.output, surgeon.status(gated)
-    folded = surgeon.fold(gated)
-    metadata = _metadata(settings, images)
-    files = [surgeon.save_checkpoint(folded, output / "model.safetensors", metadata)]
-    stock = fresh_network(settings.model, len(images.classes), output / "model.safetensors").eval()
+    """Folds, saves, exports, compares, times and plots; prints and returns the report. `trained` stays so.
 
-    logits, targets = predict(gated, images, settings.train.batch_size)
-    plain, _ = predict(stock, images, settings.train.batch_size)
-    report: dict[str, Any] = {
-        "gates": len(status.gates),
-        "expected_depth": status.expected_depth,
-        "samples": len(targets),
-        "before": before["top1"],
-        "after": after["top1"],
-        "stock": _compared(plain, logits, targets),
-    }
-    if settings.deliver.onnx:
-        place = output / "model.onnx"
-        example = torch.zeros(2, *images.input_size)
-        exported = surgeon.export(
-            gated, place, example=example, overwrite=True, metadata=metadata, labels=images.classes
-        )
-        report["parity"] = surgeon.verify(stock, place, example=example).require().as_dict()
-        report["onnx"] = {
-            "nodes": sum(exported.nodes.values()),
-            "gates_folded": len(exported.folded),
-            "gates_kept": len(exported.kept),
-            **_compared(predict_onnx(place, images, settings.train.batch_size), plain, targets),
+    Args:
+        settings: Of the run.
+        trained: The network, gated unless `gates` is null.
+        images: As it saw them.
+        device: Where it is evaluated.
+        display: Shows how far the work is.
+        figures: Of the held-out split, "before" and "after", and "ungated" if there was a second training.
+        there: Files of the output folder that are not this run's.
+    """
+    output = settings.output
+    status = surgeon.status(trained) if settings.gates else None
+    told = facts(settings, images)
+    with explained(output, "Free some space; resume=true delivers what is trained"):
+        plain = surgeon.fold(trained) if status else trained
+        surgeon.save_checkpoint(plain, output / "model.safetensors", told)
+        stock = fresh_network(
+            settings.model, settings.data.image_size, len(images.classes), output / "model.safetensors"
+        ).eval()
+        report: dict[str, Any] = {
+            "gates": len(status.gates) if status else 0,
+            "expected_depth": status.expected_depth if status else None,
+            "samples": len(images.test),
+            **{name: figures[name]["top1"] for name in ("before", "after", "ungated") if name in figures},
         }
-        files.append(place)
-    if settings.deliver.timing_steps:
-        report["step_seconds"] = time_steps(gated, images, settings, device)
-    if settings.deliver.plot:
-        gates = settings.gates
-        title = f"{settings.model.name}: {gates.schedule} schedule, drop rate {gates.drop_rate}"
-        files.append(plot_survival(status, title, output / "survival.png"))
-    report["files"] = [str(output / name.name) for name in files]
-    report["files"] += [str(output / name) for name in ("metrics.jsonl", "config.yaml", "last.pt")]
+        logits, targets = predict(on(trained, device), images, settings, display, "gated")
+        trained.cpu()
+        answers, _ = predict(on(stock, device), images, settings, display, "folded")
+        stock.cpu()
+        report["stock"] = _compared(answers, logits, targets)
+        if settings.deliver.onnx:
+            place, example = output / "model.onnx", torch.zeros(2, *images.input_size)
+            exported = surgeon.export(
+                trained, place, example=example, overwrite=True, metadata=told, labels=images.classes
+            )
+            report["parity"] = surgeon.verify(stock, place, example=example).require().as_dict()
+            run = predict(_session(place), images, settings, display, "ONNX")[0]
+            report["onnx"] = {
+                "nodes": sum(exported.nodes.values()),
+                "gates_folded": len(exported.folded),
+                "gates_kept": len(exported.kept),
+                **_compared(run, answers, targets),
+            }
+        if settings.deliver.timing_steps and status:
+            report["step_seconds"] = time_steps(trained, images, settings, device)
+        _write_pages(settings, images, stock, status, report)
+    report["files"] = sorted(str(path) for path in _written(output, there))
     write_text(output / "report.json", json.dumps(report, indent=2) + "\n")
     print("\n".join(_lines(report, settings)))
     return report
 
 
+def on(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The model on a device, as a function of images on the CPU; the logits come back to it."""
+    model.to(device).eval()
+    return lambda batch: model(batch.to(device, non_blocking=True)).float().cpu()
+
+
 @torch.no_grad()
-def predict(model: nn.Module, images: Images, batch_size: int) -> tuple[Tensor, Tensor]:
-    """The logits and the targets of the whole held-out split, on the CPU."""
-    model.eval()
-    pairs = [(model(batch), targets) for batch, targets in DataLoader(images.test, batch_size)]
-    return torch.cat([logits for logits, _ in pairs]), torch.cat([targets for _, targets in pairs])
+def predict(
+    run: Callable[[Tensor], Tensor], images: Images, settings: Config, display: Display, what: str
+) -> tuple[Tensor, Tensor]:
+    """The logits and the targets of the whole held-out split."""
+    batches = DataLoader(images.test, settings.train.batch_size, num_workers=settings.data.workers)
+    logits, targets = [], []
+    with display.bar(what, len(batches)) as advance:
+        for batch, labels in batches:
+            logits.append(run(batch))
+            targets.append(labels)
+            advance()
+    return torch.cat(logits), torch.cat(targets)
 
 
-def predict_onnx(path: Path, images: Images, batch_size: int) -> Tensor:
-    """The logits that ONNX Runtime computes for the held-out split."""
+def _session(path: Path) -> Callable[[Tensor], Tensor]:
+    """The file in ONNX Runtime, as a function of images."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (entry,) = session.get_inputs()
-    batches = DataLoader(images.test, batch_size)
-    return torch.cat([torch.from_numpy(session.run(None, {entry.name: x.numpy()})[0]) for x, _ in batches])
+    return lambda batch: torch.from_numpy(session.run(None, {entry.name: batch.numpy()})[0])
+
+
+def _write_pages(
+    settings: Config, images: Images, stock: nn.Module, status: Any, report: dict[str, Any]
+) -> None:
+    """What others read: timm's config, the model card, the report with its curves."""
+    output = settings.output
+    timm_config(stock, settings, images, output / "config.json")
+    pictures = []
+    curves = {"gated" if status else "network": epochs_of(output / "metrics.jsonl")}
+    if settings.compare:
+        curves["ungated"] = epochs_of(output / "ungated" / "metrics.jsonl")
+    if settings.deliver.plot:
+        pictures.append(plot_curves(curves, output / "curves.png"))
+        if status and settings.gates:
+            gates = settings.gates
+            title = f"{settings.model.name}: {status.schedule} schedule, drop rate {gates.drop_rate}"
+            pictures.append(plot_survival(status, title, output / "survival.png"))
+    write_text(output / "README.md", model_card(settings, images, report))
+    write_text(output / "report.md", report_page(settings, report, status, curves, pictures))
+
+
+def _written(output: Path, there: set[Path]) -> set[Path]:
+    """The files of the run, the report that is about to be written among them."""
+    files = {path for path in output.rglob("*") if path.is_file() and not path.name.startswith(".")}
+    return (files - there) | {output / "report.json"}
 
 
 def time_steps(gated: nn.Module, images: Images, settings: Config, device: torch.device) -> dict[str, float]:
@@ -131,43 +183,32 @@ def _compared(logits: Tensor, reference: Tensor, targets: Tensor) -> dict[str, f
     }
 
 
-def _metadata(settings: Config, images: Images) -> dict[str, object]:
-    gates = settings.gates
-    return {
-        "model": settings.model.name,
-        "model_kwargs": settings.model.kwargs or None,
-        "input_size": list(images.input_size),
-        "mean": list(images.mean),
-        "std": list(images.std),
-        "schedule": gates.schedule if isinstance(gates.schedule, str) else list(gates.schedule),
-        "drop_rate": gates.drop_rate,
-        "unit": gates.unit,
-        "scaling": gates.scaling,
-    }
-
-
 def _lines(report: dict[str, Any], settings: Config) -> list[str]:
     """The report in lines of at most 80 characters."""
-    total, stock = report["samples"], report["stock"]
-    paper = settings.gates.scaling == "paper"
+    total, stock, gates = report["samples"], report["stock"], settings.gates
+    paper = gates is not None and gates.scaling == "paper"
     rule = "branches times p_l, the paper's rule" if paper else "branches as they are"
     work = "wrote p_l into the weights" if paper else "had nothing to write"
     lines = [
         "",
         f"before      top-1 {report['before']:6.2f} %   new head, {total} held-out images",
-        f"after       top-1 {report['after']:6.2f} %   gated network, {rule}",
+        f"after       top-1 {report['after']:6.2f} %   {f'gated network, {rule}' if gates else 'no gates'}",
+    ]
+    if "ungated" in report:
+        lines.append(f"ungated     top-1 {report['ungated']:6.2f} %   the same training without gates")
+    lines += [
         f"folded      top-1 {stock['top1']:6.2f} %   the fold {work};",
         "                             a stock network with model.safetensors:",
         f"                             {stock['disagree']} of {total} answers differ,",
         f"                             logits by at most {stock['max_difference']:.1e}",
     ]
     if onnx := report.get("onnx"):
-        gates = f"{onnx['gates_folded']} gates folded, {onnx['gates_kept']} left as a Mul"
+        kept = f"{onnx['gates_folded']} gates folded, {onnx['gates_kept']} left as a Mul"
         lines += [
             f"ONNX file   top-1 {onnx['top1']:6.2f} %   in ONNX Runtime, against that stock network:",
             f"                             {onnx['disagree']} of {total} answers differ,",
             f"                             logits by at most {onnx['max_difference']:.1e};",
-            f"                             {onnx['nodes']} nodes, {gates}",
+            f"                             {onnx['nodes']} nodes, {kept}",
         ]
     if seconds := report.get("step_seconds"):
         gated, plain = (1000 * seconds[name] for name in ("gated", "plain"))

@@ -3,24 +3,45 @@
 from pathlib import Path
 from typing import Any
 
-from finetune_config import Model
-from torch import nn
+import torch
+from finetune_settings import Model
+from torch import Tensor, nn
 
 import surgeon
-from surgeon.errors import SurgeonError
+from surgeon._source import check_spec
+from surgeon._text import first_line
+from surgeon.errors import CheckpointError, SurgeonError, UsageError
 
 
-def load_network(config: Model) -> nn.Module:
+def check_network(config: Model) -> None:
+    """Says so at once if there is no such model, before anything is made or fetched.
+
+    Raises:
+        UsageError: With the nearest names.
+    """
+    check_spec(config.name)
+    if config.checkpoint is not None and not config.checkpoint.is_file():
+        raise UsageError(f"model.checkpoint: there is no file {config.checkpoint}")
+
+
+def load_network(config: Model, image_size: int | None = None) -> nn.Module:
     """The network that the config names, with published, given or random weights.
+
+    Args:
+        config: Which one.
+        image_size: Side of the images, for networks of a fixed size.
 
     Raises:
         SurgeonError: If the model is unknown, or its weights cannot be fetched or do not fit.
     """
-    kwargs = dict(config.kwargs)
+    kwargs = {"img_size": image_size} | config.kwargs
     if config.pretrained:
         kwargs |= {"weights": "DEFAULT"} if config.name.startswith("torchvision:") else {"pretrained": True}
     try:
         return surgeon.load_model(config.name, checkpoint=config.checkpoint, **kwargs)
+    except CheckpointError as error:
+        text = str(error).replace("Make the model with num_classes=", "Give model.kwargs.num_classes=")
+        raise CheckpointError(text) from error
     except Exception as error:
         reason = _network_failure(error)
         if not config.pretrained or reason is None:
@@ -32,9 +53,32 @@ def load_network(config: Model) -> nn.Module:
         ) from error
 
 
-def fresh_network(config: Model, classes: int, checkpoint: Path) -> nn.Module:
+def fresh_network(config: Model, image_size: int | None, classes: int, checkpoint: Path) -> nn.Module:
     """A stock network as anybody would make it, with the weights of a checkpoint."""
-    return surgeon.load_model(config.name, checkpoint=checkpoint, **{**config.kwargs, "num_classes": classes})
+    model = load_network(config.model_copy(update={"pretrained": False, "checkpoint": None}), image_size)
+    reset_head(model, classes)
+    surgeon.load(model, checkpoint)
+    return model
+
+
+def image_settings(config: Model, model: nn.Module) -> dict[str, Any]:
+    """What images the weights were made for, in timm's words; {} where nothing is known."""
+    own = dict(getattr(model, "pretrained_cfg", None) or {})
+    library, _, name = config.name.partition(":")
+    if library == "torchvision":
+        from torchvision.models import get_model_weights
+
+        preset: Any = next((weights.transforms() for weights in get_model_weights(name)), None)
+        if hasattr(preset, "crop_size") and hasattr(preset, "resize_size"):
+            (crop,), (resize,) = preset.crop_size[:1], preset.resize_size[:1]
+            own = {"input_size": (3, crop, crop), "crop_pct": crop / resize}
+            own |= {"interpolation": preset.interpolation.value, "mean": preset.mean, "std": preset.std}
+    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    if channels not in (1, 3):
+        raise SurgeonError(
+            f"{config.name} takes images of {channels} channels, and pictures have 3, or 1 in grey"
+        )
+    return own | {"input_size": (channels, *(own.get("input_size") or (3, 224, 224))[1:])}
 
 
 def reset_head(model: nn.Module, classes: int) -> None:
@@ -47,12 +91,76 @@ def reset_head(model: nn.Module, classes: int) -> None:
     if reset is not None:
         reset(classes)
         return
-    heads = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not heads:
-        raise SurgeonError(f"{type(model).__name__} has no linear layer that could be its classifier.")
-    name, head = heads[-1]
-    new = nn.Linear(head.in_features, classes, bias=head.bias is not None, dtype=head.weight.dtype)
+    name, head = _classifier(model)
+    if isinstance(head, nn.Linear):
+        new: nn.Module = nn.Linear(
+            head.in_features, classes, bias=head.bias is not None, dtype=head.weight.dtype
+        )
+    else:
+        new = nn.Conv2d(head.in_channels, classes, 1, bias=head.bias is not None, dtype=head.weight.dtype)
     model.set_submodule(name, new)
+
+
+def check_output(model: nn.Module, input_size: tuple[int, ...], classes: int) -> None:
+    """Runs the model once on zeros: it must give a number for each class.
+
+    Raises:
+        SurgeonError: If it does not run on such images, or gives something else.
+    """
+    kind, training = type(model).__name__, model.training
+    example = torch.zeros(2, *input_size, device=next(model.parameters()).device)
+    try:
+        with torch.no_grad():
+            found = model.eval()(example)
+    except Exception as error:
+        raise SurgeonError(
+            f"{kind} does not run on images of {'x'.join(map(str, input_size))}: {first_line(error)}. "
+            "data.image_size says the size."
+        ) from error
+    finally:
+        model.train(training)
+    shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+    if shape != (2, classes):
+        raise SurgeonError(
+            f"{kind} is to tell {classes} classes apart, but gives {shape} for two images instead of "
+            f"{(2, classes)}; its last linear layer is no classifier of images"
+        )
+
+
+class Features:
+    """What the classifier of a model was last given: one row of features for each image."""
+
+    def __init__(self, model: nn.Module) -> None:
+        own: Any = getattr(model, "get_classifier", None)
+        head = own() if own is not None else _classifier(model)[1]
+        self.last: Tensor | None = None
+        self.handle = head.register_forward_pre_hook(self._note)
+
+    def _note(self, _: nn.Module, given: tuple[Tensor, ...]) -> None:
+        self.last = given[0].flatten(1)
+
+    def take(self) -> Tensor:
+        if self.last is None:
+            raise SurgeonError("train.distill: the model's forward does not call its classifier")
+        taken, self.last = self.last, None
+        return taken
+
+    def remove(self) -> None:
+        self.handle.remove()
+
+
+def _classifier(model: nn.Module) -> tuple[str, Any]:
+    """The last linear layer, or 1x1 convolution where there is none."""
+    named = list(model.named_modules())
+    linear = [(name, module) for name, module in named if isinstance(module, nn.Linear)]
+    pointwise = [
+        (name, module)
+        for name, module in named
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+    ]
+    if not linear and not pointwise:
+        raise SurgeonError(f"{type(model).__name__} has no linear layer that could be its classifier.")
+    return (linear or pointwise)[-1]
 
 
 def _network_failure(error: BaseException | None) -> str | None:

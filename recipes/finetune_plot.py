@@ -1,16 +1,57 @@
-"""The plot of `finetune.py`: the survival probability of every gate over the depth of the network."""
+"""The plots of `finetune.py`: how the training went, and the survival probability of every gate."""
 
 import math
 from pathlib import Path
 from typing import Any
 
+from finetune_files import write_file
+
 from surgeon.errors import SurgeonError
 
-INK, KEPT, DROPPED = "#222222", "#2f6690", "#d8dee6"
+INK, KEPT, DROPPED, OTHER = "#222222", "#2f6690", "#d8dee6", "#c8553d"
+
+
+def plot_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> Path:
+    """Draws loss, accuracy and depth over the epochs, a line for each network."""
+    figure, (left, middle, right) = _figure(10.5, 3.4, 3)
+    for (name, lines), colour in zip(curves.items(), (KEPT, OTHER), strict=False):
+        epochs = [line["epoch"] for line in lines]
+        left.plot(epochs, [line["train_loss"] for line in lines], colour, ls=":", label=f"{name}, training")
+        left.plot(epochs, [line["loss"] for line in lines], colour, label=f"{name}, held out")
+        middle.plot(epochs, [line["top1"] for line in lines], colour, label=name)
+        right.plot(
+            epochs, [math.nan if line.get("depth") is None else line["depth"] for line in lines], colour
+        )
+    for axes, title in (
+        (left, "loss"),
+        (middle, "top-1 of the held-out images, %"),
+        (right, "branches that ran"),
+    ):
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        axes.set_xlabel("epoch", color=INK)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, fontsize=8)
+    middle.legend(frameon=False, fontsize=8)
+    return _saved(figure, path)
 
 
 def plot_survival(status: Any, title: str, path: Path) -> Path:
-    """Draws `p_l` as a PNG: one bar per gate, what is kept in blue, what is dropped in grey.
+    """Draws `p_l` as a PNG: one bar per gate, what is kept in blue, what is dropped in grey."""
+    count = len(status.gates)
+    figure, (axes,) = _figure(min(24.0, max(6.4, 0.26 * count)), 4.0, 1)
+    _bars(axes, [gate.survival for gate in status.gates])
+    _names(axes, status.gates)
+    axes.set_ylabel("survival probability $p_l$", color=INK)
+    axes.set_xlabel("residual add, in execution order", color=INK)
+    text = f"{title}\nexpected depth {status.expected_depth:.2f} of {count}"
+    axes.set_title(text, loc="left", fontsize=10, color=INK)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _saved(figure, path)
+
+
+def _figure(width: float, height: float, columns: int) -> tuple[Any, tuple[Any, ...]]:
+    """A figure and its axes.
 
     Raises:
         SurgeonError: If matplotlib is not installed.
@@ -22,22 +63,13 @@ def plot_survival(status: Any, title: str, path: Path) -> Path:
         raise SurgeonError(
             "the plot needs matplotlib: pip install 'depth-surgeon[recipes]', or deliver.plot=false"
         ) from error
-    count = len(status.gates)
-    figure = Figure(figsize=(min(24.0, max(6.4, 0.26 * count)), 4.0), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)  # no pyplot: nothing global is touched, and no display is looked for
-    axes = figure.add_subplot()
-    _bars(axes, [gate.survival for gate in status.gates])
-    _names(axes, status.gates)
-    axes.set_ylabel("survival probability $p_l$", color=INK)
-    axes.set_xlabel("residual add, in execution order", color=INK)
-    text = f"{title}\nexpected depth {status.expected_depth:.2f} of {count}"
-    axes.set_title(text, loc="left", fontsize=10, color=INK)
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    draft = path.with_name(f"draft-{path.name}")
-    figure.savefig(draft, dpi=150)
-    draft.replace(path)
-    return path
+    return figure, tuple(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def _saved(figure: Any, path: Path) -> Path:
+    return write_file(path, lambda file: figure.savefig(file, dpi=150, format="png"))
 
 
 def _bars(axes: Any, survival: list[float]) -> None:

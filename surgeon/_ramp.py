@@ -11,13 +11,14 @@ from surgeon._gating.schedule import NAMES
 from surgeon._surgery import set_drop_rate
 from surgeon.errors import UsageError
 
-Shape = Literal["linear", "cosine", "early", "late"]
+Shape = Literal["linear", "cosine", "early", "late", "plateau-decay-recovery"]
 
 _SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda t: t,
     "cosine": lambda t: (1 - math.cos(math.pi * t)) / 2,
     "early": lambda t: float(t < 1),
     "late": lambda t: float(t >= 1),
+    "plateau-decay-recovery": lambda t: min(1.0, max(0.0, (0.8 - t) / 0.3)),
 }
 
 
@@ -26,8 +27,11 @@ class Ramp:
 
     ``"linear"`` and ``"cosine"`` go from ``start`` to ``drop_rate`` over ``steps`` steps and stay there (a
     warm-up; with ``start`` above ``drop_rate`` a way down). ``"early"`` is on for ``steps`` steps and off
-    afterwards, ``"late"`` the other way round (Liu et al. 2023, "Dropout Reduces Underfitting"). One step is
-    one call of `step`: per iteration or per epoch, as the caller likes.
+    afterwards, ``"late"`` the other way round (Liu et al. 2023, "Dropout Reduces Underfitting").
+    ``"plateau-decay-recovery"`` stays at ``drop_rate`` for half of the steps, falls to ``start``, and trains
+    the whole network for the last fifth ("Don't Drop Dropout", ICML 2026, which found that the optimizer has
+    to be tuned anew; the shares are ours). Any other shape is a callable. One step is one call of `step`: per
+    iteration or per epoch, as the caller likes.
 
         surgeon.apply(model, drop_rate=0.5)
         ramp = surgeon.Ramp(model, 0.5, steps=1000)
@@ -40,7 +44,9 @@ class Ramp:
         model: A gated model whose schedule has a name; its rates are set to those of step 0 at once.
         drop_rate: Final drop rate r of the schedule, in [0, 1).
         steps: How many steps the change takes, at least 1.
-        shape: As above.
+        shape: As above, or a callable that is given the share of the steps that are over, in [0, 1], and
+            returns how far the rate is from ``start`` to ``drop_rate``, in [0, 1]. A ``state_dict`` holds its
+            name only.
         start: The drop rate of step 0 for ``"linear"`` and ``"cosine"``, and the one that is "off".
 
     Raises:
@@ -49,10 +55,17 @@ class Ramp:
     """
 
     def __init__(
-        self, model: nn.Module, drop_rate: float, *, steps: int, shape: Shape = "linear", start: float = 0.0
+        self,
+        model: nn.Module,
+        drop_rate: float,
+        *,
+        steps: int,
+        shape: Shape | Callable[[float], float] = "linear",
+        start: float = 0.0,
     ) -> None:
-        if shape not in _SHAPES:
-            raise UsageError(f"shape is {shape!r}; known are {', '.join(map(repr, get_args(Shape)))}")
+        if not callable(shape) and shape not in _SHAPES:
+            known = ", ".join(map(repr, get_args(Shape)))
+            raise UsageError(f"shape is {shape!r}; known are {known}, or give a callable")
         if steps < 1:
             raise UsageError(f"steps is {steps}; a ramp takes at least 1")
         for name, value in (("drop_rate", drop_rate), ("start", start)):
@@ -70,7 +83,12 @@ class Ramp:
     @property
     def rate(self) -> float:
         """The present final drop rate."""
-        share = _SHAPES[self.shape](min(self.count / self.steps, 1.0))
+        passed = min(self.count / self.steps, 1.0)
+        share = float(self.shape(passed) if callable(self.shape) else _SHAPES[self.shape](passed))
+        if not 0 <= share <= 1:
+            raise UsageError(
+                f"the shape {_named(self.shape)} gave {share} for {passed}; it has to give a share in [0, 1]"
+            )
         return self.start + (self.drop_rate - self.start) * share
 
     def step(self) -> float:
@@ -80,15 +98,30 @@ class Ramp:
 
     def state_dict(self) -> dict[str, Any]:
         """How far the ramp has come, and its settings."""
-        names = ("count", "drop_rate", "steps", "shape", "start")
-        return {name: getattr(self, name) for name in names}
+        names = ("count", "drop_rate", "steps", "start")
+        return {"shape": _named(self.shape), **{name: getattr(self, name) for name in names}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up where the saved ramp was, with its settings, and sets the model's rate."""
-        for name in self.state_dict():
+        """Takes up where the saved ramp was, with its settings, and sets the model's rate.
+
+        Raises:
+            UsageError: The saved ramp had a callable for its shape, and this one has not.
+        """
+        if state["shape"] not in _SHAPES and state["shape"] != _named(self.shape):
+            raise UsageError(
+                f"the saved ramp has the shape {state['shape']}, this one {_named(self.shape)}; make it with "
+                "that"
+            )
+        for name in self.state_dict().keys() - {"shape"}:
             setattr(self, name, state[name])
+        self.shape = state["shape"] if state["shape"] in _SHAPES else self.shape
         self._set()
 
     def _set(self) -> float:
         set_drop_rate(self.model, self.rate)
         return self.rate
+
+
+def _named(shape: Shape | Callable[[float], float]) -> str:
+    """A shape's name, as a `state_dict` holds it."""
+    return f"callable {getattr(shape, '__name__', type(shape).__name__)}" if callable(shape) else shape

@@ -79,6 +79,15 @@ def resolve(spec: str) -> str:
     )
 
 
+def check_spec(spec: str) -> None:
+    """Checks that there is a model of that name; none is made.
+
+    Raises:
+        UsageError: The name is unknown or ambiguous, with the nearest names.
+    """
+    _maker(resolve(spec))
+
+
 def names(library: str) -> list[str]:
     """All model names of ``"timm"``, ``"torchvision"`` or ``"recipes"``."""
     if library == "recipes":

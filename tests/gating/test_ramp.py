@@ -26,6 +26,8 @@ def gated(**options: Any) -> nn.Module:
         ("cosine", 0.0, [0.2 * (1 - math.cos(math.pi * t / 4)) for t in range(5)] + [0.4]),
         ("early", 0.0, [0.4, 0.4, 0.4, 0.4, 0, 0]),
         ("late", 0.1, [0.1, 0.1, 0.1, 0.1, 0.4, 0.4]),
+        ("plateau-decay-recovery", 0.0, [0.4, 0.4, 0.4, 0.4 * 0.05 / 0.3, 0, 0]),
+        (lambda t: t * t, 0.0, [0, 0.4 / 16, 0.1, 0.4 * 9 / 16, 0.4, 0.4]),
     ],
 )
 def test_values(shape: Any, start: float, expected: list[float]) -> None:
@@ -49,6 +51,29 @@ def test_a_ramp_resumes() -> None:
     assert second.rate == first.rate == pytest.approx(0.16)
     assert surgeon.status(second.model) == surgeon.status(first.model)
     assert [first.step() for _ in range(8)] == [second.step() for _ in range(8)]
+
+
+def half(t: float) -> float:
+    return t / 2
+
+
+def test_a_ramp_of_a_callable_resumes() -> None:
+    first, second = (surgeon.Ramp(gated(), 0.4, steps=10, shape=half) for _ in range(2))
+    for _ in range(4):
+        first.step()
+    second.load_state_dict(first.state_dict())
+    assert second.rate == first.rate == pytest.approx(0.08)
+    with pytest.raises(
+        surgeon.SurgeonError, match="the saved ramp has the shape callable half, this one linear"
+    ):
+        surgeon.Ramp(gated(), 0.4, steps=10).load_state_dict(first.state_dict())
+
+
+def test_a_shape_outside_its_range_is_refused() -> None:
+    with pytest.raises(
+        surgeon.SurgeonError, match=r"the shape callable <lambda> gave 2\.0 for 0\.0; .* \[0, 1\]"
+    ):
+        surgeon.Ramp(gated(), 0.4, steps=10, shape=lambda t: 2)
 
 
 def test_evaluation_does_not_drift() -> None:
