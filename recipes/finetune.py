@@ -99,7 +99,8 @@ class Job:
         starts = not self.state or (settings.compare and not twin_state.exists())
         if settings.pretrain and starts:
             self.pretrain(settings.pretrain.classes, settings.pretrain.epochs)
-        reset_head(model, len(images.classes))
+        if not settings.model.keep_head:
+            reset_head(model, len(images.classes))
         check_output(model, images.input_size, len(images.classes))
         teacher = copy.deepcopy(model) if settings.train.distill else None
         twin = copy.deepcopy(model) if settings.compare else None
@@ -216,6 +217,7 @@ class Trainer:
             sched=plan.decay,
             num_epochs=epochs,
             decay_milestones=plan.milestones,
+            decay_rate=plan.decay_rate,
             warmup_epochs=plan.warmup_epochs,
             warmup_lr=plan.warmup_lr or plan.lr / 100,
             warmup_prefix=plan.decay != "multistep",

@@ -119,7 +119,7 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
         held = merged.get(key)
-        both = isinstance(held, dict) and isinstance(value, dict)
+        both = isinstance(held, dict) and isinstance(value, dict) and value  # {} empties
         merged[key] = _merged(held, value) if both else value  # type: ignore[arg-type]  # `both` narrows nothing
     return merged
 

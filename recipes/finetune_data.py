@@ -171,14 +171,14 @@ def _known(config: Data, own: dict[str, Any]) -> dict[str, Any]:
     channels, *size = own.get("input_size") or (3, 224, 224)
     side = [config.image_size] * 2 if config.image_size else size
     names = ("mean", "std", "crop_pct", "interpolation")
-    given = {name: value for name in names if (value := getattr(config, name)) is not None}
+    given: dict[str, Any] = {name: getattr(config, name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
     for name in ("mean", "std"):
         if len(given.get(name, ())) not in (0, 1, channels):
             raise UsageError(f"data.{name}: {len(given[name])} numbers for images of {channels} channels")
-    others = {name: given[name] for name in ("crop_pct", "interpolation") if name in given}
-    known: dict[str, Any] = resolve_data_config(
-        {"input_size": (channels, *side), **others}, pretrained_cfg=own
-    )
+    others: dict[str, Any] = {name: given[name] for name in names[2:] if name in given}
+    others["input_size"] = (channels, *side)
+    known: dict[str, Any] = resolve_data_config(others, pretrained_cfg=own)
     for name in ("mean", "std"):
         values = given.get(name) or known[name]
         known[name] = tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels

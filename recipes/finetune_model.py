@@ -8,7 +8,7 @@ from finetune_settings import Model
 from torch import Tensor, nn
 
 import surgeon
-from surgeon._source import check_spec
+from surgeon._source import check_spec, resolve
 from surgeon._text import first_line
 from surgeon.errors import CheckpointError, SurgeonError, UsageError
 
@@ -36,7 +36,7 @@ def load_network(config: Model, image_size: int | None = None) -> nn.Module:
     """
     kwargs = {"img_size": image_size} | config.kwargs
     if config.pretrained:
-        kwargs |= {"weights": "DEFAULT"} if config.name.startswith("torchvision:") else {"pretrained": True}
+        kwargs |= {"weights": "DEFAULT"} if library(config) == "torchvision" else {"pretrained": True}
     try:
         return surgeon.load_model(config.name, checkpoint=config.checkpoint, **kwargs)
     except CheckpointError as error:
@@ -53,6 +53,11 @@ def load_network(config: Model, image_size: int | None = None) -> nn.Module:
         ) from error
 
 
+def library(config: Model) -> str:
+    """Where the network is from: "timm", "torchvision", or the module of its maker."""
+    return resolve(config.name).partition(":")[0]
+
+
 def fresh_network(config: Model, image_size: int | None, classes: int, checkpoint: Path) -> nn.Module:
     """A stock network as anybody would make it, with the weights of a checkpoint."""
     model = load_network(config.model_copy(update={"pretrained": False, "checkpoint": None}), image_size)
@@ -64,8 +69,8 @@ def fresh_network(config: Model, image_size: int | None, classes: int, checkpoin
 def image_settings(config: Model, model: nn.Module) -> dict[str, Any]:
     """What images the weights were made for, in timm's words; {} where nothing is known."""
     own = dict(getattr(model, "pretrained_cfg", None) or {})
-    library, _, name = config.name.partition(":")
-    if library == "torchvision":
+    name = config.name.rpartition(":")[2]
+    if library(config) == "torchvision":
         from torchvision.models import get_model_weights
 
         preset: Any = next((weights.transforms() for weights in get_model_weights(name)), None)

@@ -7,6 +7,7 @@ from typing import Any
 
 from finetune_data import Images
 from finetune_files import write_text
+from finetune_model import library
 from finetune_settings import Config
 from timm.models import save_for_hf
 from torch import nn
@@ -40,7 +41,7 @@ def timm_config(stock: nn.Module, settings: Config, images: Images, path: Path) 
     One of another library gets the same facts, under the name that `surgeon.load_model` knows.
     """
     known = {name: _plain(images.known[name]) for name in _PREPARATION}
-    if settings.model.name.startswith("timm:") or hasattr(stock, "pretrained_cfg"):
+    if library(settings.model) == "timm":
         told = {"pretrained_cfg": known, "label_names": list(images.classes)}
         with TemporaryDirectory() as folder:  # timm writes the weights along; they are here already
             save_for_hf(stock, folder, told, safe_serialization=True)
@@ -61,7 +62,7 @@ def timm_config(stock: nn.Module, settings: Config, images: Images, path: Path) 
 def model_card(settings: Config, images: Images, report: dict[str, Any]) -> str:
     """README.md of the folder, as the Hugging Face hub shows it."""
     name, known, top1 = settings.model.name, images.known, report["stock"]["top1"]
-    library, _, bare = name.partition(":")
+    home, bare = library(settings.model), name.rpartition(":")[2]
     resized = round(known["input_size"][1] / known["crop_pct"])
     size = "x".join(map(str, known["input_size"]))
     shown = ", ".join(images.classes[:12]) + (", ..." if len(images.classes) > 12 else "")
@@ -69,16 +70,16 @@ def model_card(settings: Config, images: Images, report: dict[str, Any]) -> str:
         "timm": 'import timm\n\nmodel = timm.create_model("local-dir:.", pretrained=True).eval()\n'
         "transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))\n"
         'logits = model(transform(image.convert("RGB")).unsqueeze(0))',
-    }.get(library, f'import surgeon\n\nmodel = surgeon.load_model("{name}", checkpoint="model.safetensors")')
+    }.get(home, f'import surgeon\n\nmodel = surgeon.load_model("{name}", checkpoint="model.safetensors")')
     start = "from its published weights" if settings.model.pretrained else "from random weights"
     start = f"from {settings.model.checkpoint}" if settings.model.checkpoint else start
     return f"""---
-library_name: {library if library == "timm" else "pytorch"}
+library_name: {"timm" if home == "timm" else "pytorch"}
 tags:
 - image-classification
-- {library if library == "timm" else "pytorch"}
+- {"timm" if home == "timm" else "pytorch"}
 ---
-# {bare or name}, {len(images.classes)} classes
+# {bare}, {len(images.classes)} classes
 
 `{name}` trained {start} on {len(images.train):,} images: top-1 {top1:.2f} % of {report["samples"]:,} held-out
 images. The file is a stock checkpoint: {_history(settings)}

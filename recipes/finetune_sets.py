@@ -150,7 +150,7 @@ def _part(known: Known, how: dict[str, Any], config: Data) -> Any:
         return make(str(root), **how)
     except ImportError as error:
         raise SurgeonError(
-            f"data.kind={config.kind} needs {error.name}: pip install 'surgeon[recipes]'"
+            f"data.kind={config.kind} needs {error.name}: pip install 'depth-surgeon[recipes]'"
         ) from error
     except (RuntimeError, OSError):  # not there, or not whole
         pass

@@ -6,11 +6,12 @@ cannot silently train without weight decay. What can be known to be wrong is tol
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from timm.data import create_transform
 from timm.optim import list_optimizers
+from typing_extensions import Self
 
 HomePath = Annotated[Path, AfterValidator(Path.expanduser)]  # no shell expands the ~ in data.root=~/flowers
 Schedule = Literal["linear", "linear-from-zero", "uniform"]
@@ -58,10 +59,11 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    name: str = Key(..., "timm:NAME, torchvision:NAME or package.module:callable")
+    name: str = Key(..., "timm:NAME, torchvision:NAME, recipes:NAME or package.module:callable")
     kwargs: dict[str, Any] = Key({}, "further arguments of the model's constructor")
     pretrained: bool = Key(False, "fetch the published weights")
     checkpoint: HomePath | None = Key(None, "or start from this file (.safetensors, .pt)")
+    keep_head: bool = Key(False, "the classes are those of the weights, in their order")
 
     @model_validator(mode="after")
     def _one_source_of_weights(self) -> Self:
@@ -154,7 +156,8 @@ class Optimizer(Section):
     decay: Literal["cosine", "poly", "multistep"] = Key(
         "cosine", "of the learning rate; multistep: at milestones"
     )
-    milestones: tuple[int, ...] = Key((), "multistep: epochs after which the rate is divided by ten")
+    milestones: tuple[int, ...] = Key((), "multistep: epochs after which the rate falls")
+    decay_rate: float = Key(0.1, "multistep: what it is multiplied by then", gt=0, lt=1)
     warmup_epochs: int = Key(0, "", ge=0)
     warmup_lr: float | None = Key(None, "where the warm-up begins; null: a hundredth of lr", gt=0)
     min_lr: float = Key(0.0, "", ge=0)

@@ -75,3 +75,21 @@ def _file(path: Path) -> ModuleType:
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return sys.modules[name]
+
+
+def contents() -> dict[str, str]:
+    """What there is to copy: recipes and configs by name, each with the first line of its head."""
+    folder = locate()
+    found = {}
+    for path in (*sorted(folder.glob("*.py")), *sorted((folder / "models").glob("*.py"))):
+        name = path.relative_to(folder).as_posix()
+        found["finetune" if name == "finetune.py" else name] = _first_line(path)
+    configs = folder / "configs"
+    for path in sorted(configs.rglob("*.yaml"), key=lambda path: (len(path.parts), path)):
+        found[path.relative_to(configs).with_suffix("").as_posix()] = _first_line(path)
+    return found
+
+
+def _first_line(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.lstrip("# ").strip('"').strip()

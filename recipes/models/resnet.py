@@ -62,4 +62,4 @@ class ResNet(nn.Module):
         return scores
 
 
-MODELS = {f"resnet{depth}": partial(ResNet, depth) for depth in (20, 32, 44, 56, 110, 1202)}
+MODELS = {f"resnet{depth}": partial(ResNet, depth) for depth in (20, 32, 44, 56, 110, 152, 1202)}

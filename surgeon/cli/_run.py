@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Body = Callable[..., int | None]
 
 DONE, FAILED, USAGE, PARITY, NOTHING = range(5)
+INTERRUPTED = 130  # as shells say it of Ctrl-C
 
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -100,7 +101,9 @@ class Output:
             yield
 
 
-def command(name: str, short: str, *, examples: str, more: str = "") -> Callable[[Body], click.Command]:
+def command(
+    name: str, short: str, *, examples: str, more: str = "", kind: type[click.Command] = click.Command
+) -> Callable[[Body], click.Command]:
     """Makes a command of a function ``(out, **arguments) -> exit code``.
 
     It gets the options that all commands share, and a help page of the function's docstring, ``more``, the
@@ -115,6 +118,7 @@ def command(name: str, short: str, *, examples: str, more: str = "") -> Callable
 
         made = click.command(
             name,
+            kind,
             context_settings=SETTINGS,
             help=f"{inspect.cleandoc(body.__doc__ or '')}\n\n{more}",
             short_help=short,

@@ -7,11 +7,12 @@ import click
 from surgeon._version import __version__
 from surgeon.cli._run import EXIT_CODES, SETTINGS, example_block
 
-_COMMANDS = ("inspect", "audit", "finetune", "fold", "export", "verify")
+_COMMANDS = ("inspect", "audit", "finetune", "recipes", "recommend", "fold", "export", "verify")
 
 _EXAMPLES = """
 surgeon inspect timm:resnet50
 surgeon audit timm:efficientnet_b0 --drop-rate 0.3
+surgeon recommend timm:convnext_tiny --images 4000 --epochs 30
 surgeon finetune digits
 surgeon fold gated.safetensors -o model.safetensors
 surgeon export timm:resnet50 --checkpoint model.safetensors -o model.onnx

@@ -43,6 +43,7 @@ GATES = {
     "resnet44": 21,
     "resnet56": 27,
     "resnet110": 54,
+    "resnet152": 75,  # for SVHN, Huang 2016
     "resnet1202": 600,
     "preresnet110": 54,
     "preresnet164": 54,
@@ -103,7 +104,9 @@ def test_resnet_in_resnet_has_the_weights_of_the_plain_network_of_its_width():
 
 
 def test_every_network_is_counted():
-    rest = {"rir18", "preresnet1001", "fractalnet20_wide"} | {f"fractalnet{depth}" for depth in FRACTAL}
+    rest = {"resnet152", "rir18", "preresnet1001", "fractalnet20_wide"} | {
+        f"fractalnet{depth}" for depth in FRACTAL
+    }
     assert set(_recipes.models()) == set(SIZES) | rest
 
 
