@@ -20,17 +20,17 @@ surgeon finetune paper/resnet110_cifar10 --dry-run
 
 
 class _WithKeys(click.Command):
-    """Its help ends with the configs and keys, which the recipe knows."""
+    """Its help lists the configs and keys, which the recipe knows."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from surgeon import _recipes
 
-        super().format_epilog(ctx, formatter)
         formatter.write_paragraph()
         try:
             formatter.write(f"{_recipes.load('finetune_config').help_text()}\n")
         except SurgeonError as error:  # help is for those, too, who lack the packages
             formatter.write(f"{error}\n")
+        super().format_epilog(ctx, formatter)
 
 
 @surgeon_command(

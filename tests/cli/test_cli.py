@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 
 import surgeon
@@ -308,8 +309,8 @@ def recipe(monkeypatch, main):
 def test_finetune_runs_the_recipe(monkeypatch):
     calls = []
 
-    def main(config, overrides):
-        calls.append((config, overrides))
+    def main(config, overrides, *, dry_run, quiet):
+        calls.append((config, overrides, dry_run, quiet))
         print("the gates, and so on")
         return {"after": 97.5}
 
@@ -320,11 +321,90 @@ def test_finetune_runs_the_recipe(monkeypatch):
     told = surge("finetune", "digits", "--json")
     assert json.loads(told.stdout) == {"after": 97.5}
     assert told.stderr == "the gates, and so on\n"
-    assert calls == [("digits", ["train.epochs=2", "output=a=b"]), ("digits", [])]
+    assert surge("finetune", "digits", "--dry-run", "-q").stdout == "the gates, and so on\n"
+    assert calls == [
+        ("digits", ["train.epochs=2", "output=a=b"], False, False),
+        ("digits", [], False, False),
+        ("digits", [], True, True),
+    ]
+
+
+def test_finetune_prints_its_config_and_keys():
+    done = surge("finetune", "digits", "train.epochs=7", "--print-config")
+    assert done.exit_code == 0
+    assert yaml.safe_load(done.stdout)["train"]["epochs"] == 7
+    told = surge("finetune", "--help")
+    assert "\n  imagefolder " in told.stdout
+    assert "\n  gates.drop_rate " in told.stdout
+    wrong = surge("finetune", "digits", "optimizer.name=adamww", "--print-config")
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
+    assert "did you mean adamw?" in wrong.stderr
+
+
+def test_finetune_that_is_interrupted(monkeypatch):
+    def main(config, overrides, **flags):
+        raise KeyboardInterrupt
+
+    recipe(monkeypatch, main)
+    assert surge("finetune", "digits").exit_code == 130
+
+
+def test_recipes_are_listed_shown_and_copied(tmp_path):
+    held = json.loads(surge("recipes", "ls", "--json").stdout)["recipes"]
+    assert {"finetune", "digits", "imagefolder", "paper/resnet110_cifar10", "models/resnet.py"} <= set(held)
+    assert held["imagefolder"] in surge("recipes", "ls").stdout
+    shown = surge("recipes", "cat", "imagefolder").stdout
+    assert yaml.safe_load(shown)["data"]["kind"] == "folder"
+    for name in held:
+        assert surge("recipes", "cat", name).exit_code == 0
+    assert surge("recipes", "cp", "imagefolder", str(tmp_path / "mine.yaml")).exit_code == 0
+    assert (tmp_path / "mine.yaml").read_text() == shown
+    again = surge("recipes", "cp", "imagefolder", str(tmp_path / "mine.yaml"))
+    assert again.exit_code == 2
+    assert "mine.yaml exists; name another file" in again.stderr
+    assert surge("recipes", "cp", "digits", str(tmp_path)).exit_code == 0
+    assert (tmp_path / "digits.yaml").is_file()
+
+
+def test_the_recipe_runs_from_where_it_was_copied_to(tmp_path):
+    assert surge("recipes", "cp", "finetune", str(tmp_path / "mine")).exit_code == 0
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "mine" / "finetune.py"), "digits", "--print-config"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["data"]["kind"] == "digits"
+    assert surge("recipes", "cp", "finetune", str(tmp_path / "mine")).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("cat", "imagefoldr"), "there is no recipe 'imagefoldr'. Did you mean imagefolder?"),
+        (("cat", "../pyproject.toml"), "there is no recipe '../pyproject.toml'"),
+        (("cat",), "write surgeon recipes cat NAME"),
+        (("cp", "digits"), "surgeon recipes cp NAME DEST"),
+        (("cp", "digits", "/nowhere/at/all.yaml"), "cannot write /nowhere/at/all.yaml: No such file"),
+    ],
+)
+def test_recipes_that_are_not_there(arguments, told):
+    done = surge("recipes", *arguments)
+    assert done.exit_code == 2
+    assert told in done.stderr
+
+
+def test_recommend_tells_its_sources():
+    done = surge("recommend", "timm:resnet18", "--images", "4000", "--epochs", "30", "--scratch")
+    assert done.stdout.startswith("drop rate 0.2, linear; worth a run each: 0, 0.1, 0.2, 0.4\n")
+    assert "Composer's documentation" in done.stdout
+    found = json.loads(surge("recommend", "resnet18d", "--images", "4000", "--epochs", "30", "--json").stdout)
+    assert (found["model"], found["rate"]) == ("timm:resnet18d", 0.2)
 
 
 def test_finetune_that_fails(monkeypatch):
-    def main(config, overrides):
+    def main(config, overrides, **flags):
         raise SurgeonError("train.epoch is no setting; did you mean train.epochs?")
 
     recipe(monkeypatch, main)
