@@ -30,7 +30,6 @@ __all__ = [
     "from_functional",
     "functionalizing",
     "no_dispatch",
-    "operators",
     "pytree",
     "saves_may_change",
     "to_functional",
@@ -184,8 +183,3 @@ def top_saving_hooks() -> Any:
 def under_vmap() -> bool:
     """Whether `torch.vmap` runs the caller; a compiler sees no."""
     return not torch.compiler.is_compiling() and any(one.key() == _vmap for one in _transforms() or ())
-
-
-def operators(*names: str) -> set[Any]:
-    """Those operators of ATen that this version has."""
-    return {getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name)}

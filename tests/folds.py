@@ -84,12 +84,32 @@ def tokens() -> Tensor:
 
 
 class SqueezeExcite(nn.Module):
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, pool: nn.Module | None = None) -> None:
         super().__init__()
         self.fc1, self.fc2 = nn.Conv2d(channels, 2, 1), nn.Conv2d(2, channels, 1)
+        self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.fc2(self.fc1(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        mean = self.pool(x) if self.pool else x.mean((2, 3), keepdim=True)
+        return x * self.fc2(self.fc1(mean).relu()).sigmoid()
+
+
+class GraphAttention(nn.Module):
+    """GATv2 (Brody et al. 2022): nodes weigh those at the other ends of their edges."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.scores = nn.Linear(8, 8), nn.Linear(8, 8), nn.Parameter(torch.ones(8))
+        self.register_buffer("edges", torch.tensor([[0, 1, 2, 3, 4, 0], [1, 2, 3, 4, 0, 2]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        source, target = self.edges.unbind()
+        values = self.left(x)[source]
+        score = nn.functional.leaky_relu(values + self.right(x)[target]) @ self.scores
+        highest = score.new_full(x.shape[:1], -torch.inf).scatter_reduce(0, target, score, "amax")
+        weight = (score - highest[target]).exp()
+        total = weight.new_zeros(x.shape[:1]).index_add(0, target, weight)
+        return torch.zeros_like(x).index_add(0, target, (weight / total[target])[:, None] * values)
 
 
 class Ghost(nn.Module):

@@ -15,22 +15,16 @@ from torch import fx
 
 from surgeon._finding.addition import Addition
 from surgeon._finding.flow import Flow
+from surgeon._tracing.aten import Family
 from surgeon._tracing.facts import Fact, Trace
 from surgeon._tracing.oplog import Layout, Op, OpLog
 from surgeon._tracing.reads import Reads
 from surgeon._tracing.record import Call
 
-aten = torch.ops.aten
-
-_SPELT = {
-    **dict.fromkeys((aten.add, aten.add_), operator.add),
-    **dict.fromkeys((aten.mul, aten.mul_), operator.mul),
-}
-_FUSED = {aten.addcmul: operator.mul, aten.addcmul_: operator.mul}
-_FUSED |= {aten.addcdiv: operator.truediv, aten.addcdiv_: operator.truediv}
+_SPELT = {Family.SUMS: operator.add, Family.PRODUCTS: operator.mul}
 # What these give is made of their first tensor; the indices only choose. Anchors chosen by their scores are
 # constants still, unlike the rows of a learnt table.
-_CHOOSES = {aten.index, aten.index_select, aten.gather}
+_CHOOSES = {Family.PICKS, Family.GATHERS}
 
 
 def operators(log: OpLog, call: Call) -> Flow:
@@ -73,18 +67,15 @@ class _Builder:
     def _add(self, number: int) -> None:
         step = self.log.steps[number]
         op = self.log.ops[step.op]
-        packet = op.func.overloadpacket
         read = [self._value(source, view) for source, view in zip(step.sources, step.read, strict=True)]
         target: Any = op.func
         if step.owner == self.call.place:
-            target = _SPELT.get(packet, op.func)
-            if packet in _FUSED and len(read) == 3:
+            target = _SPELT.get(op.family, op.func) if op.family else op.func
+            if op.family is Family.FUSED and len(read) == 3:
                 on = any(self.facts[n].active for n in read[1:])
-                target, read = (
-                    operator.add,
-                    [read[0], self._node(_FUSED[packet], read[1:], step.read[1][0], (), on)],
-                )
-        chosen = packet in _CHOOSES and not op.weighted and not self.facts[read[0]].active
+                fused = operator.mul if "addcmul" in op.func._schema.name else operator.truediv
+                target, read = operator.add, [read[0], self._node(fused, read[1:], step.read[1][0], (), on)]
+        chosen = op.family in _CHOOSES and not op.weighted and not self.facts[read[0]].active
         active = not chosen and any(self.facts[node].active for node in read)
         node = self._node(target, read, step.made[0], (op,), active, step.floating)
         self.values[number, step.made] = node

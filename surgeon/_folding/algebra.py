@@ -46,6 +46,7 @@ from numbers import Number
 from typing import Any, NamedTuple
 
 from surgeon._folding.recorder import OpCall, Value
+from surgeon._tracing.aten import named
 
 NO_SCALE = "does not commute with a scale"
 
@@ -101,8 +102,8 @@ def carries(call: OpCall) -> Laws:
 
 
 def leaks(call: OpCall) -> Laws:
-    """A leaky ReLU of random slope, whose mean it takes in evaluation."""
-    return nothing(call) if call.arguments["training"] else carries(call)
+    """A ReLU, leaky or not; the slope may be random, and in evaluation is its mean."""
+    return nothing(call) if call.arguments.get("training") else carries(call)
 
 
 def joins(call: OpCall) -> Laws:
@@ -130,11 +131,14 @@ def selects(call: OpCall) -> Laws:
     return equal((call.outputs[0], *sides))
 
 
+_NOT_HOMOGENEOUS = ("prod", "multiply")
+
+
 def writes(call: OpCall) -> Laws:
     """Entries of one tensor replaced by, or summed with, those of another or a number."""
     held = call.arguments
     new = next(held[name] for name in ("src", "source", "values", "value") if name in held)
-    if held.get("reduce") is not None or not (isinstance(new, Value) or is_scale_free(new)):
+    if held.get("reduce") in _NOT_HOMOGENEOUS or not (isinstance(new, Value) or is_scale_free(new)):
         return nothing(call)
     return equal((call.outputs[0], held["self"], new))
 
@@ -148,14 +152,12 @@ def divides(call: OpCall) -> Laws:
     return [Law(tuple(terms))]
 
 
-def affine(data: str, weight: str, bias: str) -> Rule:
+def affine(call: OpCall) -> Laws:
     """A product of two arguments plus a third: convolution, ``addmm`` and their kin."""
-
-    def rule(call: OpCall) -> Laws:
-        out, held = call.outputs[0], call.arguments
-        return [*product(out, held[data], held[weight]), *equal((out, held[bias]))]
-
-    return rule
+    held, out = call.arguments, call.outputs[0]
+    added = "bias" if "bias" in held else "self"
+    factors = [held[name] for name in held if name != added]
+    return [*product(out, *factors), *equal((out, held[added]))]
 
 
 def normalises(call: OpCall) -> Laws:
@@ -197,35 +199,32 @@ def deforms(call: OpCall) -> Laws:
     return [*product(out, held["input"], held["weight"], mask), *equal((out, held["bias"])), *pinned]
 
 
-def adds_product(sign: int) -> Rule:
+def adds_product(call: OpCall) -> Laws:
     """``addcmul`` and ``addcdiv``: a tensor plus a product or quotient of two."""
+    held, out = call.arguments, call.outputs[0]
+    sign = 1 if "addcmul" in call.name else -1
+    terms = ((out, 1), (held["tensor1"], -1), (held["tensor2"], -sign))
+    return [*equal((out, held["self"])), Law(terms)]
 
-    def rule(call: OpCall) -> Laws:
-        held, out = call.arguments, call.outputs[0]
-        terms = ((out, 1), (held["tensor1"], -1), (held["tensor2"], -sign))
-        return [*equal((out, held["self"])), Law(terms)]
 
-    return rule
+_EXPONENTS = {"sqrt": Fraction(1, 2), "rsqrt": Fraction(-1, 2), "reciprocal": -1, "square": 2}
 
 
 def raises(call: OpCall) -> Laws:
     """A power with a constant rational exponent."""
-    base, exponent = call.arguments["self"], call.arguments["exponent"]
-    if not (isinstance(base, Value) and isinstance(exponent, int | float) and math.isfinite(exponent)):
+    base = call.arguments["self"]
+    exponent = call.arguments.get("exponent", _EXPONENTS.get(named(call.name)))
+    if not isinstance(base, Value) or isinstance(exponent, Value) or not math.isfinite(exponent):
         return nothing(call)
     exact = Fraction(exponent).limit_denominator(8)
     return power(call.outputs[0], base, exact) if exact == exponent else nothing(call)
 
 
-def power_of(exponent: Fraction) -> Rule:
-    """A fixed power of the only tensor."""
-    return lambda call: power(call.outputs[0], call.inputs[0], exponent)
-
-
-def variance(call: OpCall) -> Laws:
-    """The variance, alone or before the mean."""
+def deviates(call: OpCall) -> Laws:
+    """The standard deviation or the variance, alone or before the mean."""
     spread, *mean = call.outputs
-    return [*power(spread, call.inputs[0], Fraction(2)), *equal((call.inputs[0], *mean))]
+    degree = Fraction(1 if "std" in call.name else 2)
+    return [*power(spread, call.inputs[0], degree), *equal((call.inputs[0], *mean))]
 
 
 def views(call: OpCall) -> Laws:
@@ -246,13 +245,8 @@ def ignores(call: OpCall) -> Laws:
     return zero(call.outputs)
 
 
-def makes_free(_: OpCall) -> Laws:
-    """Memory without content, or zeros: any scale leaves them what they are."""
-    return []
-
-
 def fills(call: OpCall) -> Laws:
-    """A new tensor of one number; zeros carry any scale."""
+    """A new tensor of one number, or of none in particular; zeros carry any scale."""
     number = call.arguments.get("fill_value", call.arguments.get("value", call.arguments.get("s")))
     return [] if is_scale_free(number) else zero((*call.outputs, number), "is a constant")
 
@@ -262,16 +256,12 @@ def pads(call: OpCall) -> Laws:
     return carries(call) if is_scale_free(call.arguments.get("value", 0)) else nothing(call)
 
 
-def clamps(*bounds: str) -> Rule:
+def clamps(call: OpCall) -> Laws:
     """A clamp whose bounds are all absent, 0 or infinite; ReLU is one, ReLU6 is not."""
-
-    def rule(call: OpCall) -> Laws:
-        limits = [call.arguments.get(bound) for bound in bounds]
-        if any(_is_number(limit) and not is_scale_free(limit) for limit in limits):
-            return nothing(call)
-        return joins(call)
-
-    return rule
+    names = ("min", "max", "min_val", "max_val", "threshold", "value")
+    bounds = [call.arguments.get(name) for name in names]
+    free = all(isinstance(one, Value) or is_scale_free(one) for one in bounds)
+    return joins(call) if free else nothing(call)
 
 
 def copies(call: OpCall) -> Laws:

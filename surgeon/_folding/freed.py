@@ -18,6 +18,7 @@ from torch import Tensor
 
 from surgeon._folding.flat import Flat, Source
 from surgeon._folding.recorder import OpCall, Value
+from surgeon._tracing.aten import Family, families, family_of, named
 
 Function = Callable[[Tensor], Tensor]
 
@@ -28,20 +29,7 @@ INVERTIBLE: dict[str, tuple[Function, Function]] = {
 }
 """Functions and their inverses, entry by entry."""
 
-_SAME_ENTRIES = frozenset(
-    f"aten.{name}"
-    for name in (
-        *("view", "_unsafe_view", "_reshape_alias", "permute", "transpose", "t", "expand", "squeeze"),
-        *("unsqueeze", "clone", "alias", "detach", "cat"),
-    )
-)
-_WITH_STATISTICS = frozenset(
-    f"aten.{name}"
-    for name in (
-        *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
-        *("cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_no_update"),
-    )
-)
+_SAME_ENTRIES = families("FORMS AXES DIMS COPIES CATS")
 
 
 def freed(flat: Flat) -> Flat:
@@ -57,11 +45,11 @@ def _functions(flat: Flat, readers: Counter[Value]) -> Flat:
     calls = []
     for call in flat.calls:
         origin = alone.get(call.inputs[0]) if len(call.inputs) == len(call.outputs) == 1 else None
-        function = call.name.removeprefix("aten.")
+        function = named(call.name)
         if origin is not None and function in INVERTIBLE:
             sources[call.outputs[0]] = replace(sources.pop(origin), through=function)
             continue
-        if origin is not None and call.name in _SAME_ENTRIES and readers[call.outputs[0]] == 1:
+        if origin is not None and family_of(call.name) in _SAME_ENTRIES and readers[call.outputs[0]] == 1:
             alone[call.outputs[0]] = origin
         calls.append(call)
     return replace(flat, calls=tuple(calls), parameters=sources)
@@ -72,7 +60,8 @@ def _moving_means(flat: Flat, readers: Counter[Value]) -> Flat:
     sources, buffers = dict(flat.parameters), dict(flat.buffers)
     calls = []
     for call in flat.calls:
-        mean = call.arguments.get("running_mean") if call.name in _WITH_STATISTICS else None
+        norm = family_of(call.name) is Family.BATCH_NORMS
+        mean = call.arguments.get("running_mean") if norm else None
         if isinstance(mean, Value) and mean in buffers and readers[mean] == 1 and not _trains(call):
             sources[mean] = Source((buffers.pop(mean),))
             calls.append(replace(call, name="surgeon.batch_norm"))
@@ -82,4 +71,4 @@ def _moving_means(flat: Flat, readers: Counter[Value]) -> Flat:
 
 
 def _trains(call: OpCall) -> bool:
-    return bool(call.arguments.get("training", False))
+    return bool(call.arguments.get("training", False)) or "_with_update" in call.name

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from surgeon._torch import TorchDispatchMode, pytree
+from surgeon._tracing.aten import Family, family, form_only
 
 WRITTEN = "surgeon.written"
 """From the value that was written to, to all others on its memory."""
@@ -51,24 +52,6 @@ class OpCall:
     """Whether values decide what Python gets of it: a number, or a size."""
 
 
-_FORM_ONLY = frozenset(
-    f"aten.{name}"
-    for name in (
-        *("copy", "empty_like", "new_empty", "new_empty_strided", "zeros_like", "new_zeros", "zero"),
-        *("ones_like", "new_ones", "full_like", "new_full", "rand_like", "randn_like"),
-    )
-)
-"""Operators that take shape and type of ``self``, not its content."""
-_BLIND = frozenset(
-    f"aten.{name}"
-    for name in (
-        *("is_same_size", "_has_same_storage_numel", "_has_compatible_shallow_copy_type", "is_pinned"),
-        *("_assert_tensor_metadata", "sym_size", "sym_stride", "sym_numel", "sym_storage_offset"),
-    )
-)
-"""Questions that Python asks about a tensor's form."""
-
-
 class Recorder(TorchDispatchMode):
     """Notes every call, with the module that was running."""
 
@@ -99,11 +82,13 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.replace("::", ".")
         made = _tensors(result)
-        if not made and (name in _BLIND or func.namespace == "prim"):
+        if not made and (family(func) is Family.QUESTIONS or func.namespace == "prim"):
             return result
         given = _by_name(func, args, kwargs or {})
         arguments = {key: self._described(argument) for key, argument in given.items()}
-        read = {k: v for k, v in arguments.items() if k != "self"} if name in _FORM_ONLY else arguments
+        read = {k: v for k, v in arguments.items() if k != "self"} if form_only(func) else arguments
+        if family(func) is Family.STRIDES:  # it reads where it will on the memory
+            read = {"memory": list(self._on[_memory(given["self"])])}
         inputs = tuple(leaf for leaf in pytree.tree_leaves(read) if isinstance(leaf, Value))
         written = _written(func, given)
         if inputs or made:

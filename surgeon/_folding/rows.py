@@ -12,8 +12,10 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
+from surgeon._folding.balance import MARK
 from surgeon._folding.flat import Flat, Source
 from surgeon._folding.recorder import OpCall, Value
+from surgeon._tracing.aten import Family, answers, family_of, named, spatial
 
 Span = tuple[int, int]
 Owners = Mapping[str, int]
@@ -207,10 +209,11 @@ def _spans(call: OpCall) -> tuple[Value, int, list[Span]] | None:
     """What a call reads rows of, along which dimension, and which rows each output holds."""
     held = call.arguments
     source = held.get("self")
-    if not isinstance(source, Value) or call.name not in _READERS:
+    read = _READERS.get(named(call.name))
+    if not isinstance(source, Value) or read is None:
         return None
     dim = held["dim"] % len(source.shape)
-    spans = _READERS[call.name](held, source.shape[dim])
+    spans = read(held, source.shape[dim])
     return (source, dim, spans) if spans else None
 
 
@@ -239,11 +242,13 @@ def _divided(held: Mapping[str, Any], size: int) -> list[Span] | None:
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any], int], list[Span] | None]] = {
-    "aten.slice": _sliced,
-    "aten.select": _selected,
-    "aten.unbind": _separated,
-    "aten.split": _divided,
-    "aten.split_with_sizes": _divided,
+    "slice": _sliced,
+    "select": _selected,
+    "unbind": _separated,
+    "split": _divided,
+    "split_with_sizes": _divided,
+    "unsafe_split": _divided,
+    "unsafe_split_with_sizes": _divided,
 }
 
 
@@ -262,13 +267,15 @@ class _Piece:
 def _pieces(call: OpCall) -> tuple[int, list[_Piece]] | None:
     """What a call puts together along which dimension; None for other calls."""
     held, out = call.arguments, call.outputs[0]
-    if call.name == "aten.cat" and all(len(one.shape) == len(out.shape) for one in held["tensors"]):
+    if family_of(call.name) is Family.CATS and all(
+        len(one.shape) == len(out.shape) for one in held["tensors"]
+    ):
         dim, found, at = held["dim"] % len(out.shape), [], 0
         for one in held["tensors"]:
             found.append(_Piece((at, at + one.shape[dim]), one, at))
             at += one.shape[dim]
         return dim, found
-    if call.name == "aten.slice_scatter" and held["step"] == 1:
+    if named(call.name) == "slice_scatter" and held["step"] == 1:
         dim, old, size = held["dim"] % len(out.shape), held["self"], out.shape[held["dim"]]
         start, end, _ = slice(held["start"], held["end"]).indices(size)
         return dim, [
@@ -284,7 +291,8 @@ def _pieces(call: OpCall) -> tuple[int, list[_Piece]] | None:
 
 def _owners(call: OpCall, dim: int) -> Owners | None:
     """Which arguments' rows make the rows of the output along ``dim``; None where that is not so simple."""
-    rule = _OWNERS.get(call.name)
+    kind = family_of(call.name)
+    rule = _each_entry if call.name == MARK else _OWNERS.get(kind) if kind else None
     found = rule(call, dim) if rule else None
     return found and {name: at for name, at in found.items() if isinstance(call.arguments.get(name), Value)}
 
@@ -302,8 +310,8 @@ def _each_entry(call: OpCall, dim: int) -> Owners | None:
 
 
 def _each_channel(call: OpCall, dim: int) -> Owners | None:
-    """Pooling over the last two dimensions: every channel by itself; a tensor of three has no batch."""
-    return {"self": dim} if dim == len(call.outputs[0].shape) - 3 else None
+    """Pooling over the last dimensions: every channel by itself; a tensor without a batch has it first."""
+    return {"self": dim} if dim == len(call.outputs[0].shape) - 1 - spatial(call.name) else None
 
 
 def _of_norm(_: OpCall, dim: int) -> Owners | None:
@@ -320,21 +328,25 @@ def _of_convolution(call: OpCall, dim: int) -> Owners | None:
 
 def _of_matmul(call: OpCall, dim: int) -> Owners | None:
     """A product of matrices, and a bias that may stand for all rows or columns."""
+    if "mat2" not in call.arguments:
+        return None
     bias = call.arguments["self"].shape
     own = {"self": len(bias) - 1} if bias[-1:] == call.outputs[0].shape[-1:] else {}
     return {"mat2": 1, **own} if dim == 1 else None
 
 
-def _of_mm(_: OpCall, dim: int) -> Owners | None:
+def _of_mm(call: OpCall, dim: int) -> Owners | None:
+    if len(call.outputs[0].shape) != 2:
+        return None
     return {"mat2": 1} if dim == 1 else {"self": 0}
 
 
-def _turned(call: OpCall, dim: int) -> Owners | None:
-    return {"self": 1 - dim} if len(call.outputs[0].shape) == 2 else None
-
-
 def _permuted(call: OpCall, dim: int) -> Owners | None:
-    return {"self": call.arguments["dims"][dim] % len(call.outputs[0].shape)}
+    rank = len(call.outputs[0].shape)
+    if named(call.name) == "t":
+        return {"self": 1 - dim} if rank == 2 else None
+    order = call.arguments.get("dims")
+    return {"self": order[dim] % rank} if order else None
 
 
 def _reshaped(call: OpCall, dim: int) -> Owners | None:
@@ -351,28 +363,14 @@ def _of_layer_norm(call: OpCall, dim: int) -> Owners | None:
     return {"input": dim} if dim < len(held["input"].shape) - len(held["normalized_shape"]) else None
 
 
-_OWNERS: dict[str, Callable[[OpCall, int], Owners | None]] = {
-    **dict.fromkeys(
-        (
-            *("aten.relu", "aten.leaky_relu", "aten.hardtanh", "aten.silu", "aten.gelu"),
-            *("aten.sigmoid", "aten.tanh", "aten.exp"),
-            *("aten.mul", "aten.add", "aten.sub", "aten.div", "aten.clone", "aten.alias", "aten._to_copy"),
-            "surgeon.mark",
-        ),
-        _each_entry,
-    ),
-    **dict.fromkeys(
-        ("aten.avg_pool2d", "aten.max_pool2d_with_indices", "aten._adaptive_avg_pool2d"), _each_channel
-    ),
-    "aten.native_batch_norm": _of_norm,
-    "aten.cudnn_batch_norm": _of_norm,
-    "aten._native_batch_norm_legit_no_training": _of_norm,
-    "aten.native_layer_norm": _of_layer_norm,
-    "aten.convolution": _of_convolution,
-    "aten.addmm": _of_matmul,
-    "aten.mm": _of_mm,
-    "aten.t": _turned,
-    "aten.permute": _permuted,
-    "aten.view": _reshaped,
-    "aten._unsafe_view": _reshaped,
-}
+_OWNERS: dict[Family, Callable[[OpCall, int], Owners | None]] = answers(
+    (_each_entry, "RELUS LEAKY CLAMPS SQUASHES SMOOTH PRODUCTS SUMS DIFFERENCES QUOTIENTS COPIES"),
+    (_each_channel, "MEAN_POOLS ADAPTIVE_POOLS MAX_POOLS"),
+    (_of_norm, "BATCH_NORMS"),
+    (_of_layer_norm, "LAYER_NORMS"),
+    (_of_convolution, "CONVOLUTIONS"),
+    (_of_matmul, "AFFINE"),
+    (_of_mm, "MATMULS"),
+    (_permuted, "AXES"),
+    (_reshaped, "FORMS"),
+)

@@ -15,6 +15,7 @@ from surgeon._folding.algebra import Law
 from surgeon._folding.balance import STAYS, Balance
 from surgeon._folding.flat import Source
 from surgeon._folding.recorder import OpCall, Value
+from surgeon._tracing.aten import Family, family_of, named
 
 _MOST = 4  # the largest power of a scale worth writing into a weight
 _REACHES_SHORTCUT = (
@@ -254,21 +255,14 @@ def solve(balance: Balance, gates: frozenset[int]) -> Exponents | NoSolution:
 
 
 _SPOKEN = {
-    "native_batch_norm": "batch_norm",
-    "_native_batch_norm_legit_no_training": "batch_norm",
-    "cudnn_batch_norm": "batch_norm",
-    "native_layer_norm": "layer_norm",
-    "native_group_norm": "group_norm",
-    "_fused_rms_norm": "rms_norm",
-    "_softmax": "softmax",
-    "_safe_softmax": "softmax",
+    "fused_rms_norm": "rms_norm",
+    "safe_softmax": "softmax",
     "linalg_vector_norm": "norm",
     "mm": "matmul",
     "bmm": "matmul",
     "addmm": "linear",
-    "copy_": "copy",
-    "written": "a write in place",
-    "_local_scalar_dense": "item",
+    "surgeon.written": "a write in place",
+    "local_scalar_dense": "item",
 }
 
 
@@ -279,8 +273,10 @@ def described(call: OpCall) -> str:
 
 def spoken(call: OpCall) -> str:
     """An operator as a user knows it."""
-    name = call.name.removeprefix("aten.").removeprefix("surgeon.")
-    name = _SPOKEN.get(name, name.removeprefix("_"))
+    if family_of(call.name) is Family.BATCH_NORMS:
+        return "batch_norm"
+    name = named(call.name)
+    name = _SPOKEN.get(name, name.removeprefix("native_").rpartition(".")[2])
     if name == "hardtanh" and (call.arguments["min_val"], call.arguments["max_val"]) == (0, 6):
         name = "relu6"
     return name

@@ -1,8 +1,9 @@
 """Which operators keep the rows of a batch apart, where the shapes of their results do not tell.
 
 The rows are a prime number, so a dimension holds them if that number divides its size. Reductions, products
-and slices betray mixing by their shapes, and operators per element mix nothing. The rest is listed here with
-the dimensions they work along. An operator that is not listed is taken to mix: its branch is masked.
+and slices betray mixing by their shapes, and operators per element mix nothing. The rest work along
+dimensions, and `RULES` says for each family of operators along which. An operator of no family is taken to
+mix: its branch is masked.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,41 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgeon._tracing.aten import Family, answers, family
+
 PRIME = 10007  # no network has a width or a resolution that it divides
 UNKNOWN = "uses an operator that is not known to keep rows apart"
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# Names without leading and trailing underscores. What these do to rows shows in the shapes:
-_SHOWN = _words("""
-    alias clone contiguous copy detach diagonal expand lift_fresh permute real imag conj neg_view repeat
-    select slice split split_with_sizes unsafe_split squeeze stack t to_copy transpose unbind unfold unsqueeze
-    view_as_complex view_as_real new_empty new_full new_ones new_zeros new_empty_strided empty_like full_like
-    ones_like zeros_like rand_like randn_like randint_like fill zero
-    addbmm addmm addmv addr all amax amin aminmax any argmax argmin baddbmm bmm dot linear linalg_vector_norm
-    logsumexp max mean min mm mv nansum norm prod std std_mean sum trilinear var var_mean
-    hardswish log_sigmoid_forward prelu_kernel rsub complex polar masked_fill
-    bernoulli exponential fused_dropout native_dropout normal uniform prelu rrelu_with_noise
-""")
-_VIEWS = _words("view unsafe_view reshape reshape_alias")
-# These work along the dimension that an argument names,
-_ALONG = _words("""
-    softmax safe_softmax log_softmax cumsum cumprod logcumsumexp cummax cummin sort argsort topk kthvalue
-    median mode flip roll cat glu gather index_select index_add index_copy index_fill scatter scatter_add
-    scatter_reduce select_scatter slice_scatter renorm fft_r2c fft_c2c fft_c2r
-""")
-# and these along everything behind the channels, which are the second dimension.
-_SPATIAL = _words("""
-    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d
-    avg_pool1d avg_pool2d avg_pool3d max_pool2d_with_indices max_pool3d_with_indices im2col col2im
-    constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d pixel_shuffle
-    pixel_unshuffle channel_shuffle grid_sampler_2d grid_sampler_3d upsample_nearest1d upsample_nearest2d
-    upsample_nearest3d upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d upsample_linear1d
-    upsample_trilinear3d upsample_bilinear2d_aa upsample_bicubic2d_aa
-""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +40,15 @@ def hazard(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], active: Cal
         kwargs: by place and by name.
         active: Whether a tensor depends on the rows.
     """
-    name = func._schema.name.rpartition("::")[2].strip("_")
-    if torch.Tag.pointwise in func.tags or name in _SHOWN:
-        return ""
-    given = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
-    given |= dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    kind = family(func)
+    rule = RULES[kind] if kind else _shown if torch.Tag.pointwise in func.tags else None
     first = next((t for t in _tensors(args) if active(t)), None)
-    if first is None:
+    if rule is _shown or first is None:
         return ""
-    rule = _RULES.get(name)
     if rule is None:
         return UNKNOWN
+    given = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
+    given |= dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
     return "works along the dimension of the rows" if rule(_Call(given, first, active)) else ""
 
 
@@ -94,6 +62,11 @@ def _tensors(args: Iterable[Any]) -> Iterable[Tensor]:
 
 def _rows(size: int) -> bool:
     return size % PRIME == 0
+
+
+def _shown(_: _Call) -> bool:
+    """What the operator does to rows shows in the shapes."""
+    return False
 
 
 def _along(call: _Call) -> bool:
@@ -132,6 +105,12 @@ def _index(call: _Call) -> bool:
     return call.active(picked) and any(_rows(picked.shape[d]) for d in named)
 
 
+def _recurrent(call: _Call) -> bool:
+    """Runs along the first dimension or the second; MKL-DNN always along the first."""
+    second = call["batch_first"] and "hx_" not in call.given
+    return _rows(call["input"].shape[1 if second else 0])
+
+
 def _table(call: _Call) -> bool:
     return call.active(call["weight"])
 
@@ -164,24 +143,27 @@ def _place(shape: Iterable[int]) -> int | None:
     return None
 
 
-_RULES: dict[str, Callable[[_Call], bool]] = {
-    **dict.fromkeys(_ALONG, _along),
-    **dict.fromkeys(_SPATIAL, _spatial),
-    **dict.fromkeys(_VIEWS, _view),
-    **dict.fromkeys(("convolution", "mkldnn_convolution", "cudnn_convolution"), _convolution),
-    **dict.fromkeys(("native_layer_norm", "fused_rms_norm"), _layer_norm),
-    **dict.fromkeys(("index", "index_put", "unsafe_index"), _index),
-    **dict.fromkeys(("tril", "triu"), _matrix),
-    "embedding": _table,
-    "mkldnn_rnn_layer": lambda call: _rows(call["input"].shape[0]),  # whatever ``batch_first`` says
-    "cudnn_rnn": lambda call: _rows(call["input"].shape[1 if call["batch_first"] else 0]),
-    **dict.fromkeys(
-        (
-            *("scaled_dot_product_flash_attention_for_cpu", "scaled_dot_product_flash_attention"),
-            *("scaled_dot_product_efficient_attention", "scaled_dot_product_cudnn_attention"),
-            "scaled_dot_product_fused_attention_overrideable",
-        ),
-        _attention,
+Rule = Callable[[_Call], bool]
+
+RULES: dict[Family, Rule | None] = answers(
+    (
+        _shown,
+        """EMPTIES ZEROS ONES FILLS NOISE DRAWS COINS AXES DIMS PARTS COPIES COMPLEX STACKS ERASES ASSIGNS
+        MASKS CHOICES RELUS LEAKY CLAMPS SQUASHES SMOOTH ROUNDINGS COMPARISONS SIGNS POWERS PAIRS SUMS
+        DIFFERENCES PRODUCTS QUOTIENTS FUSED LERPS DROPOUTS MATMULS AFFINE TRILINEAR BATCH_NORMS REDUCTIONS
+        TOTALS EXTREMES INDICES DEVIATIONS LENGTHS QUESTIONS""",
     ),
-    "native_group_norm": _group_norm,
-}
+    (_along, "SHIFTS GATHERS CATS SCATTERS MERGES CROSS SOFTMAXES RUNNING_SUMS RUNNING ORDERED FOURIER"),
+    (_spatial, "PADS RESIZES MEAN_POOLS ADAPTIVE_POOLS MAX_POOLS REARRANGED SAMPLES DEFORMED"),
+    (_view, "FORMS"),
+    (_convolution, "CONVOLUTIONS"),
+    (_layer_norm, "LAYER_NORMS"),
+    (_group_norm, "GROUP_NORMS"),
+    (_attention, "ATTENTION"),
+    (_index, "PICKS PUTS"),
+    (_matrix, "TRIANGLES"),
+    (_table, "TABLES"),
+    (_recurrent, "RECURRENT"),
+    # Where rows end up depends on strides, on a mask, or on numbers among the arguments.
+    (None, "STRIDES PACKED REGIONS WEIGHT_NORMS"),
+)

@@ -21,17 +21,12 @@ from torch import Tensor, nn
 
 from surgeon._gating.rowrules import PRIME, UNKNOWN, hazard
 from surgeon._torch import FakeTensorMode, no_dispatch, pytree
+from surgeon._tracing.aten import Family, family, named
 from surgeon._tracing.example import generators_kept, no_autocast_cache, no_inference_mode, tensors, untouched
 from surgeon._tracing.fake import held_open
 from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.record import quiet
 
-aten = torch.ops.aten
-
-_NORMS = {
-    *(aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_functional),
-    *(aten._batch_norm_with_update, aten._batch_norm_with_update_functional, aten.cudnn_batch_norm),
-}
 _OTHER = 2 * PRIME - 1
 # Arguments by which operators are told a shape, whatever they are called with.
 _SIZES = {"size", "stride", "repeats", "N", "group", "groups"}
@@ -83,11 +78,11 @@ class _RowLog(_NumberLog):
         read = tensors((args, kwargs))
         of_rows, active = any(map(self._of_rows, read)), any(map(self.active, read))
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        made, packet = tensors(out), func.overloadpacket
+        made = tensors(out)
         if not of_rows or not made or _spoken(func).startswith("new_"):
             return out
-        if packet in _NORMS:
-            self.statistics |= "_with_update" in str(packet) or any(a is True for a in args)
+        if family(func) is Family.BATCH_NORMS:
+            self.statistics |= "_with_update" in func._schema.name or any(a is True for a in args)
             made = made[:1]
         else:
             what = hazard(func, args, kwargs or {}, self._of_rows)
@@ -108,14 +103,14 @@ class _RowLog(_NumberLog):
 
 
 def _spoken(func: Any) -> str:
-    return str(func.overloadpacket).rpartition(".")[2].strip("_")
+    return named(func._schema.name).rpartition(".")[2]
 
 
 def _numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Numbers:
     """Every number among the arguments of an operator, and whether it tells a shape."""
     given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
     found = [(v, name in _SIZES) for name, value in given.items() for v in pytree.tree_leaves(value)]
-    if func.overloadpacket is aten.lift_fresh:  # a tensor made of Python's numbers
+    if _spoken(func) == "lift_fresh":  # a tensor made of Python's numbers
         with no_dispatch():
             listed = args[0].flatten().tolist() if args[0].numel() < _FEW else []
         found += [(number, False) for number in (*args[0].shape, *listed)]

@@ -9,27 +9,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from surgeon._gating.rowops import take
 from surgeon._torch import top_saving_hooks
+from surgeon._tracing.aten import Family, named
 from surgeon._tracing.oplog import OpLog
 
-aten = torch.ops.aten
-
-# By PyTorch's derivative formulas these read `result`; in place they must, having overwritten what they read.
-_KEEPS_RESULT = {
-    *(aten.relu, aten.relu_, aten.sigmoid, aten.sigmoid_, aten.tanh, aten.tanh_, aten.exp, aten.exp_),
-    *(aten.leaky_relu_, aten.elu_, aten.hardtanh_, aten._softmax, aten._log_softmax),
-}
+# By PyTorch's derivative formulas these read their result; some more do in place, having nothing else left.
+_READ_RESULT = {Family.RELUS, Family.SQUASHES, Family.SOFTMAXES}
+_READ_RESULT_IN_PLACE = {"leaky_relu", "elu", "hardtanh"}
 
 
 def keeps_result(log: OpLog, step: int) -> bool:
     """Whether autograd keeps the tensor that a step of the recording made, for the step's own backward."""
     place = log.steps[step].op if step >= 0 else -1
-    return place >= 0 and log.ops[place].func.overloadpacket in _KEEPS_RESULT
+    if place < 0:
+        return False
+    schema = log.ops[place].func._schema
+    in_place = schema.is_mutable and named(schema.name) in _READ_RESULT_IN_PLACE
+    return in_place or log.ops[place].family in _READ_RESULT
 
 
 @contextmanager

@@ -1,70 +1,103 @@
 """What single ATen operators do: which are linear, which are layers, which toss coins.
 
-The tables name operators as they run, after PyTorch has taken its functions and modules apart, so that a rule
-that asks them holds for every way to write the same thing.
+`surgeon._tracing.aten` puts operators as they run, after PyTorch has taken its functions and modules apart,
+into families, so that a rule that asks for these holds for every way to write the same thing.
 """
 
 from collections.abc import Iterable, Sequence
+from enum import Enum
 
 import torch
 
-from surgeon._torch import operators
+from surgeon._tracing.aten import Family, answers, families
 from surgeon._tracing.oplog import Op
 
-aten = torch.ops.aten
+
+class Shape(Enum):
+    """What a function of tensors is, running statistics taken as fixed.
+
+    `LINEAR` or affine in all its tensors together, in each of them alone (`PRODUCT`), neither but a step that
+    a projection may hold (`PROJECTS`), or none of that.
+    """
+
+    LINEAR = 1
+    PRODUCT = 2
+    PROJECTS = 3
+    OTHER = 4
+
+
+# The Fourier transform is linear, but is here what mixes the tokens of a branch, as attention is.
+SHAPES = answers(
+    (
+        Shape.LINEAR,
+        """EMPTIES ZEROS ONES FILLS ERASES FORMS AXES DIMS PARTS STRIDES COPIES COMPLEX SHIFTS REARRANGED
+        TRIANGLES PICKS GATHERS CATS STACKS ASSIGNS SCATTERS PUTS PACKED PADS RESIZES MEAN_POOLS
+        ADAPTIVE_POOLS SUMS DIFFERENCES BATCH_NORMS REDUCTIONS RUNNING_SUMS DROPOUTS""",
+    ),
+    (Shape.PRODUCT, "PRODUCTS QUOTIENTS FUSED LERPS CONVOLUTIONS DEFORMED MATMULS AFFINE CROSS TRILINEAR"),
+    (Shape.PROJECTS, "MAX_POOLS EXTREMES LAYER_NORMS GROUP_NORMS"),
+    (
+        Shape.OTHER,
+        """NOISE DRAWS COINS TABLES MASKS CHOICES MERGES SAMPLES REGIONS RELUS LEAKY CLAMPS SQUASHES SMOOTH
+        ROUNDINGS COMPARISONS SIGNS POWERS PAIRS ATTENTION RECURRENT WEIGHT_NORMS SOFTMAXES TOTALS INDICES
+        DEVIATIONS LENGTHS RUNNING ORDERED FOURIER QUESTIONS""",
+    ),
+)
+_LAYERS = families("CONVOLUTIONS DEFORMED MATMULS AFFINE")
+_COINS = families("COINS ROUNDINGS COMPARISONS")
+_SHOWS = families("FORMS DIMS COPIES ASSIGNS")
+_SCALES = families("FORMS DIMS COPIES PRODUCTS QUOTIENTS")
 
 
 def is_linear(op: Op) -> bool:
     """Whether the operator is linear or affine in its active tensors, running statistics taken as fixed."""
-    packet = op.func.overloadpacket
-    if op.func.is_view or packet in _ADDITIVE:
-        return True
-    return packet in _LINEAR and op.active == 1
+    shape = SHAPES.get(op.family) if op.family else None
+    return op.func.is_view or shape is Shape.LINEAR or (shape is Shape.PRODUCT and op.active == 1)
 
 
 def projects(op: Op) -> bool:
     """Whether a projection shortcut may hold the operator: linear, a norm, or a pooling by the maximum."""
-    return is_linear(op) or op.func.overloadpacket in _PROJECTS
+    return is_linear(op) or (op.family is not None and SHAPES[op.family] is Shape.PROJECTS)
 
 
 def sums(op: Op) -> bool:
     """Whether the operator adds up two active tensors."""
-    return op.func.overloadpacket in (aten.add, aten.add_) and op.active > 1
+    return op.family is Family.SUMS and op.active > 1
 
 
 def is_pointwise(op: Op) -> bool:
     """Whether the operator treats every number by itself, or only shows or copies numbers."""
-    return op.func.is_view or torch.Tag.pointwise in op.func.tags or op.func.overloadpacket in _COPIES
+    return op.func.is_view or op.family in _SHOWS or torch.Tag.pointwise in op.func.tags
 
 
 def enlarges(op: Op) -> bool:
     """Whether the operator resizes an image or sequence."""
-    return op.func.overloadpacket in _UPSAMPLES
+    return op.family is Family.RESIZES
 
 
 def is_layer(op: Op) -> bool:
     """Whether the operator is a convolution or a matrix product with a Parameter."""
-    return op.weighted and op.func.overloadpacket in _LAYERS
+    return op.weighted and op.family in _LAYERS
 
 
 def scales(op: Op) -> bool:
     """Whether the operator hands its one active tensor on, times a constant at most."""
-    return op.func.overloadpacket in _SCALES and op.active < 2
+    return op.active < 2 and op.family in _SCALES
 
 
 def is_softmax(op: Op) -> bool:
     """Whether the operator makes weights that sum to one of scores."""
-    return op.func.overloadpacket in (aten._softmax, aten._safe_softmax, aten._log_softmax)
+    return op.family is Family.SOFTMAXES
 
 
 def is_masking(op: Op) -> bool:
     """Whether the operator leaves scores what they are: scales, moves, masks them or adds to them."""
-    return op.func.overloadpacket in _MASKS or (is_linear(op) and not is_layer(op))
+    return op.family in {Family.MASKS, Family.CHOICES} or (is_linear(op) and not is_layer(op))
 
 
 def pools(ops: Sequence[Op]) -> bool:
     """Whether linear operators mix tokens by pooling alone, without a layer that linear paths merge into."""
-    return not any(is_layer(op) for op in ops) and any(op.func.overloadpacket in _POOLS for op in ops)
+    return not any(is_layer(op) for op in ops) and any(op.family is Family.MEAN_POOLS for op in ops)
 
 
 def drops_rows(ops: Sequence[Op], rows: int) -> bool:
@@ -75,7 +108,7 @@ def drops_rows(ops: Sequence[Op], rows: int) -> bool:
 
 def is_noise(op: Op) -> bool:
     """Whether the operator draws from a normal distribution."""
-    return op.func.overloadpacket in _NORMAL
+    return op.family is Family.NOISE
 
 
 def is_coin(ops: Iterable[Op]) -> bool:
@@ -85,81 +118,4 @@ def is_coin(ops: Iterable[Op]) -> bool:
     """
     ops = list(ops)
     draws = sum(op.random > 0 for op in ops)
-    return draws == 1 and any(op.func.overloadpacket in _COINS for op in ops)
-
-
-_COINS = {
-    *(
-        aten.bernoulli,
-        aten.bernoulli_,
-        aten.floor,
-        aten.floor_,
-        aten.round,
-        aten.round_,
-        aten.ceil,
-        aten.ceil_,
-    ),
-    *(aten.lt, aten.lt_, aten.le, aten.le_, aten.gt, aten.gt_, aten.ge, aten.ge_),
-}
-_NORMAL = {aten.randn, aten.randn_like, aten.normal, aten.normal_, aten.normal_functional}
-_LAYERS = {aten.convolution, aten.addmm, aten.mm, aten.bmm, aten.baddbmm}
-_MASKS = {aten.masked_fill, aten.masked_fill_, aten.where}
-_COPIES = {aten.clone, aten._to_copy, aten.contiguous, aten.copy_}
-_UPSAMPLES = {
-    *(aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d, aten.upsample_linear1d),
-    *(aten.upsample_bilinear2d, aten.upsample_trilinear3d, aten.upsample_bicubic2d),
-    *(aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa),
-}
-_POOLS = {aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d}
-_SCALES = {aten.mul, aten.div, aten.alias, aten.detach, aten.clone, aten.view, aten.unsqueeze, aten._to_copy}
-_ADDITIVE = {
-    *(aten.add, aten.add_, aten.sub, aten.sub_, aten.cat, aten.stack, aten.clone, aten.copy_, aten.neg),
-    *(
-        aten._to_copy,
-        aten.constant_pad_nd,
-        aten.roll,
-        aten.flip,
-        aten.index_select,
-        aten.index,
-        aten.empty_like,
-    ),
-    *(
-        aten._unsafe_view,
-        aten.zeros_like,
-        aten.new_zeros,
-        aten.new_empty,
-        aten.new_empty_strided,
-        aten.contiguous,
-    ),
-    *(aten.gather, aten.index_add, aten.index_add_, aten.scatter_add, aten.scatter_add_, aten.zeros),
-    *(aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_no_training),
-    *(aten._native_batch_norm_legit_functional, aten.cudnn_batch_norm, aten.miopen_batch_norm),
-}
-_LINEAR = {
-    *(
-        aten.convolution,
-        aten.addmm,
-        aten.mm,
-        aten.bmm,
-        aten.baddbmm,
-        aten.mul,
-        aten.mul_,
-        aten.div,
-        aten.div_,
-    ),
-    *(aten.mean, aten.sum, aten.avg_pool1d),
-    *(aten.avg_pool2d, aten.avg_pool3d, aten._adaptive_avg_pool2d, aten._adaptive_avg_pool3d, aten.addcmul),
-    *(aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d, aten.upsample_bilinear2d),
-    *(
-        aten.upsample_bicubic2d,
-        aten._upsample_bilinear2d_aa,
-        aten._upsample_bicubic2d_aa,
-        aten.reflection_pad2d,
-    ),
-    *(aten.native_dropout, aten.replication_pad2d),
-}
-_PROJECTS = {
-    *(aten.max_pool1d, aten.max_pool2d_with_indices, aten.max_pool3d_with_indices, aten.native_layer_norm),
-    *operators("_fused_rms_norm"),  # since 2.8
-    *(aten.native_group_norm, aten.adaptive_max_pool2d, aten.max, aten.amax),
-}
+    return draws == 1 and any(op.family in _COINS for op in ops)

@@ -13,18 +13,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
 from surgeon._torch import FakeTensor, FakeTensorMode, TorchDispatchMode
+from surgeon._tracing.aten import Family, family, form_only
 from surgeon._tracing.example import mapped, tensors
 from surgeon._tracing.fake import Shadows, storage
-
-aten = torch.ops.aten
-
-_SUMS = {aten.add, aten.add_, aten.addcmul, aten.addcmul_, aten.addcdiv, aten.addcdiv_}
-_REDUCES = {aten.sum, aten.mean}
-# These read the size, dtype and device of their argument, never its numbers.
-_SHAPE_ONLY = {
-    *(aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full, aten.new_empty_strided),
-    *(aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.rand_like, aten.randn_like),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +37,11 @@ class Op:
     depthwise: bool
     random: int
     flops: int
+
+    @property
+    def family(self) -> Family | None:
+        """Its family; ``None`` if it is in none."""
+        return family(self.func)
 
 
 Layout = tuple[torch.Size, tuple[int, ...], int]
@@ -188,34 +184,33 @@ class OpLog(TorchDispatchMode):
         args, kwargs = mapped(self._shadowed, (args, kwargs or {}))
         if func.namespace == "prim":
             return func(*args, **kwargs)
-        read = tensors((args, kwargs))
+        read = tensors((args[1:] if form_only(func) else args, kwargs))
         bits = [self._ancestry.get(storage(t), 0) for t in read]
         active = sum(1 for b in bits if b & self._inputs)
         out = func(*args, **kwargs)
         written = tensors(out)
-        terms = self._terms(func.overloadpacket, args, read)
+        terms = self._terms(family(func), args, read)
         adds = terms > 1 and bool(active) and _numbers(written[0])
         if adds:
             adds = active > 1 or any(a & b for a, b in itertools.combinations(bits, 2)) or len(read) == 1
             (self.additions if adds else self.biases)[self.stack[-1]] += terms - 1
-        if func.overloadpacket not in _SHAPE_ONLY:
-            self.touched.update([storage(t) for t in read])
-            union = functools.reduce(operator.or_, bits, 0)
-            for t in written if union else ():
-                self._mark(t, union)
-            if active and written and not func.is_view:
-                self._step(written, read, adds=adds, op=len(self.ops))
-                if func.overloadpacket is aten.stack and active > 1:
-                    dim = (args[1] if len(args) > 1 else 0) % written[0].ndim
-                    self._stacks[len(self.steps) - 1] = dim, len(read), self.stack[-1]
+        self.touched.update([storage(t) for t in read])
+        union = functools.reduce(operator.or_, bits, 0)
+        for t in written if union else ():
+            self._mark(t, union)
+        if active and written and not func.is_view:
+            self._step(written, read, adds=adds, op=len(self.ops))
+            if family(func) is Family.STACKS and active > 1:
+                dim = (args[1] if len(args) > 1 else 0) % written[0].ndim
+                self._stacks[len(self.steps) - 1] = dim, len(read), self.stack[-1]
         self.ops.append(self._op(func, args, kwargs, out, read, active))
         return out
 
-    def _terms(self, packet: Any, args: Any, read: list[Tensor]) -> int:
+    def _terms(self, kind: Family | None, args: Any, read: list[Tensor]) -> int:
         """How many tensors the operator adds up: two, or those that were stacked just before; else 0."""
-        if packet in _SUMS:
+        if kind in {Family.SUMS, Family.FUSED}:
             return 2 if len(read) > 1 else 0
-        if packet not in _REDUCES or len(args) < 2 or not args[1]:
+        if kind is not Family.REDUCTIONS or len(args) < 2 or not args[1]:
             return 0
         dim, count, owner = self._stacks.get(self.made_at(read[0]), (-1, 0, -1))
         over = any(d % read[0].ndim == dim for d in args[1])
@@ -226,6 +221,6 @@ class OpLog(TorchDispatchMode):
         made = tensors(out)
         random = made[0].numel() if torch.Tag.nondeterministic_seeded in func.tags and made else 0
         flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
-        depthwise = packet is aten.convolution and args[1].shape[1] == 1 and args[0].shape[1] > 1
+        depthwise = family(func) is Family.CONVOLUTIONS and args[1].shape[1] == 1 and args[0].shape[1] > 1
         weighted = any(storage(t) in self._weights for t in read)
         return Op(func, active, weighted, depthwise, random, int(flops))

@@ -32,7 +32,6 @@ from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.state import draws
 from surgeon.errors import RecordError
 
-aten = torch.ops.aten
 _INTERNAL = frozenset(nn.Module().__dict__)  # what PyTorch itself keeps on a module, buffers for one
 
 

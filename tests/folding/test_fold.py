@@ -16,6 +16,7 @@ from folds import (
     Attention,
     Gated,
     Ghost,
+    GraphAttention,
     SpatialAttention,
     SqueezeExcite,
     difference,
@@ -135,6 +136,18 @@ ENDINGS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str
         lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), SqueezeExcite(4)),
         image,
         weights("1") | {"2.fc1.weight": -1},
+    ),
+    "squeeze and excitation, channels last": (
+        lambda: nn.Sequential(
+            nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), SqueezeExcite(4, nn.AdaptiveAvgPool2d(1))
+        ),
+        lambda: image().to(memory_format=torch.channels_last),
+        weights("1") | {"2.fc1.weight": -1},
+    ),
+    "attention along edges": (
+        GraphAttention,
+        lambda: torch.randn(5, 8, dtype=torch.float64),
+        weights("left", "right") | {"scores": -1},
     ),
     "spatial attention": (
         lambda: nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), SpatialAttention()),

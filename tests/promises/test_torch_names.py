@@ -183,10 +183,6 @@ def test_the_compiled_class_has_the_name_by_which_it_is_known() -> None:
     assert getattr(__import__(module, fromlist=[name]), name).__mro__[1] is nn.Module
 
 
-def test_unknown_operators_are_left_out() -> None:
-    assert private.operators("add", "no_such_operator") == {torch.ops.aten.add}
-
-
 # --- or is refused ---------------------------------------------------------------
 
 BREAKS = {
