@@ -15,6 +15,7 @@ from surgeon._finding.adders import adders
 from surgeon._finding.addition import Addition
 from surgeon._finding.below import below
 from surgeon._finding.choice import Choice
+from surgeon._finding.concats import concatenating, concats
 from surgeon._finding.drops import mask_nodes
 from surgeon._finding.findings import REASONS, Findings, Refusal, Residual, gate_name
 from surgeon._finding.flow import Flow
@@ -137,6 +138,7 @@ class _Scan:
         adding = {call.module for call in recording.calls if self.sums[call.place]}
         self.kinds = Counter(type(module) for module in adding)
         self.calls = {call.module: call for call in self._by_sums()}
+        self.cats = concatenating(recording) if choice.asks_for("concat") else set[int]()
         self.steps: dict[nn.Module, int] = {}
         self.traced: dict[Hashable, list[_Traced]] = {}
 
@@ -146,13 +148,13 @@ class _Scan:
 
     def visit(self, call: Call) -> None:
         module = call.module
-        if module in self.seen or not (self.sums[call.place] or call.biases):
+        if module in self.seen or not (self.sums[call.place] or call.biases or call.place in self.cats):
             return
         self.seen.add(module)
         call = self.calls[module]
         sums = self.sums[call.place]
         if not sums:
-            if self.choice.asks_for("bias"):
+            if self.choice.asks_for("bias") or (call.place in self.cats and module not in self.nested):
                 self._trace(call)
             elif any(module.children()):  # the bias of a single layer is no matter for a report
                 self._refuse_all(module, call.biases, "bias")
@@ -174,6 +176,8 @@ class _Scan:
         found = self._told_by_caller(block, traced.additions)
         for addition in nest(block.flow, found, lambda node: self._steps_in(module, node)):
             self._sort(block, addition)
+        if call.place in self.cats:
+            self._sort_concats(block)
         unseen = self.sums[call.place] - sum(addition.code != "bias" for addition in traced.additions)
         self._refuse_all(module, unseen, "form", first=len(traced.additions))
         if block.found:
@@ -287,6 +291,20 @@ class _Scan:
             self.refused.append(Refusal(name, block.name, kind, code, REASONS[code]))
         else:
             self.refused.append(Refusal(name, block.name, kind, "excluded", "left out by include or exclude"))
+
+    def _sort_concats(self, block: Block) -> None:
+        """Like `_sort`, of new features; a block in which sums carry gates has none on them."""
+        summing = bool(block.found)
+        for addition in concats(block.flow):
+            name, kind = gate_name(block.name, addition.ordinal), type(block.module).__name__
+            if summing:
+                self._refuse(name, block.name, kind, "concat", "its block has gates on sums; exclude those")
+            elif chosen := self.choice.takes(block.flow, addition, addition.code, name, block.name, kind):
+                block.found.append(chosen)
+                block.residuals.append(_describe(block, chosen, name))
+            else:
+                code = addition.code or ""
+                self.refused.append(Refusal(name, block.name, kind, code, REASONS[code]))
 
     def _told_by_caller(self, block: Block, found: list[Addition]) -> list[Addition]:
         """The same additions; where two arguments meet, the caller knows whether one is a shortcut."""

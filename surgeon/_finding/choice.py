@@ -21,6 +21,7 @@ _SIDES = ("left", "right")
 # Where leaving one side out is no meaningful sum, and what to change in the model.
 _NEVER = {
     "aliased": "write the sum out of place (x = x + y) in the block's forward",
+    "alone": "let what reads them read their shortcut, too",
     "broadcast": "expand the smaller side to the shape of the other in the block's forward",
     "stochastic": "switch the stochastic depth that is there off, or move it into a module of its own",
     "form": "write the sum as a + b in the block's forward",
@@ -44,7 +45,11 @@ class Choice:
     def asks_for(self, code: str) -> bool:
         """Whether some pattern may mean an addition that is refused with ``code``."""
         entries = [_parsed(pattern) for pattern in self.include]
-        return any(p == code or side or p.rpartition(".")[2].startswith("add") for p, side in entries)
+        last = "cat" if code == "concat" else "add"
+        return any(
+            p == code or (side and last == "add") or p.rpartition(".")[2].startswith(last)
+            for p, side in entries
+        )
 
     def takes(
         self, flow: Flow, addition: Addition, code: str | None, name: str, block: str, block_type: str

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from surgeon._text import table
 
 REASONS = {
+    "alone": "its new features are also read without those that they stand beside, by their number, say",
     "aliased": "writes in place to a tensor that is read again under another name",
     "arithmetic": "adds two results of arithmetic; no layer to skip",
     "bias": "adds a weight, mask or table that depends on no input",
+    "concat": "puts new features beside those that they were computed from; include=['concat'] gates such",
     "detached": "adds what no gradient flows through: it corrects a value and learns nothing",
     "broadcast": "the two sides differ in shape, so one of them is spread over the other",
     "form": "is made inside one operator or in a form that cannot take a gate",
@@ -37,7 +39,8 @@ class Residual:
         block: Qualified name of the module whose own ``forward`` performs the add; ``""`` is the model.
         block_type: Class name of that module.
         kind: ``"identity"`` or ``"projection"`` (what the shortcut does to the block's input), ``"left"`` or
-            ``"right"`` where ``include`` told which side is the shortcut, ``"mean"`` for a join of paths.
+            ``"right"`` where ``include`` told which side is the shortcut, ``"mean"`` for a join of paths, or
+            ``"concat"`` for new features.
         shortcut: What the shortcut runs: ``"identity"`` or its modules, ``"downsample"``.
         branch: What the branch runs, its modules in order: ``"conv1 bn1 act1 conv2 bn2"``.
         flops: FLOPs of one forward of the branch on the example.
@@ -108,7 +111,12 @@ class Findings:
         return "\n".join(lines)
 
 
+FEATURES = 10_000
+"""New features of a block that concatenates are numbered from here on, behind its additions."""
+
+
 def gate_name(block: str, ordinal: int) -> str:
-    """Qualified name of a residual add: its block's, and its place among the additions there."""
-    add = f"add_{ordinal}" if ordinal else "add"
+    """Qualified name of a residual add or of new features: the block's, and the place among such there."""
+    add, place = ("cat", ordinal - FEATURES) if ordinal >= FEATURES else ("add", ordinal)
+    add = f"{add}_{place}" if place else add
     return f"{block}.{add}" if block else add

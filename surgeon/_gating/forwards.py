@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgeon._finding.addition import Addition
+from surgeon._finding.concats import concats
 from surgeon._finding.findings import gate_name
 from surgeon._finding.flow import Flow
 from surgeon._finding.residual import meant
@@ -51,6 +52,7 @@ class Gating:
         self.rewritten, self.kept = rewritten, kept
         self.complete = False  # whether each residual add of the block carries a gate
         self.marks: tuple[Mark, ...] = ()  # what the gates' additions are known by
+        self.features = 0  # how many new features the block concatenates, where gates are on those
         self.exact = False
         self.ambient = False
         self.below = Below()
@@ -193,6 +195,8 @@ class Gating:
 
         Called in another way a block may perform others.
         """
+        if self.gates[0].branch.kind == "concat":
+            return self._features(flow)
         if not self.marks:
             found, marks = located(flow)
             self.marks = tuple([marks[gate.branch.ordinal] for gate in self.gates])
@@ -216,6 +220,18 @@ class Gating:
             if one is not None:
                 chosen[place] = replace(one, ordinal=ordinal)
         return chosen
+
+    def _features(self, flow: Flow) -> dict[int, Addition]:
+        """The same where the gates are on new features, of which a block makes as many in each way."""
+        found = {one.ordinal: one for one in concats(flow)}
+        self.features = self.features or len(found)
+        if len(found) != self.features:
+            raise UnseenCallError(
+                f"{self.name or 'the model'} is called in a way in which it concatenates {len(found)} new "
+                f"features instead of {self.features}; exclude it (exclude={self.name!r}) or call it as on "
+                "the example"
+            )
+        return {place: found[gate.branch.ordinal] for place, gate in enumerate(self.gates)}
 
     def way(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What of the arguments decides which code the block's forward runs."""
@@ -247,6 +263,7 @@ class Gating:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Gating":
         twin = Gating(self.name, copy.deepcopy(self.gates, memo), self.rewritten, self.kept)
         twin.complete, twin.marks, twin.optional = self.complete, self.marks, set(self.optional)
+        twin.features = self.features
         twin.exact, twin.ambient, twin.attributes = self.exact, self.ambient, self.attributes
         twin.places, twin.around = self.places, self.around
         twin.given, twin.below, twin.sides = dict(self.given), self.below, dict(self.sides)

@@ -93,7 +93,7 @@ class BranchFacts:
     Attributes:
         ordinal: The add's place among the additions of its block.
         kind: ``"identity"`` or ``"projection"``; ``"left"`` or ``"right"`` where ``include`` told the side of
-            the shortcut; ``"mean"`` for a join.
+            the shortcut; ``"mean"`` for a join of paths, ``"concat"`` for new features.
         depth: Its place in the longest chain of residual adds of its block, from 1.
         flops_share: FLOPs of the branch over those of the whole model, in [0, 1].
         skips: Whether a dropped branch can be left uncomputed.
@@ -185,7 +185,7 @@ class Gate:
     settled: bool = False
     leftover: Leftover | None = None
     marked_as: int | None = field(default=None, init=False, repr=False)
-    types: dict[Any, torch.dtype | None] = field(default_factory=dict, init=False, repr=False)
+    types: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     keep: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -211,18 +211,19 @@ def _result_type(
     if key not in gate.types:
         if any(m._forward_pre_hooks or m._forward_hooks for m in _modules(lifted, block)):
             return shortcut.dtype  # they would see fake tensors
-        gate.types[key] = _branch_type(lifted, block, inputs)
+        made = branch_result(lifted, block, inputs)
+        gate.types[key] = None if made is None else made.dtype
     branch = gate.types[key] or shortcut.dtype
     return branch if onto == "branch" else torch.promote_types(shortcut.dtype, branch)
 
 
-def _branch_type(lifted: Lifted, block: nn.Module, inputs: Sequence[Any]) -> torch.dtype | None:
-    """The type of the branch's result; None if it does not run on fake tensors."""
+def branch_result(lifted: Lifted, block: nn.Module, inputs: Sequence[Any]) -> Tensor | None:
+    """What the branch gives, as a fake tensor; None if it does not run on such."""
     log = OpLog(FakeTensorMode(allow_non_fake_inputs=True))
     with generators_kept(), no_autocast_cache(), torch.no_grad(), untouched(block), suppress(Exception):
         given = to_fake(log.fake, tuple(inputs))
         with log.fake, log, held_open():
-            return lifted.run(block, *given).dtype
+            return lifted.run(block, *given)
     return None
 
 

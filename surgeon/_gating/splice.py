@@ -21,6 +21,7 @@ from surgeon._finding.drops import row_mask
 from surgeon._finding.flow import Flow
 from surgeon._finding.joins import Join, joins
 from surgeon._finding.paths import side, writes_to
+from surgeon._gating.features import batch_value, evaluating_value, masked_value, rows_value
 from surgeon._gating.gate import Gate, evaluating_add, masked_add
 from surgeon._gating.joins import PathRun, masked_mean
 from surgeon._gating.rowwise import nested
@@ -81,8 +82,10 @@ def splice(
                 if addition.ordinal in skip and by_rows:
                     whole[addition.ordinal] = "each sample has paths of its own"
             continue
+        add = writer.value if addition.kind == "concat" else writer.add
+        evaluating, masked, lifting = _forms(addition, by_rows)
         if not block.training:
-            writer.add(index, addition, evaluating_add)
+            add(index, addition, evaluating)
             continue
         wanted, reason = addition.ordinal in skip, unliftable(flow, addition)
         looked_at = by_rows and (wanted or batch is not None)
@@ -92,19 +95,26 @@ def splice(
             reason = reason or subset.reason
             part = (subset.lifted, part[1]) if part and subset.lifted else part
         if part is None or reason or not wanted:
-            writer.add(index, addition, masked_add)
+            add(index, addition, masked)
         else:
-            writer.lift(index, addition, rows_add if by_rows else batch_add, *part)
+            writer.lift(index, addition, lifting, *part)
         if reason and wanted:
             whole[addition.ordinal] = reason
     run = writer.write()
-    if (
-        block.training
-        and not by_rows
-        and all(a.kind == "mean" and a.ordinal in skip for a in chosen.values())
-    ):
+    if block.training and not by_rows and _only_joins(chosen, skip):
         run = PathRun(flow, chosen, run, rewritten)
     return Spliced(run, flow.trace.exact, whole, subsets)
+
+
+def _only_joins(chosen: Mapping[int, Addition], skip: Collection[int]) -> bool:
+    return all(a.kind == "mean" and a.ordinal in skip for a in chosen.values())
+
+
+def _forms(addition: Addition, by_rows: bool) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Form]:
+    """What stands for an addition in evaluation, where its branch is masked, and where it is lifted."""
+    if addition.kind == "concat":
+        return evaluating_value, masked_value, rows_value if by_rows else batch_value
+    return evaluating_add, masked_add, rows_add if by_rows else batch_add
 
 
 def unliftable(flow: Flow, addition: Addition) -> str:
@@ -158,6 +168,17 @@ class _Writer:
 
         self.replaced[addition.node] = _Gated(sides, (index,), emit)
 
+    def value(self, index: int, addition: Addition, form: Callable[..., Tensor]) -> None:
+        """Replaces new features by ``form(gate, features)``."""
+        self._take_off_drops(addition)
+        node, own = addition.node, self.passed.get(addition.node)
+
+        def emit(graph: fx.Graph, value: Callable[..., fx.Node], gate: Callable[..., fx.Node]) -> fx.Node:
+            made = graph.node_copy(node, value) if own is None else value(own)
+            return graph.call_function(form, (gate(index), made))
+
+        self.replaced[node] = _Gated(tuple(node.all_input_nodes if own is None else (own,)), (index,), emit)
+
     def join(self, index: int, join: Join) -> None:
         """Replaces the mean of a join by that of the paths which survive."""
         for step in reversed(join.steps):
@@ -173,7 +194,7 @@ class _Writer:
         self, index: int, addition: Addition, form: Form, lifted: Lifted, reads: Sequence[fx.Node]
     ) -> None:
         """Moves the branch of an addition into a function that ``form`` calls if the gate is open."""
-        self.left_out |= self._inside(addition)
+        self.left_out |= self._inside(addition) - {addition.node}
         how = _onto(addition), fresh(self.flow, addition, rewritten=self.rewritten)
 
         def emit(graph: fx.Graph, value: Callable[..., fx.Node], gate: Callable[..., fx.Node]) -> fx.Node:
