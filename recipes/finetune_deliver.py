@@ -72,7 +72,7 @@ def deliver(
             exported = surgeon.export(
                 trained, place, example=example, overwrite=True, metadata=told, labels=images.classes
             )
-            report["parity"] = surgeon.verify(stock, place, example=example).require().as_dict()
+            report["parity"] = surgeon.verify(stock, place, example=example).require().to_dict()
             run = predict(_session(place), images, settings, display, "ONNX")[0]
             report["onnx"] = {
                 "nodes": sum(exported.nodes.values()),

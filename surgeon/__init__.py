@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from surgeon._load import load
     from surgeon._onnx.export import export
     from surgeon._onnx.verify import verify
+    from surgeon._plan import plan
     from surgeon._pruning.lesion import lesion
     from surgeon._pruning.prune import prune
     from surgeon._ramp import Ramp
@@ -37,6 +38,7 @@ __all__ = [
     "lesion",
     "load",
     "load_model",
+    "plan",
     "prune",
     "remove",
     "sample",
@@ -56,6 +58,7 @@ _HOMES = {
     "lesion": "_pruning.lesion",
     "load": "_load",
     "load_model": "_source",
+    "plan": "_plan",
     "prune": "_pruning.prune",
     "remove": "_removal",
     "sample": "_sample",

@@ -11,7 +11,7 @@ Whether anything is left after a drop is read from the model's own graph: the mo
 site giving zeros, and either some output still depends on an input, or none does.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from surgeon._finding.analysis import analyse
 from surgeon._finding.findings import Residual
 from surgeon._plain import check_plain
-from surgeon._text import table
+from surgeon._text import Drawn, Part
 from surgeon._torch import FakeTensorMode
 from surgeon._tracing.example import (
     Example,
@@ -80,7 +80,7 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
-class AuditReport:
+class AuditReport(Drawn):
     """The stochastic depth of a model, in the order of its modules; iterating gives the sites.
 
     Attributes:
@@ -136,7 +136,7 @@ class AuditReport:
         ]
         return ", ".join(told)
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
             "ok": self.ok,
@@ -144,9 +144,11 @@ class AuditReport:
             "sites": [asdict(site) | {"remark": site.remark} for site in self.sites],
         }
 
-    def __str__(self) -> str:
-        rows = [(site.name, site.module, f"{site.rate:.3f}", site.remark) for site in self.sites]
-        return "\n".join([*table(("module", "class", "drop rate", ""), rows), self.summary])
+    def parts(self) -> Sequence[Part]:
+        """The summary and a table of the sites."""
+        head = ("module", "class", "drop rate", "remark")
+        rows = tuple((site.name, site.module, f"{site.rate:.3f}", site.remark) for site in self.sites)
+        return (Part(self._summary, head, rows, frozenset({"drop rate"}), tuple(self._drawing)),)
 
 
 def audit(model: nn.Module, example: Example = None) -> AuditReport:

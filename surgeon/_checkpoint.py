@@ -5,8 +5,9 @@ drop rate, scaling, unit, versions), so that stock timm and torchvision models l
 read with ``weights_only=True``: no code in them is ever run.
 
 Weights of a model gated by the paper's rule are complete only with its evaluation scales. A checkpoint notes
-them in one of three places: the ``_extra_state`` of blocks gated with ``keep_eval=True``, the metadata that
-PyTorch keeps beside a ``state_dict``, the metadata of a safetensors file. `read_state` finds all three.
+them in one of these places: the ``_extra_state`` of blocks gated with ``keep_eval=True``, the metadata that
+PyTorch keeps beside a ``state_dict``, the metadata of a safetensors file, and, where other libraries have
+saved the weights, ``"surgeon_scales"`` in the ``config.json`` beside them. `read_state` finds them all.
 """
 
 import json
@@ -114,10 +115,13 @@ def read_state(path: Path_) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     place = _existing(path)
     if place.suffix == ".safetensors":
-        return _read_safetensors(place, tensors=True)
-    held = _unnest(_read_torch(place))
-    scales = _scales_beside(held)
-    return _tensors_only(held, place), strings({"weights": "gated", "scales": scales}) if scales else {}
+        state, metadata = _read_safetensors(place, tensors=True)
+        scales = {} if metadata.keys() & {"scales", "weights"} else _scales_in_config(place)
+    else:
+        held = _unnest(_read_torch(place))
+        state, metadata = _tensors_only(held, place), {}
+        scales = _scales_beside(held) or _scales_in_config(place)
+    return state, metadata | (strings({"weights": "gated", "scales": scales}) if scales else {})
 
 
 def load_checkpoint(model: nn.Module, path: Path_) -> dict[str, str]:
@@ -162,6 +166,17 @@ def _scales_beside(held: Any) -> dict[str, float]:
         for ordinal, scale in noted.get(NOTE, ()) if isinstance(noted, Mapping) else ():
             found[gate_name(block, ordinal)] = float(scale)
     return found
+
+
+def _scales_in_config(place: Path) -> dict[str, float]:
+    """The scales in the configuration that Hugging Face's and timm's savers write beside the weights."""
+    try:
+        config = json.loads((place.parent / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    homes = [config, config.get("pretrained_cfg")] if isinstance(config, dict) else []
+    noted = [home["surgeon_scales"] for home in homes if isinstance(home, dict) and "surgeon_scales" in home]
+    return noted[0] if noted else {}
 
 
 def check_state(

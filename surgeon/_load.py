@@ -1,9 +1,12 @@
 """Loads a checkpoint into a model, gated or not, so that the model evaluates as the checkpoint's did.
 
-Three kinds of weights go by the same names: complete ones (of a stock model, of one with the default
-scaling, or folded), *gated* ones, which need the evaluation scales of ``scaling="paper"``, and *divided*
-ones, which need them because ``keep_eval=True`` divided them. Seen from evaluation there is one rule. Where
-the checkpoint's model multiplied a branch by ``c`` (1 without a gate) and this model multiplies it by ``d``,
+Three kinds of weights go by the same names: *stock* ones (never gated, gated with the default scaling, or
+folded), *gated* ones, which need the evaluation scales of ``scaling="paper"``, and *divided* ones, which need
+them because ``keep_eval=True`` divided them. A file that notes no scales may hold either of the first two:
+other libraries' savers drop the note. Such weights are taken as stock ones, and the report says no more.
+
+Seen from evaluation there is one rule. Where the checkpoint's model multiplied a branch by ``c`` (1 without a
+gate) and this model multiplies it by ``d``,
 the weights of the branch have to take ``c / d``, by the plan of a fold (`surgeon._folding.fold`).
 """
 
@@ -11,7 +14,7 @@ import glob
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -33,25 +36,28 @@ from surgeon._gating.gated import placed_gates, recorded_inputs
 from surgeon._plain import check_filled, check_plain
 from surgeon._removal import remove
 from surgeon._surgery import apply
+from surgeon._text import Drawn, Part
 from surgeon._tracing.example import Example
 from surgeon.errors import CheckpointError, FoldError, NoResidualsError, UsageError
 
-Weights = Literal["complete", "gated", "divided"]
+Weights = Literal["stock", "unknown", "gated", "divided"]
 
 _SPOKEN: dict[Weights, str] = {
-    "complete": "complete weights",
+    "stock": "stock weights",
+    "unknown": "no note of scales: taken as stock weights",
     "gated": "weights that need evaluation scales",
     "divided": "weights that were divided by evaluation scales",
 }
 
 
 @dataclass(frozen=True, slots=True)
-class LoadReport:
-    """What a load found and did.
+class LoadReport(Drawn):
+    """What a load found and did; iterating gives the parameters that were multiplied.
 
     Attributes:
         path: The file.
-        found: What its weights are: ``"complete"``, ``"gated"`` or ``"divided"``.
+        found: What its weights are: ``"stock"``, ``"gated"``, ``"divided"``, or ``"unknown"`` where it notes
+            no scales; those are taken as stock weights.
         into: What the model's weights are, likewise.
         scales: The evaluation scale of each gate that the checkpoint notes, by the gate's name.
         converted: The parameters that were multiplied on the way.
@@ -65,13 +71,36 @@ class LoadReport:
     converted: tuple[str, ...]
     metadata: dict[str, str]
 
-    def __str__(self) -> str:
-        done = f"converted in {len(self.converted)} parameters" if self.converted else "taken as they are"
-        into = "" if self.into == self.found else f" into a model with {_SPOKEN[self.into]}"
-        return f"{self.path}: {_SPOKEN[self.found]}{into}, {done}"
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.converted)
+
+    def __len__(self) -> int:
+        return len(self.converted)
+
+    def parts(self) -> Sequence[Part]:
+        """One sentence, and what to do where a guess was wrong."""
+        done = f"converted in {len(self.converted)} parameters" if self.converted else "as they are"
+        same = self.into == self.found or (self.found, self.into) == ("unknown", "stock")
+        into = "" if same else f" into a model with {_SPOKEN[self.into]}"
+        return (Part(lines=(f"{self.path}: {_SPOKEN[self.found]}{into}, {done}", *self._doubt())),)
+
+    def _doubt(self) -> tuple[str, ...]:
+        return (f"if gates with scaling='paper' trained them: {_OPTION}",) if self.found == "unknown" else ()
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], *, example: Example = None) -> LoadReport:
+_OPTION = (
+    "surgeon.load(model, path, scales=surgeon.status(trained).scales), or scales='model' where this model "
+    "has the gates of that training"
+)
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    scales: Mapping[str, float] | Literal["model"] | None = None,
+    example: Example = None,
+) -> LoadReport:
     """Loads a checkpoint into ``model``, in place, so that it evaluates as the checkpoint's model did.
 
     Whatever the two are gated with: stock weights go into a model gated with ``keep_eval=True`` (divided by
@@ -81,7 +110,11 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, example: Example = N
     Args:
         model: The model, gated or not.
         path: A safetensors file, or one of torch (read with ``weights_only=True``), of a plain state dict or
-            a training checkpoint that holds one.
+            a training checkpoint that holds one. Scales may be noted in the file, or under
+            ``"surgeon_scales"`` in a ``config.json`` beside it.
+        scales: For a file without a note of scales whose weights gates with ``scaling="paper"`` have trained:
+            the evaluation scale of each gate by its name, as in ``surgeon.status(model).scales``, in (0, 1].
+            ``"model"``: those of this model's gates, with which it was trained.
         example: As in `surgeon.find`; only a conversion needs it.
 
     Raises:
@@ -97,28 +130,63 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, example: Example = N
     prefix = wrapper_prefix(model, read)
     noted = {name.removeprefix(prefix): scale for name, scale in noted_scales(metadata).items()}
     state, divided = split_scales(model, without_prefix(read, prefix))
-    scales = _by_first_name(model, divided or noted, path)
     own = {one.name: one.gate for one in placed_gates(model) if one.gate.scale != 1.0}
-    found: Weights = "divided" if divided else "gated" if noted else "complete"
+    if scales is not None:
+        noted = _told(scales, own, noted or divided, path)
+    trained = _by_first_name(model, divided or noted, path)
+    found: Weights = "divided" if divided else "gated" if noted else _without_note(metadata)
     into: Weights = (
-        "divided" if any(gate.keeps_eval for gate in own.values()) else "gated" if own else "complete"
+        "divided" if any(gate.keeps_eval for gate in own.values()) else "gated" if own else "stock"
     )
     rest, _ = split_scales(model, model.state_dict())
     check_state(model, state, path, metadata.get("model"), own=rest)
-    if found == "complete" and into == "gated":
-        raise CheckpointError(
-            f"{path} does not say whether its weights were trained with the evaluation scales of the model's "
-            "gates. If so, model.load_state_dict takes them as they are. If they are those of a stock model, "
-            "load them before surgeon.apply(model, scaling='paper'), or apply with keep_eval=True. Nothing "
-            "was loaded."
-        )
-    factors = _factors(scales, own)
+    if found in ("stock", "unknown") and into == "gated":
+        raise CheckpointError(f"{path} {_doubtful(found)} {_FIRST}. Nothing was loaded.")
+    factors = _factors(trained, own)
     steps = _conversion(model, factors, example, path)
     _check_products(model, state, steps, path)
     model.load_state_dict(loadable(model, state, read, prefix))
     commit(model, *steps)
     converted = tuple(dict.fromkeys(step.parameter for step in steps[0].steps))
-    return LoadReport(str(path), found, into, scales, converted, metadata)
+    return LoadReport(str(path), found, into, trained, converted, metadata)
+
+
+def _without_note(metadata: Mapping[str, str]) -> Weights:
+    """What weights are that come with no scales: of its own files surgeon knows that they need none."""
+    return "stock" if "weights" in metadata else "unknown"
+
+
+_FIRST = "load them before surgeon.apply(model, scaling='paper'), or apply with keep_eval=True"
+
+
+def _doubtful(found: Weights) -> str:
+    if found == "stock":
+        return "holds stock weights, which the model's gates would scale:"
+    return (
+        "does not say whether its weights were trained with the evaluation scales of the model's gates. If "
+        "so, surgeon.load(model, path, scales='model') takes them as they are. If they are those of a stock "
+        "model,"
+    )
+
+
+def _told(
+    scales: Mapping[str, float] | str,
+    own: Mapping[str, Gate],
+    noted: Mapping[str, float],
+    path: str | os.PathLike[str],
+) -> dict[str, float]:
+    """The scales that the caller gives for a file without a note."""
+    if noted:
+        raise CheckpointError(f"{path} notes its scales itself; leave scales out. Nothing was loaded.")
+    if isinstance(scales, str):
+        if scales != "model":
+            raise UsageError(f"scales is {scales!r}; give 'model', or the scale of each gate by its name")
+        if not own:
+            raise UsageError("scales='model', but the model has no gates with evaluation scales")
+        return {name: gate.scale for name, gate in own.items()}
+    if bad := [name for name, scale in scales.items() if not 0 < scale <= 1]:
+        raise UsageError(f"scales: {bad[0]} has {scales[bad[0]]!r}; an evaluation scale lies in (0, 1]")
+    return dict(scales)
 
 
 def noted_scales(metadata: Mapping[str, str]) -> dict[str, float]:

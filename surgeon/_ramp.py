@@ -1,6 +1,7 @@
 """A drop rate that changes while training runs."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -8,7 +9,8 @@ from torch import nn
 
 from surgeon._gating.gated import gates_of
 from surgeon._gating.schedule import NAMES
-from surgeon._surgery import set_drop_rate
+from surgeon._surgery import set_drop_rate, strayed
+from surgeon._text import count
 from surgeon.errors import UsageError
 
 Shape = Literal["linear", "cosine", "early", "late", "plateau-decay-recovery"]
@@ -31,7 +33,8 @@ class Ramp:
     ``"plateau-decay-recovery"`` stays at ``drop_rate`` for half of the steps, falls to ``start``, and trains
     the whole network for the last fifth ("Don't Drop Dropout", ICML 2026, which found that the optimizer has
     to be tuned anew; the shares are ours). Any other shape is a callable. One step is one call of `step`: per
-    iteration or per epoch, as the caller likes.
+    iteration or per epoch, as the caller likes. Under ``scaling="paper"`` evaluation multiplies by the rates
+    of `apply`, so a ramp that ends at others warns.
 
         surgeon.apply(model, drop_rate=0.5)
         ramp = surgeon.Ramp(model, 0.5, steps=1000)
@@ -78,18 +81,34 @@ class Ramp:
             )
         self.model, self.drop_rate, self.steps, self.shape, self.start = model, drop_rate, steps, shape, start
         self.count = 0
+        self._check_end()
         self._set()
 
     @property
     def rate(self) -> float:
         """The present final drop rate."""
-        passed = min(self.count / self.steps, 1.0)
+        return self._rate_at(self.count)
+
+    def _rate_at(self, count: int) -> float:
+        passed = min(count / self.steps, 1.0)
         share = float(self.shape(passed) if callable(self.shape) else _SHAPES[self.shape](passed))
         if not 0 <= share <= 1:
             raise UsageError(
                 f"the shape {_named(self.shape)} gave {share} for {passed}; it has to give a share in [0, 1]"
             )
         return self.start + (self.drop_rate - self.start) * share
+
+    def _check_end(self) -> None:
+        """Warns of an end at which the evaluation scales are not those of the paper's rule."""
+        end = self._rate_at(self.steps)
+        if names := strayed(self.model, end):
+            warnings.warn(
+                f"the ramp ends at the drop rate {end:g}, but under scaling='paper' evaluation goes on "
+                f"multiplying {count(len(names), 'branch', 'branches')} ({names[0]} first) by the survival "
+                f"probability that surgeon.apply gave. Apply with drop_rate={end:g}, or with "
+                "scaling='inverted', whose evaluation depends on no rate",
+                stacklevel=3,
+            )
 
     def step(self) -> float:
         """Counts one step, sets the rate of the next and returns it."""
@@ -115,6 +134,7 @@ class Ramp:
         for name in self.state_dict().keys() - {"shape"}:
             setattr(self, name, state[name])
         self.shape = state["shape"] if state["shape"] in _SHAPES else self.shape
+        self._check_end()
         self._set()
 
     def _set(self) -> float:

@@ -6,10 +6,10 @@ others saw no gain. What is recommended is where to start, with the rates worth 
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from surgeon._text import table
+from surgeon._text import Drawn, Part
 from surgeon.errors import UsageError
 
 
@@ -92,8 +92,8 @@ PUBLISHED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Recommendation:
-    """Where to start.
+class Recommendation(Drawn):
+    """Where to start; iterating gives the published rates.
 
     Attributes:
         rate: The final drop rate of a linear schedule.
@@ -109,15 +109,17 @@ class Recommendation:
     others: tuple[Published, ...]
     notes: tuple[str, ...]
 
-    def as_dict(self) -> dict[str, Any]:
-        """The same as plain values."""
-        from dataclasses import asdict
+    def __iter__(self) -> Iterator[Published]:
+        return iter((self.nearest, *self.others))
 
-        return asdict(self)
+    def __len__(self) -> int:
+        return 1 + len(self.others)
 
-    def __str__(self) -> str:
+    def parts(self) -> Sequence[Part]:
+        """Where to start, the published rates, and what speaks against them."""
+        tries = ", ".join(f"{rate:g}" for rate in self.tries)
         head = ("published", "millions", "setting", "images", "rate", "source")
-        rows = [
+        rows = tuple(
             (
                 one.model,
                 f"{one.millions:g}",
@@ -126,11 +128,10 @@ class Recommendation:
                 f"{one.rate:g}",
                 one.source,
             )
-            for one in (self.nearest, *self.others)
-        ]
-        tries = ", ".join(f"{rate:g}" for rate in self.tries)
-        lines = [f"drop rate {self.rate:g}, linear; worth a run each: {tries}", "", *table(head, rows), ""]
-        return "\n".join([*lines, *self.notes])
+            for one in self
+        )
+        start = f"drop rate {self.rate:g}, linear; worth a run each: {tries}"
+        return Part(lines=(start,)), Part(head=head, rows=rows), Part(lines=self.notes)
 
 
 def recommend(

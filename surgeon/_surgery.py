@@ -2,27 +2,27 @@
 
 import numbers
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
-from surgeon._finding.analysis import Analysis, analyse, most_paths
+from surgeon._finding.analysis import analyse
 from surgeon._finding.findings import Findings
 from surgeon._folding.keep import check_state_is_free, divide
 from surgeon._gating.block import gate_block, ungate_block
-from surgeon._gating.gate import BranchFacts, Columns, Decision, Gate, Leftover, Paths, Scaling, Unit, Unused
-from surgeon._gating.gated import Placed, first_weight, grouped_gates, is_gated, placed_gates
-from surgeon._gating.joins import survival
-from surgeon._gating.preparation import prepare
-from surgeon._gating.ranks import Ranks, Sync
+from surgeon._gating.gate import Decision, Paths, Scaling, Unit, Unused
+from surgeon._gating.gated import Placed, grouped_gates, placed_gates
+from surgeon._gating.ranks import Sync
 from surgeon._gating.schedule import NAMES, Schedule, drop_rates
 from surgeon._plain import check_plain
-from surgeon._report import GateStatus, Status, schedule_text
-from surgeon._torch import pytree
+from surgeon._plan import Prepared, Settings, prepared, replanned
+from surgeon._report import Plan, Status, gate_status, schedule_text
 from surgeon._tracing.example import Example, inputs
-from surgeon.errors import AlreadyGatedError, NoResidualsError, NotGatedError, UsageError
+from surgeon.errors import NoResidualsError, NotGatedError, UsageError
+
+NewRate = float | Sequence[float] | Callable[[int, int], float]
 
 
 def find(
@@ -55,7 +55,7 @@ def find(
 
 def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
     model: nn.Module,
-    schedule: Schedule = "linear",
+    schedule: Schedule | Plan = "linear",
     *,
     drop_rate: float = 0.5,
     unit: Unit = "sample",
@@ -80,7 +80,8 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
         model: The plain model, before it is wrapped (DDP, FSDP, EMA, ``torch.compile``).
         schedule: ``"linear"`` (Huang et al. 2016: block l of L drops with ``l / L * drop_rate``),
             ``"linear-from-zero"`` (timm: ``(l - 1) / (L - 1) * drop_rate``), ``"uniform"``, a callable
-            ``(l, L) -> drop rate``, or a sequence of drop rates (one per block or one per residual add).
+            ``(l, L) -> drop rate``, or a sequence of drop rates (one per block or one per residual add). Or a
+            plan that `plan` made for this model: it says all the rest.
         drop_rate: Final drop rate r in [0, 1).
         unit: ``"sample"`` (what is dropped is a row of the batch) or ``"batch"`` (the whole mini-batch, as in
             the paper).
@@ -117,87 +118,59 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
         ``model``.
 
     Raises:
-        UsageError: An argument is out of range, unknown, or a pattern matches nothing; or ``paths="global"``
-            for a model without joins.
+        UsageError: An argument is out of range, unknown, or a pattern matches nothing; ``paths="global"`` for
+            a model without joins; a plan was made for another model, or the model has changed since.
         AlreadyGatedError: The model has gates; `remove` takes them out.
         WrappedModelError: The model is wrapped.
         NoResidualsError: There is nothing to gate; the message counts the reasons.
         RecordError: The model does not run on the example.
         FoldError: ``keep_eval``, and no weight can take the scale of some gate; nothing was changed.
     """
-    check_plain(model)
-    _check_choices(
-        unit=(unit, Unit),
-        scaling=(scaling, Scaling),
-        unused=(unused, Unused),
-        sync=(sync, Sync),
-        paths=(paths, Paths),
+    given = Settings(
+        "linear" if isinstance(schedule, Plan) else schedule,
+        *(
+            drop_rate,
+            unit,
+            scaling,
+            keep_eval,
+            skip,
+            unused,
+            sync,
+            paths,
+            include,
+            exclude,
+            overrides,
+            example,
+        ),
     )
-    if skip not in (True, False, "auto"):
-        raise UsageError(f"skip is {skip!r}; give True, False or 'auto'")
-    if isinstance(schedule, str):
-        drop_rates(schedule, drop_rate, ["any"])
-    if is_gated(model):
-        raise AlreadyGatedError("the model already has gates; call surgeon.remove(model) first")
-    args, kwargs = inputs(model, example)
-    analysis = analyse(model, args, kwargs, include, exclude)
-    columns = _columns(model, analysis, paths)
-    if not analysis.blocks:
-        raise NoResidualsError(_nothing_found(model, analysis))
-    residuals = [r for block in analysis.blocks for r in block.residuals]
-    names = [r.name for r in residuals]
-    rates = drop_rates(
-        schedule, drop_rate, [r.block for r in residuals], names, overrides, [r.depth for r in residuals]
-    )
-    weight = first_weight(model)
-    keeps = keep_eval and scaling == "paper"
-    shapes = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
-    decided = Decision(
-        unit=unit,
-        scaling=scaling,
-        schedule=schedule_text(schedule),
-        overrides=tuple((overrides or {}).items()),
-        by_cost=skip == "auto" and unit == "sample",
-        unused=unused,
-        keep_eval=keeps,
-        columns=columns,
-        ranks=Ranks(tuple(names)) if sync == "ranks" else None,
-        ran=tuple(names),
-        args=shapes[0],
-        kwargs=shapes[1],
-        dtype=None if weight is None else weight.dtype,
-    )
-    gates = _gates(analysis, rates, decided, skips=bool(skip))
-    if keeps:
-        check_state_is_free([block.module for block in analysis.blocks])
-    prepared = prepare(analysis, gates)
-    try:
-        for block, gating in prepared:
-            gate_block(block.module, gating)
-        if keeps:
-            divide(model, placed_gates(model), args, kwargs)
-    except BaseException:  # an interrupt, too, leaves all of it or nothing
-        for block, _ in prepared:
-            ungate_block(block.module)
-        raise
+    if isinstance(schedule, Plan):
+        if told := given.given():
+            raise UsageError(
+                f"a plan has settled everything; leave out {', '.join(told)}, or make a new plan"
+            )
+        work = replanned(model, schedule)
+    else:
+        work = prepared(model, given)
+    if not work.blocks:
+        raise NoResidualsError(_nothing_found(model, work.plan))
+    _install(model, work)
     return model
 
 
-def _gates(analysis: Analysis, rates: Sequence[float], decided: Decision, *, skips: bool) -> dict[str, Gate]:
-    """The gates by the name of their residual add, nothing found of their branches yet."""
-    adds = [pair for block in analysis.blocks for pair in zip(block.residuals, block.found, strict=True)]
-    flops, gates = max(analysis.recording.flops, 1), dict[str, Gate]()
-    for (residual, addition), rate in zip(adds, rates, strict=True):
-        share = residual.flops / flops
-        branch = BranchFacts(
-            addition.ordinal, residual.kind, residual.depth, share, skips=skips, paths=residual.paths
-        )
-        plain = decided.scaling == "inverted" or residual.kind == "mean"
-        scale = 1.0 if plain else 1 - rate
-        gates[residual.name] = Gate(decided, branch, rate, scale)
-    if decided.ranks is not None:
-        decided.ranks.gates += gates.values()
-    return gates
+def _install(model: nn.Module, work: Prepared) -> None:
+    """Carries out a plan; all of it or, where that fails, nothing."""
+    keeps = work.decided.keep_eval
+    if keeps:
+        check_state_is_free([block.module for block, _ in work.blocks])
+    try:
+        for block, gating in work.blocks:
+            gate_block(block.module, gating)
+        if keeps:
+            divide(model, placed_gates(model), work.args, work.kwargs)
+    except BaseException:  # an interrupt, too, leaves all of it or nothing
+        for block, _ in work.blocks:
+            ungate_block(block.module)
+        raise
 
 
 def status(model: nn.Module) -> Status:
@@ -210,14 +183,16 @@ def status(model: nn.Module) -> Status:
     if not placed:
         raise NotGatedError("the model has no gates; surgeon.apply(model) puts them in")
     schedules = dict.fromkeys(one.gate.decided.schedule for one in placed)
+    gates = [gate_status(one.name, one.block_name, one.block, one.gate) for one in placed]
     columns = [one.gate.columns for one in placed if one.gate.columns]
     drawn = columns[-1].drawn if columns else None
-    return Status(tuple(map(_gate_status, placed)), ", ".join(schedules), _numbered(drawn))
+    numbered = () if drawn is None else tuple(None if c < 0 else c + 1 for c in drawn.tolist())
+    return Status(tuple(gates), ", ".join(schedules), numbered)
 
 
 def set_drop_rate(
     model: nn.Module,
-    rate: float | Sequence[float] | Callable[[int, int], float],
+    rate: NewRate,
     *,
     overrides: Mapping[str, float] | None = None,
 ) -> nn.Module:
@@ -245,20 +220,44 @@ def set_drop_rate(
             "the model is folded: what is left of its gates multiplies in evaluation and drops nothing. "
             "surgeon.remove takes that out as well, surgeon.apply then puts gates in"
         )
+    for placed, value, decided in list(_new_rates(groups, rate, overrides)):
+        if not placed.gate.settled:
+            placed.gate.set_drop_rate(value)
+            placed.gate.decided = decided
+    return model
+
+
+def strayed(model: nn.Module, rate: float) -> list[str]:
+    """The gates that would evaluate otherwise than the paper's rule has it, if training ended at this rate.
+
+    Evaluation goes on multiplying by the survival probability that a gate was put in with.
+    """
+    new = _new_rates(grouped_gates(model), rate, None)
+    return [
+        placed.name
+        for placed, value, decided in new
+        if decided.scaling == "paper" and abs(placed.gate.scale - (1 - value)) > _SAME
+    ]
+
+
+_SAME = 1e-6
+
+
+def _new_rates(
+    groups: Sequence[Sequence[Placed]], rate: NewRate, overrides: Mapping[str, float] | None
+) -> Iterator[tuple[Placed, float, Decision]]:
+    """Each gate with a new drop rate, and what is decided of it from then on; nothing is changed."""
     if isinstance(rate, str):
         raise UsageError(f"rate is {rate!r}; give a number, a sequence of drop rates or a callable")
-    planned = [_rescheduled(group, rate, overrides) for group in groups]
-    for group, (rates, decided) in zip(groups, planned, strict=True):
-        for one, value in zip(group, rates, strict=True):
-            if not one.gate.settled:
-                one.gate.set_drop_rate(value)
-                one.gate.decided = decided
-    return model
+    for group in groups:
+        rates, decided = _rescheduled(group, rate, overrides)
+        for placed, value in zip(group, rates, strict=True):
+            yield placed, value, decided
 
 
 def _rescheduled(
     group: Sequence[Placed],
-    rate: float | Sequence[float] | Callable[[int, int], float],
+    rate: NewRate,
     overrides: Mapping[str, float] | None,
 ) -> tuple[list[float], Decision]:
     """The drop rates of gates that one schedule counts, and what is decided of them from now on."""
@@ -277,51 +276,8 @@ def _rescheduled(
     return rates, replace(decided, schedule=schedule_text(schedule), overrides=tuple(over.items()))
 
 
-def _gate_status(placed: Placed) -> GateStatus:
-    gate = placed.gate
-    device = next((p.device.type for p in placed.block.parameters()), "cpu")
-    leftover = gate.leftover or Leftover(gate.branch.note)
-    return GateStatus(
-        name=placed.name,
-        block=placed.block_name,
-        block_type=type(placed.block).__name__,
-        kind=gate.branch.kind,
-        drop_rate=gate.drop_rate,
-        survival=survival(gate),
-        scale=gate.scale,
-        unit=gate.decided.unit,
-        scaling=gate.decided.scaling,
-        flops_share=gate.branch.flops_share,
-        skips=gate.skipping(device),
-        note=leftover.reason,
-        keep_eval=gate.keeps_eval,
-        obstacle=leftover.operator,
-    )
-
-
-def _columns(model: nn.Module, analysis: Analysis, paths: Paths) -> Columns:
-    count = most_paths(analysis)
-    if paths == "global" and count < 2:
-        raise UsageError(
-            f"paths='global' keeps one column of a network in each step, and {type(model).__name__} has one "
-            "column: none of its sums is a join, which takes the mean of several paths. Leave paths out"
-        )
-    return Columns(paths, count)
-
-
-def _numbered(drawn: Tensor | None) -> tuple[int | None, ...]:
-    """The columns of a step, from 1; ``None`` where there is none."""
-    return () if drawn is None else tuple(None if c < 0 else c + 1 for c in drawn.tolist())
-
-
-def _check_choices(**given: tuple[str, Any]) -> None:
-    for what, (value, known) in given.items():
-        if value not in get_args(known):
-            raise UsageError(f"{what} is {value!r}; known are {', '.join(map(repr, get_args(known)))}")
-
-
-def _nothing_found(model: nn.Module, analysis: Analysis) -> str:
-    reasons = Counter(refusal.reason for refusal in analysis.refused)
+def _nothing_found(model: nn.Module, plan: Plan) -> str:
+    reasons = Counter(refusal.reason for refusal in plan.refused)
     listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
     kind = type(model).__name__
     if not reasons:

@@ -1,10 +1,10 @@
 """What `surgeon.find` tells: the residual adds, and the reason why each other addition is none."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from surgeon._text import table
+from surgeon._text import Drawn, Part, count
 
 REASONS = {
     "alone": "its new features are also read without those that they stand beside, by their number, say",
@@ -79,7 +79,7 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
-class Findings:
+class Findings(Drawn):
     """What `surgeon.find` found; iterating gives the residual adds.
 
     Attributes:
@@ -98,17 +98,25 @@ class Findings:
     def __len__(self) -> int:
         return len(self.residuals)
 
-    def __str__(self) -> str:
-        total = max(self.flops, 1)
-        rows = [(r.name, r.block_type, r.kind, r.shortcut, r.branch, f"{r.flops / total:.1%}") for r in self]
-        lines = [f"{len(self)} residual adds"]
-        if rows:
-            lines += table(("add", "block", "kind", "shortcut", "branch", "FLOPs"), rows)
-        reasons = Counter((r.code, r.reason) for r in self.refused)
-        if reasons:
-            lines.append(f"{len(self.refused)} additions left alone")
-            lines += table(("count", "code", "reason"), [(str(n), *why) for why, n in reasons.most_common()])
-        return "\n".join(lines)
+    def parts(self, *, every: bool = False) -> Sequence[Part]:
+        """A table of the residual adds, and the reasons why others are none; ``every`` lists them singly."""
+        total, right = max(self.flops, 1), frozenset({"FLOPs", "count"})
+        adds = tuple(
+            (r.name, r.block_type, r.kind, r.shortcut, r.branch, f"{r.flops / total:.1%}") for r in self
+        )
+        shown = [Part(count(len(self), "residual add"), _ADDS, adds, right)]
+        title = f"{count(len(self.refused), 'addition')} left alone"
+        if self.refused and every:
+            others = tuple((r.name, r.block_type, r.code, r.reason) for r in self.refused)
+            shown.append(Part(title, ("addition", "block", "code", "reason"), others))
+        elif self.refused:
+            reasons = Counter((r.code, r.reason) for r in self.refused).most_common()
+            counted = tuple((str(n), *why) for why, n in reasons)
+            shown.append(Part(title, ("count", "code", "reason"), counted, right))
+        return shown
+
+
+_ADDS = ("add", "block", "kind", "shortcut", "branch", "FLOPs")
 
 
 FEATURES = 10_000

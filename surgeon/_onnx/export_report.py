@@ -1,14 +1,16 @@
 """What an export says of itself."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from surgeon._onnx.parity import ParityReport
+from surgeon._onnx.parity import ParityReport, ParityRow
+from surgeon._text import Drawn, Part
 
 
 @dataclass(frozen=True, slots=True)
-class ExportReport:
-    """What an export wrote, and how it was checked.
+class ExportReport(Drawn):
+    """What an export wrote, and how it was checked; iterating gives the rows of the comparison.
 
     Attributes:
         path: The ONNX file.
@@ -36,18 +38,37 @@ class ExportReport:
     metadata: dict[str, str]
     seconds: float
 
-    def as_dict(self) -> dict[str, Any]:
-        """The report for JSON."""
-        return {**asdict(self), "parity": self.parity.as_dict()}
+    def __iter__(self) -> Iterator[ParityRow]:
+        return iter(self.parity)
 
-    def __str__(self) -> str:
-        inputs = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in self.inputs.items())
-        gates = f"{len(self.folded)} folded, {len(self.kept)} kept as a multiplication"
-        lines = [
-            f"{self.path}: {self.bytes / 1e6:.1f} MB, opset {self.opset}, {inputs}",
-            f"{sum(self.nodes.values())} nodes: {', '.join(f'{op} {n}' for op, n in self.nodes.items())}",
-            *([f"gates: {gates}"] if self.folded or self.kept else []),
-            *[f"  {name}: {reason}" for name, reason in self.kept],
-            str(self.parity),
-        ]
-        return "\n".join(lines)
+    def __len__(self) -> int:
+        return len(self.parity)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report for JSON."""
+        return {**asdict(self), "parity": self.parity.to_dict()}
+
+    def parts(self) -> Sequence[Part]:
+        """What was written, and the comparison."""
+        width = max(len(name) for name, _ in self._facts())
+        facts = tuple(f"{name:<{width}}  {value}" for name, value in self._facts())
+        return (Part(lines=facts), *self.parity.parts())
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        beside = ", weights beside it" if self.data else ""
+        yield "file", f"{self.path} ({_size(self.bytes)}{beside})"
+        for name, shape in self.inputs.items():
+            yield "input", f"{name} {' x '.join(map(str, shape))}"
+        yield "opset", str(self.opset)
+        listed = ", ".join(f"{number} {op}" for op, number in self.nodes.items())
+        yield "nodes", f"{sum(self.nodes.values())}: {listed}"
+        if self.folded or self.kept:
+            kept = f", {len(self.kept)} kept as a multiplication" if self.kept else ""
+            yield "gates", f"{len(self.folded)} folded{kept}"
+        for name, reason in self.kept:
+            yield "", f"{name}: {reason}"
+        yield "time", f"{self.seconds:.1f} s"
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e6:.1f} MB" if number >= 1e5 else f"{number / 1e3:.1f} kB"

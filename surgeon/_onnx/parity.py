@@ -1,7 +1,7 @@
 """Whether two forms of a model agree: their outputs compared, one row per output and batch size."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgeon._onnx.hygiene import GraphFinding
+from surgeon._text import Drawn, Part, count
 from surgeon.errors import OutputsDifferError
 
 Array = NDArray[Any]
@@ -85,7 +86,7 @@ class Divergence:
 
 
 @dataclass(frozen=True, slots=True)
-class ParityReport:
+class ParityReport(Drawn):
     """How an ONNX file compares with a PyTorch model.
 
     Attributes:
@@ -164,7 +165,13 @@ class ParityReport:
             said.append(f"{alone}, so one of its optimisations is at fault and not the file")
         return tuple(said)
 
-    def as_dict(self) -> dict[str, Any]:
+    def __iter__(self) -> Iterator[ParityRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
         """The report for JSON; numbers that are not finite become None."""
         rows = [
             {**asdict(row), "absolute": _json(row.absolute), "relative": _json(row.relative)}
@@ -176,12 +183,29 @@ class ParityReport:
             found = asdict(self.divergence) | numbers
         return {**asdict(self), "rows": rows, "divergence": found, "ok": self.ok}
 
-    def __str__(self) -> str:
-        lines = [f"{'ok  ' if row.ok else 'FAIL'} {row}" for row in self.rows]
-        lines += [f"     {remark}" for remark in self.remarks]
-        lines += [f"FAIL {self.divergence}"] if self.divergence else []
-        lines += [f"FAIL node {found.node} ({found.op_type}): {found.reason}" for found in self.findings]
-        return "\n".join(lines)
+    def parts(self) -> Sequence[Part]:
+        """The comparison as a table, what it says, and the findings in the graph."""
+        said = "agrees" if self.ok else "does not match"
+        title = f"{self.path}: {said} (tolerance {self.tolerance:g})"
+        told = tuple(map(str, filter(None, (self.divergence, *self.remarks))))
+        shown = [Part(title, _COLUMNS, tuple(map(_cells, self.rows)), frozenset(_COLUMNS[2:6]))]
+        shown += [Part(lines=told)] if told else []
+        if self.findings:
+            nodes = tuple((one.node, one.op_type, one.reason) for one in self.findings)
+            title = f"in the graph: {count(len(nodes), 'node')} that should not be there"
+            shown.append(Part(title, ("node", "operator", "reason"), nodes))
+        return shown
+
+
+_COLUMNS = ("output", "inputs", "batch", "max |d|", "relative", "top-1", "verdict")
+
+
+def _cells(row: ParityRow) -> tuple[str, ...]:
+    top1 = "" if row.top1 is None else f"{row.top1:.0%}"
+    absent = math.isnan(row.relative)
+    numbers = ("", "") if absent else (f"{row.absolute:.2g}", f"{row.relative:.2g}")
+    verdict = (f"ok, but {row.note}" if row.note else "ok") if row.ok else row.note or "FAIL"
+    return (row.output, row.inputs, str(row.batch), *numbers, top1, verdict)
 
 
 def compare(

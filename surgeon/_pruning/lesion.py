@@ -7,8 +7,7 @@ hardly missed; networks trained with stochastic depth miss them less still. `les
 import random
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -17,7 +16,8 @@ from surgeon._pruning.deletion import Deleter
 from surgeon._pruning.prune import analysed, ungated
 from surgeon._pruning.score import Data, Score, Worth, scorer
 from surgeon._pruning.trial import Trial
-from surgeon._text import table
+from surgeon._text import Drawn, Part
+from surgeon._text import count as counted
 from surgeon._tracing.example import Example
 from surgeon.errors import UsageError
 
@@ -59,7 +59,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Lesions:
+class Lesions(Drawn):
     """What the branches of a network are worth; iterating gives one `Loss` per branch, in execution order.
 
     Attributes:
@@ -80,23 +80,23 @@ class Lesions:
     def __len__(self) -> int:
         return len(self.single)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain data, for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
+    def parts(self) -> Sequence[Part]:
+        """A table of the branches one by one, and one of more and more of them."""
         kind = "accuracy" if self.labelled else "agreement"
-        lines = [f"{len(self)} branches; whole network: {_said(self.full)}"]
-        rows = [(one.name, one.block_type, f"{one.flops_share:.1%}", *_cells(one.worth)) for one in self]
-        lines += table(("without", "block", "FLOPs", "loss", kind), rows)
+        right = frozenset({"FLOPs", "loss", kind, "branches", "at random", "the last ones"})
+        rows = tuple(
+            (one.name, one.block_type, f"{one.flops_share:.1%}", *_cells(one.worth)) for one in self.single
+        )
+        whole = f"{counted(len(self.single), 'branch', 'branches')}; whole network: {_said(self.full)}"
+        shown = [Part(whole, ("without", "block", "FLOPs", "loss", kind), rows, right)]
         if self.curve:
-            lines.append("deleted together")
-            more = [
+            more = tuple(
                 (str(row.deleted), *_cells(row.worth), _spread(row.at_random), _cells(row.tail)[1])
                 for row in self.curve
-            ]
-            lines += table(("branches", "loss", kind, "at random", "the last ones"), more)
-        return "\n".join(lines)
+            )
+            head = ("branches", "loss", kind, "at random", "the last ones")
+            shown.append(Part("deleted together", head, more, right))
+        return shown
 
 
 def _cells(worth: Worth) -> tuple[str, str]:

@@ -8,8 +8,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import IO, TYPE_CHECKING, Any
 
 import click
@@ -17,7 +17,7 @@ import click
 from surgeon.errors import NoResidualsError, ParityError, SurgeonError, UsageError
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from surgeon._text import Part
 
 Body = Callable[..., int | None]
 
@@ -58,30 +58,27 @@ class Output:
     debug: bool
     stream: IO[str] = field(default_factory=lambda: sys.stdout)
 
-    def result(self, found: dict[str, Any], *shown: "RenderableType") -> None:
-        """Prints the result: the dict as JSON, or else what is shown of it."""
+    def result(self, found: dict[str, Any], shown: "Sequence[Part]" = (), of: str = "") -> None:
+        """Prints the result: the dict as JSON, or else what is shown of it.
+
+        Args:
+            found: The result as plain values.
+            shown: The result as it draws itself; where nobody watches, it comes out as ``str`` gives it.
+            of: What the result is of, in front of its first title.
+        """
         if self.as_json:
             self.stream.write(json.dumps(found, indent=2, default=str) + "\n")
             return
-        text = ""
-        for part in shown:
-            console = self.console(part)
-            with console.capture() as captured:
-                console.print(part)
-            # rich fills lines up with spaces.
-            text += "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())
-        self.stream.write(text.rstrip("\n") + "\n" if text else "")
+        if not shown:
+            return
+        from surgeon._text import as_text
+        from surgeon.cli._draw import draw
 
-    def console(self, shown: "RenderableType") -> "Console":
-        """A console as wide as the terminal; where there is none, as wide as what it shows needs."""
-        from rich.console import Console
-        from rich.measure import Measurement
-
-        console = Console(file=self.stream, highlight=False)
-        if not self.stream.isatty() and "COLUMNS" not in os.environ:
-            roomy = console.options.update(width=1000)
-            console.width = max(80, Measurement.get(console, roomy, shown).maximum)
-        return console
+        first = shown[0]
+        title = ": ".join(filter(None, (of, first.title)))
+        parts = [replace(first, title=title), *shown[1:]]
+        fits = not self.stream.isatty() and "COLUMNS" not in os.environ
+        self.stream.write(f"{as_text(parts) if fits else draw(parts, self.stream)}\n")
 
     def note(self, text: str) -> None:
         """Says something that is not the result."""
@@ -167,7 +164,7 @@ def _failed(out: Output, error: Exception, message: str) -> int:
     if out.as_json:
         report = getattr(error, "report", None)
         found = {"error": {"type": type(error).__name__, "message": message}, "exit_code": code}
-        out.result(found if report is None else {**found, "report": report.as_dict()})
+        out.result(found if report is None else {**found, "report": report.to_dict()})
     return code
 
 

@@ -1,7 +1,6 @@
 """``surgeon audit``: the stochastic depth that a model brings along, and what is wrong with it."""
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import click
 
@@ -9,11 +8,6 @@ from surgeon.cli._run import DONE, FAILED, MODEL_HELP, NOTHING, Output
 from surgeon.cli._run import command as surgeon_command
 from surgeon.cli._subject import Making, load_subject, model_options
 from surgeon.errors import UsageError
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from surgeon._audit import AuditReport
 
 _EXAMPLES = """
 surgeon audit timm:efficientnet_b0 --drop-rate 0.3
@@ -57,7 +51,7 @@ def command(out: Output, *, model: str, making: Making, drop_rate: float | None)
     with out.working(f"looking at {model}"):
         subject = load_subject(model, making)
         report = audit(subject.model, subject.example)
-    found = {"model": subject.spec, **report.as_dict()}
+    found = {"model": subject.spec, **report.to_dict()}
     if not report.sites and not report.random:
         hint = ""
         if drop_rate is None and subject.spec.startswith("timm:"):
@@ -66,20 +60,5 @@ def command(out: Output, *, model: str, making: Making, drop_rate: float | None)
         out.result({**found, "exit_code": NOTHING})
         return NOTHING
     code = DONE if report.ok else FAILED
-    out.result({**found, "exit_code": code}, *_shown(subject.spec, report))
+    out.result({**found, "exit_code": code}, report.parts(), of=subject.spec)
     return code
-
-
-def _shown(model: str, report: "AuditReport") -> "tuple[RenderableType, ...]":
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    rows = Table(box=None, pad_edge=False, header_style="dim")
-    rows.add_column("module", overflow="fold")
-    rows.add_column("class", overflow="fold")
-    rows.add_column("drop rate", justify="right", no_wrap=True)
-    rows.add_column("", overflow="fold")
-    for site in report:
-        rows.add_row(site.name, site.module, f"{site.rate:.3f}", site.remark)
-    return (Group(Text(f"{model}: {report.summary}", style="bold"), rows),)

@@ -69,7 +69,7 @@ def command(  # noqa: PLR0913 - one for each option
     by the paper's rule (--scaling paper, or a checkpoint that says so) get the schedule's evaluation scales
     folded into them first; name the schedule and the drop rate of the training.
     """
-    from surgeon import _table, export
+    from surgeon import export
     from surgeon._files import destination
 
     destination(output, overwrite=overwrite)
@@ -94,7 +94,7 @@ def command(  # noqa: PLR0913 - one for each option
         )
     if subject.random:
         out.note("surgeon: the weights are random; give --checkpoint to export trained ones")
-    out.result({"model": subject.spec, **report.as_dict()}, *_table.exported(subject.spec, report))
+    out.result({"model": subject.spec, **report.to_dict()}, report.parts(), of=subject.spec)
 
 
 def _one_sample(example: Any) -> Any:

@@ -57,9 +57,9 @@ def command(
     images before the file is in place.
     """
     import surgeon
-    from surgeon import _table
     from surgeon._checkpoint import save_checkpoint
     from surgeon._files import destination
+    from surgeon._text import Part, count
 
     place = destination(output, overwrite=overwrite)
     if place.suffix != ".safetensors":
@@ -81,7 +81,10 @@ def command(
         "gates": [{"name": name, "scale": scale} for name, scale in scales.items()],
         "error": error,
     }
-    out.result(found, *_table.folded(subject.spec, str(making.checkpoint), str(output), scales, error))
+    low, high = min(scales.values()), max(scales.values())
+    what = f"{count(len(scales), 'gate')} folded, scales {low:.4g} to {high:.4g}, relative error {error:.1e}"
+    lines = (what, f"{making.checkpoint} -> {output}")
+    out.result(found, [Part("stock weights", lines=lines)], of=subject.spec)
     return DONE
 
 

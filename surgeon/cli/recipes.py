@@ -27,10 +27,12 @@ def command(out: Output, action: str, name: str | None, dest: str | None) -> Non
     configs, as it runs from wherever they lie together.
     """
     from surgeon._recipes import contents, locate
+    from surgeon._text import Part
 
     held = contents()
     if action == "ls":
-        out.result({"recipes": held}, "\n".join(f"{key:28} {about}".rstrip() for key, about in held.items()))
+        lines = tuple(f"{key:28} {about}".rstrip() for key, about in held.items())
+        out.result({"recipes": held}, [Part(lines=lines)])
         return
     if name is None or (action == "cp") != (dest is not None):
         raise UsageError(
@@ -41,7 +43,7 @@ def command(out: Output, action: str, name: str | None, dest: str | None) -> Non
         out.stream.write(source.read_text(encoding="utf-8"))
         return
     made = _copied(source, Path(str(dest)).expanduser())
-    out.result({"wrote": str(made)}, f"wrote {made}")
+    out.result({"wrote": str(made)}, [Part(lines=(f"wrote {made}",))])
 
 
 def _file(folder: Path, name: str, known: list[str]) -> Path:

@@ -29,4 +29,4 @@ def command(out: Output, *, model: str, images: int, epochs: int, scratch: bool)
     millions = sum(p.numel() for p in load_model(spec).parameters()) / 1e6
     name = spec.rpartition(":")[2]
     found = recommend(name, millions, images=images, epochs=epochs, scratch=scratch)
-    out.result({"model": spec, "millions": millions, **found.as_dict()}, str(found))
+    out.result({"model": spec, "millions": millions, **found.to_dict()}, found.parts())

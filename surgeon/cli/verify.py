@@ -48,7 +48,7 @@ def command(
     Weights come from --checkpoint; without it MODEL's are random, and nothing can agree. The options of the
     schedule are as for export.
     """
-    from surgeon import _table, verify
+    from surgeon import verify
     from surgeon._onnx.file import open_onnx
 
     with out.working(f"comparing {file} with {model}"):
@@ -63,7 +63,7 @@ def command(
             tolerance=tolerance,
             seed=seed,
         )
-    out.result({"model": subject.spec, **report.as_dict()}, *_table.parity(report))
+    out.result({"model": subject.spec, **report.to_dict()}, report.parts())
     if not report.ok:
         hint = "; the weights of the model are random, give --checkpoint" if subject.random else ""
         out.note(f"surgeon: {report.fault}{hint}")

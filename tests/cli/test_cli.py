@@ -158,9 +158,9 @@ def test_verify_as_a_table(delivered, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)  # else a long path is folded at that width
     done = surge("verify", delivered.file, NET, "--checkpoint", delivered.plain, "--batch-size", 2)
     assert done.exit_code == 0
-    title, head, row, _ = done.stdout.rstrip().splitlines()
+    title, head, row, _ = done.stdout.splitlines()
     assert title == f"{delivered.file}: agrees (tolerance 0.0001)"
-    assert head.split() == ["output", "inputs", "batch", "max", "|d|", "relative", "top-1"]
+    assert head.split() == ["output", "inputs", "batch", "max", "|d|", "relative", "top-1", "verdict"]
     assert row.split()[:3] == ["output", "random", "2"]
     assert row.split()[-2:] == ["100%", "ok"]
 

@@ -10,11 +10,11 @@ from surgeon.cli.main import main
 
 _TABLE = """\
 timm:resnet10t: 4 residual adds
-gate          block       kind        shortcut      p_l  FLOPs
-layer1.0.add  BasicBlock  identity    identity    0.875  20.4%
-layer2.0.add  BasicBlock  projection  downsample  0.750  15.3%
-layer3.0.add  BasicBlock  projection  downsample  0.625  15.3%
-layer4.0.add  BasicBlock  projection  downsample  0.500  18.2%
+gate          block       kind        shortcut      p_l  FLOPs  dropped
+layer1.0.add  BasicBlock  identity    identity    0.875  20.4%  skipped
+layer2.0.add  BasicBlock  projection  downsample  0.750  15.3%  skipped
+layer3.0.add  BasicBlock  projection  downsample  0.625  15.3%  skipped
+layer4.0.add  BasicBlock  projection  downsample  0.500  18.2%  skipped
 
 schedule           linear, last drop rate 0.5, unit sample, scaling inverted
 expected depth     2.75 of 4 branches, 69%

@@ -1,6 +1,7 @@
 """Ramps: their values, their end, resuming, and an evaluating model that does not drift."""
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -79,10 +80,42 @@ def test_a_shape_outside_its_range_is_refused() -> None:
 def test_evaluation_does_not_drift() -> None:
     model = gated(scaling="paper").eval()
     x = torch.randn(3, 4)
-    before, ramp = model(x), surgeon.Ramp(model, 0.9, steps=3)
+    before = model(x)
+    with pytest.warns(UserWarning, match=r"multiplying 4 branches \(0\.add first\) by the survival"):
+        ramp = surgeon.Ramp(model, 0.9, steps=3)
     for _ in range(4):
         assert same(model(x), before)
         ramp.step()
+
+
+@pytest.mark.parametrize(
+    ("shape", "rate", "start", "warns"),
+    [
+        ("linear", 0.5, 0.0, False),
+        ("cosine", 0.5, 0.2, False),
+        ("late", 0.5, 0.0, False),
+        ("late", 0.4, 0.5, True),
+        ("early", 0.5, 0.0, True),
+        ("early", 0.2, 0.5, False),
+        ("linear", 0.0, 0.5, True),
+    ],
+)
+@pytest.mark.parametrize("scaling", ["paper", "inverted"])
+def test_an_end_at_other_rates_than_those_of_apply_is_told(
+    shape: Any, rate: float, start: float, warns: bool, scaling: str
+) -> None:
+    """Evaluation multiplies by the rates of `apply`; the status shows by what where the rates are others."""
+    model = gated(scaling=scaling)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        ramp = surgeon.Ramp(model, rate, steps=2, shape=shape, start=start)
+    assert bool(told) == (warns and scaling == "paper")
+    ramp.step()
+    ramp.step()
+    text = str(surgeon.status(model))
+    assert ("evaluates x" in text) == (warns and scaling == "paper")
+    if "evaluates x" in text:
+        assert all(f"{1 - 0.5 * l / 4:.4f}" in text for l in (1, 2, 3, 4))
 
 
 def test_wrong_settings_are_named() -> None:

@@ -139,7 +139,7 @@ def test_where_the_two_agree_there_is_none(made, tmp_path):
     report = verify(model, save(graph, tmp_path), example=IMAGES)
     assert report.ok
     assert report.divergence is None
-    assert report.as_dict()["divergence"] is None
+    assert report.to_dict()["divergence"] is None
 
 
 def test_another_models_weights_part_at_the_first_layer(made, tmp_path):

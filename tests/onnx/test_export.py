@@ -135,7 +135,7 @@ def test_nodes(plain):
 
 def test_report_as_json_and_text(plain):
     _, path, report = plain
-    assert json.loads(json.dumps(report.as_dict()))["parity"]["ok"] is True
+    assert json.loads(json.dumps(report.to_dict()))["parity"]["ok"] is True
     assert str(report).splitlines()[0] == f"{path}: 0.0 MB, opset 20, input batchx3x8x8"
     assert "13 nodes: Conv 5, Relu 4, Add 2" in str(report)
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -1,5 +1,6 @@
 """``surgeon.load``: what a checkpoint holds goes into whatever model, and evaluates as before."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,29 +45,34 @@ def by_surgeon(model: nn.Module, path: Path) -> Path:
 
 
 WAYS: dict[str, Callable[[nn.Module, Path], Path]] = {"torch": by_torch, "surgeon": by_surgeon}
-FOUND = {"stock": "complete", "inverted": "complete", "gated": "gated", "divided": "divided"}
+KINDS = {"stock": "stock", "inverted": "stock", "gated": "gated", "divided": "divided"}
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("into", FOUND)
-@pytest.mark.parametrize("source", FOUND)
+@pytest.mark.parametrize("into", KINDS)
+@pytest.mark.parametrize("source", KINDS)
 @torch.no_grad()
 def test_any_weights_into_any_model(source: str, into: str, way: str, tmp_path: Path) -> None:
     trained, model = gated(chain(1), source), gated(chain(2), into)
     expected, other = trained(X), model(X)
     assert (expected - other).abs().max() > 1e-3
     path = WAYS[way](trained, tmp_path / "model")
-    if FOUND[source] == "complete" and into == "gated":
+    if KINDS[source] == "stock" and into == "gated":
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        with pytest.raises(CheckpointError, match=r"does not say whether .*model\.load_state_dict "):
+        with pytest.raises(
+            CheckpointError,
+            match=r"(does not say whether .*scales='model'|holds stock weights).* before surgeon\.apply",
+        ):
             surgeon.load(model, path, example=X)
         assert same(dict(model.state_dict()), before)
         return
     report = surgeon.load(model, path, example=X)
     torch.testing.assert_close(model(X), expected, rtol=1e-12, atol=1e-14)
-    assert (report.found, report.into) == (FOUND[source], FOUND[into])
-    converts = {FOUND[source], FOUND[into]} not in (
-        {"complete"},
+    noted = way == "surgeon" or KINDS[source] != "stock"
+    assert (report.found, report.into) == (KINDS[source] if noted else "unknown", KINDS[into])
+    assert ("no note of scales: taken as stock weights" in str(report)) == (not noted)
+    converts = {KINDS[source], KINDS[into]} not in (
+        {"stock"},
         {"gated"},
         {"divided"},
         {"gated", "divided"},
@@ -111,7 +117,7 @@ def test_a_stock_model_stays_one(tmp_path: Path) -> None:
         f"{n}.{k}" for n in ("0.f.2", "2.f.1", "2.g.1") for k in ("weight", "bias")
     }
     assert str(report).endswith(
-        "weights that were divided by evaluation scales into a model with complete weights, "
+        "weights that were divided by evaluation scales into a model with stock weights, "
         "converted in 6 parameters"
     )
 
@@ -127,8 +133,52 @@ def test_scales_that_nothing_noted_cannot_be_known(tmp_path: Path) -> None:
     """A state dict of the paper's rule that went through other hands has stock keys and no note."""
     trained, model = gated(chain(1), "gated"), chain(2)
     safetensors.torch.save_file(dict(trained.state_dict()), tmp_path / "m.safetensors")
-    assert surgeon.load(model, tmp_path / "m.safetensors").found == "complete"
+    report = surgeon.load(model, tmp_path / "m.safetensors")
+    assert report.found == "unknown"
+    assert "no note of scales: taken as stock weights, as they are" in str(report)
+    assert "scales=surgeon.status(trained).scales" in str(report)
     assert (model(X) - trained(X)).abs().max() > 1e-2
+
+
+def test_scales_that_nothing_noted_can_be_told(tmp_path: Path) -> None:
+    """Into a stock model by name, and into one with the gates of that training."""
+    trained, path = gated(chain(1), "gated"), tmp_path / "m.safetensors"
+    safetensors.torch.save_file(dict(trained.state_dict()), path)
+    for model in (chain(2), gated(chain(2), "divided")):
+        surgeon.load(model, path, scales=surgeon.status(trained).scales, example=X)
+        torch.testing.assert_close(model(X), trained(X), rtol=1e-12, atol=1e-14)
+    twin = gated(chain(2), "gated")
+    assert not surgeon.load(twin, path, scales="model").converted
+    torch.testing.assert_close(twin(X), trained(X), rtol=0, atol=0)
+    wrong: list[tuple[Any, str]] = [
+        ("all", "scales is 'all'; give 'model'"),
+        ({"0.add": 1.5}, r"0\.add has 1\.5; an evaluation scale lies in \(0, 1\]"),
+        ("model", "the model has no gates with evaluation scales"),
+    ]
+    for scales, message in wrong:
+        with pytest.raises(surgeon.SurgeonError, match=message):
+            surgeon.load(chain(2), path, scales=scales, example=X)
+    noted = by_surgeon(trained, tmp_path / "noted")
+    with pytest.raises(CheckpointError, match="notes its scales itself; leave scales out"):
+        surgeon.load(twin, noted, scales="model")
+
+
+@pytest.mark.parametrize("home", ["config", "pretrained_cfg"])
+def test_a_configuration_beside_the_weights_may_note_them(home: str, tmp_path: Path) -> None:
+    """As Hugging Face's and timm's savers write it, of a model whose configuration was told the scales."""
+    trained, model = gated(chain(1), "gated"), chain(2)
+    note = {"surgeon_scales": surgeon.status(trained).scales}
+    config = note if home == "config" else {"architecture": "chain", "pretrained_cfg": note}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        state = {key: value.clone() for key, value in trained.state_dict().items()}
+        if name.endswith(".bin"):
+            torch.save(state, tmp_path / name)
+        else:
+            safetensors.torch.save_file(state, tmp_path / name)
+        report = surgeon.load(model, tmp_path / name, example=X)
+        assert report.found == "gated"
+        torch.testing.assert_close(model(X), trained(X), rtol=1e-12, atol=1e-14)
 
 
 # What cannot be done changes nothing.
@@ -232,7 +282,7 @@ def test_a_model_without_memory(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"0\.f\.0\.weight is on the meta device; call model\.to_empty\("):
         surgeon.load(model, path)
     report = surgeon.load(model.to_empty(device="cpu"), path)
-    assert report.found == "complete"
+    assert report.found == "unknown"
     assert same(dict(model.state_dict()), dict(chain(1).state_dict()))
 
 
