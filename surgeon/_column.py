@@ -49,7 +49,8 @@ def column(model: nn.Module, k: int | None = None, *, example: Example = None) -
     count = max(len(join.paths) for _, _, means in found for join in means.values())
     if k is not None and (isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= count):
         raise UsageError(f"k is {k!r}; {type(model).__name__} has the columns 1 (the shortest) to {count}")
-    for block, flow, means in found:
+    # From the inside out, so that a block takes up what has become of those below it.
+    for block, flow, means in sorted(found, key=lambda one: -len(one[0].name)):
         taken = {
             join.node: join.paths[path_of((k or count) - 1, count, len(join.paths))]
             for join in means.values()

@@ -1,9 +1,13 @@
-"""Modules that only add what they are given: their sum is a line of the block that calls them.
+"""Modules that are lines of the block which calls them: the sum is made of what they only take, or only give.
 
 ``self.add(self.attn(x), x)`` is ``self.attn(x) + x``, whatever else `add` does to the two: a weight for each,
-a norm of the sum.
+a norm of the sum. And of ``paths = self.fractal(x)`` with ``sum(paths) / len(paths)`` behind it, what each
+path runs shows inside of `fractal` alone.
 """
 
+from collections import Counter
+
+import torch
 from torch import Tensor, nn
 
 from surgeon._finding.opgraph import operators
@@ -14,12 +18,49 @@ from surgeon._tracing.record import Call, Recording
 
 
 def adders(recording: Recording) -> dict[int, int]:
-    """The place of each call that adds two of its arguments, unrelated in it, with that of its caller.
+    """The place of each such call, with that of its caller; those further inside come first.
 
-    A module that has layers of its own, or hooks, which a trace through it would pass by, is none.
+    They add two of their arguments, unrelated in them, and have no layers; or they give several values that
+    one of their callers sums up. A module with hooks, which a trace through it would pass by, is none.
     """
     calls = (call for call in recording.calls if call.parent >= 0)
-    return {call.place: call.parent for call in calls if _adds(recording, call)}
+    found = {call.place: call.parent for call in calls if _adds(recording, call)} | _handing_out(recording)
+    return dict(sorted(found.items(), reverse=True))
+
+
+def _handing_out(recording: Recording) -> dict[int, int]:
+    """The calls that give several values whose sum a caller makes, and all between the two."""
+    calls, log = recording.calls, recording.log
+    makers: dict[int, list[int]] = {}
+    for call in calls:
+        given = (
+            {log.made_at(t) for t in tensors(call.output)} if not isinstance(call.output, Tensor) else set()
+        )
+        for step in given if len(given) > 1 else ():
+            makers.setdefault(step, []).append(call.place)
+    found: dict[int, int] = {}
+    for step in log.steps if makers else ():
+        if step.op < 0 or not (step.adds or log.ops[step.op].func.overloadpacket is torch.ops.aten.stack):
+            continue
+        counts = Counter(place for source in set(step.sources) for place in makers.get(source, ()))
+        for place in (place for place, count in counts.items() if count > 1):
+            between = _between(recording, place, step.owner)
+            if between and not any(_hooked(calls[one].module) for one in between):
+                found |= {one: calls[one].parent for one in between}
+    for call in calls:  # what it takes its values from, if that is a list of one, say
+        nest = isinstance(call.output, list | tuple) and bool(recording.children(call))
+        if call.parent in found and nest and not _hooked(call.module):
+            found[call.place] = call.parent
+    return found
+
+
+def _between(recording: Recording, place: int, owner: int) -> list[int]:
+    """A call and the calls around it, up to one of them; none if that is not around it."""
+    way = list[int]()
+    while place >= 0 and place != owner:
+        way.append(place)
+        place = recording.calls[place].parent
+    return way if place == owner else []
 
 
 def _adds(recording: Recording, call: Call) -> bool:

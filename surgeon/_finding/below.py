@@ -16,11 +16,15 @@ from surgeon._tracing.record import Call, Recording
 def below(recording: Recording, call: Call, adders: Container[int]) -> Below:
     """How a trace of ``call`` treats what it calls, while the model is in training mode.
 
-    Traced through are the modules in ``adders``, which the block calls to have its sums made, and those that
-    hold stochastic depth but no addition: steps of its own branch, for which the gate on it stands in.
+    Traced through are the modules in ``adders``, without which its sums do not show, and those that hold
+    stochastic depth but no addition: steps of its own branch, for which the gate on it stands in.
     """
     paths = {module: path for path, module in call.module.named_modules()}
-    adding = {paths[one.module] for one in recording.children(call) if one.place in adders}
+    adding, todo = set[str](), [call]
+    while todo:
+        children = [one for one in recording.children(todo.pop()) if one.place in adders]
+        adding.update(paths[one.module] for one in children)
+        todo += children
     opened = frozenset(adding | _holding_drops(recording, call, paths))
     return Below(opened, _stand_ins(recording, call, paths) if recording.log.real else {})
 

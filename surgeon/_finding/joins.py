@@ -131,8 +131,6 @@ class _Search:
         shared = set.intersection(*(flow.sources(leaf, itself=True) for leaf in leaves))
         if not any(flow.fact(n).active for n in shared):
             return False
-        if any(a is not b and carries(flow, a, b) for a in leaves for b in leaves):
-            return False
         parts = own_parts(flow, leaves)
         weights = [_weights(flow, part) for part in parts]
         if len(set().union(*weights)) < sum(map(len, weights)):  # one network on several views of its input

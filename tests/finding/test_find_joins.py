@@ -139,3 +139,72 @@ def test_three_paths_are_one_join():
     found = surgeon.find(nn.Sequential(None_(lambda m, x: (m.c(m.b(x)) + m.a(x) + m.plain(x).relu()) / 3)), X)
     assert [(r.name, r.kind, r.branch) for r in found] == [("0.add_1", "mean", "a plain b c")]
     assert [r.code for r in found.refused] == ["join"]
+
+
+class Recursive(nn.Module):
+    """The paper's rule of growth as a module that hands out all of its paths; its caller joins them."""
+
+    def __init__(self, columns: int, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(width, 4, 3, 1, 1), nn.BatchNorm2d(4), nn.ReLU())
+        self.inner = nn.ModuleList(
+            [Recursive(columns - 1, width), Recursive(columns - 1, 4)] if columns > 1 else []
+        )
+
+    def forward(self, x):
+        paths = [self.conv(x)]
+        if self.inner:
+            first, second = self.inner
+            paths += second(join(first(x)))
+        return paths
+
+
+def join(paths):
+    return torch.stack(paths).mean(0) if len(paths) > 1 else paths[0]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Recursive(3, 4), Recursive(3, 4)
+
+    def forward(self, x):
+        return join(self.two(join(self.one(x))))
+
+
+def test_paths_that_children_hand_out():
+    found = surgeon.find(Net(), X)
+    assert [(r.kind, r.paths) for r in found] == [("mean", 2), ("mean", 3)] * 2
+    assert {r.block for r in found} == {""} and {r.code for r in found.refused} <= {"join"}
+    model = Net()
+    column = surgeon.column(model, 2, example=X)
+    x = torch.randn(2, 4, 8, 8)
+    model.eval()
+    wanted = x
+    for block in (model.one, model.two):  # the second column has one layer of each half
+        wanted = block.inner[1].conv(block.inner[0].conv(wanted))
+    assert torch.equal(column(x), wanted)
+
+
+class Pairwise(nn.Module):
+    """Means of two, one inside another, each in a module of its own."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1), nn.BatchNorm2d(4), nn.ReLU())
+        self.one, self.two = (Pairwise(columns - 1) if columns > 1 else None for _ in range(2))
+
+    def forward(self, x):
+        return self.conv(x) if self.one is None else 0.5 * (self.conv(x) + self.two(self.one(x)))
+
+
+def test_joins_in_the_children_of_a_path():
+    model = Pairwise(3)
+    assert [(r.name, r.kind) for r in surgeon.find(model, X)] == [
+        *(("add", "mean"), ("one.add", "mean"), ("two.add", "mean"))
+    ]
+    deepest = surgeon.column(model, example=X)
+    x, way = torch.randn(2, 4, 8, 8), [model.one.one, model.one.two, model.two.one, model.two.two]
+    model.eval()
+    assert torch.equal(deepest(x), nn.Sequential(*(part.conv for part in way))(x))
+    assert len([m for m in deepest.modules() if isinstance(m, nn.Conv2d)]) == 4
