@@ -29,6 +29,8 @@ from surgeon._tracing.record import Recording, record
 from surgeon._tracing.trace import trace
 from surgeon.errors import PruneError, SurgeonError, TraceError, UsageError
 
+_RESIDUAL = ("identity", "projection", "left", "right")
+
 
 @dataclass(frozen=True, slots=True)
 class Deletion:
@@ -54,13 +56,15 @@ class Deleter:
 
     Args:
         analysis: Of the model, which is as it was then.
+
+    Attributes:
+        blocks: The block of each branch that may go, by the name of its residual add; joins have no branch.
     """
 
     def __init__(self, analysis: Analysis) -> None:
         self.analysis = analysis
-        # A join has no branch to delete; `surgeon.column` leaves paths out.
         self.blocks = {
-            r.name: block for block in analysis.blocks for r in block.residuals if r.kind != "mean"
+            r.name: block for block in analysis.blocks for r in block.residuals if r.kind in _RESIDUAL
         }
         self._flows: dict[tuple[str, bool, bool], Flow] = {}
         self._larger: Recording | None = None

@@ -156,7 +156,7 @@ def lesion(
                 f"counts has {count}; the network has {len(names)} branches, so give 1 to {len(names) - 1}"
             )
     trial, flops = Trial(plain, deleter, worth), max(analysis.recording.flops, 1)
-    residuals = analysis.findings.residuals
+    residuals = [r for r in analysis.findings.residuals if r.name in deleter.blocks]
     single = tuple(Loss(r.name, r.block_type, r.flops / flops, trial([r.name])) for r in residuals)
     generator = random.Random(seed)  # noqa: S311 - which branches, no secret
     curve = []

@@ -100,7 +100,7 @@ def analysed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         NoResidualsError: It has none.
     """
     analysis = analyse(model, args, kwargs)
-    if all(r.kind == "mean" for r in analysis.findings):
+    if not Deleter(analysis).blocks:
         raise NoResidualsError(f"{type(model).__name__} has no residual add, so no branch can be deleted")
     return analysis
 

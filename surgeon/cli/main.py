@@ -7,7 +7,7 @@ import click
 from surgeon._version import __version__
 from surgeon.cli._run import EXIT_CODES, SETTINGS, example_block
 
-_COMMANDS = ("inspect", "audit", "finetune", "recipes", "recommend", "fold", "export", "verify")
+_COMMANDS = ("inspect", "audit", "recommend", "finetune", "recipes", "fold", "lesion", "export", "verify")
 
 _EXAMPLES = """
 surgeon inspect timm:resnet50
