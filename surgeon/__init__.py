@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from surgeon._pruning.prune import prune
     from surgeon._ramp import Ramp
     from surgeon._removal import fold, remove
-    from surgeon._sample import sample
+    from surgeon._sample import calibration, sample
     from surgeon._source import load_model
     from surgeon._surgery import apply, find, set_drop_rate, status
 
@@ -31,6 +31,7 @@ __all__ = [
     "SurgeonError",
     "__version__",
     "apply",
+    "calibration",
     "column",
     "export",
     "find",
@@ -51,6 +52,7 @@ __all__ = [
 _HOMES = {
     "Ramp": "_ramp",
     "apply": "_surgery",
+    "calibration": "_sample",
     "column": "_column",
     "export": "_onnx.export",
     "find": "_surgery",
