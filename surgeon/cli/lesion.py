@@ -58,7 +58,7 @@ def command(
         from surgeon._pruning.picture import draw
 
         draw(found, Path(plot), subject.spec)
-    out.result({"model": subject.spec, **found.to_dict()}, str(found))
+    out.result({"model": subject.spec, **found.to_dict()}, found.parts(), of=subject.spec)
 
 
 def _numbers(text: str) -> list[int]:
