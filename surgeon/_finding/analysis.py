@@ -304,6 +304,8 @@ class _Scan:
                 block.residuals.append(_describe(block, chosen, name))
             else:
                 code = addition.code or ""
+                if code != "concat":  # so that include=["concat"] tells, where it comes to nothing
+                    self.choice.refuses(name, "concat", REASONS[code], block.name, kind)
                 self.refused.append(Refusal(name, block.name, kind, code, REASONS[code]))
 
     def _told_by_caller(self, block: Block, found: list[Addition]) -> list[Addition]:

@@ -16,6 +16,7 @@ from surgeon._finding.drops import drops
 from surgeon._finding.findings import FEATURES
 from surgeon._finding.flow import Flow
 from surgeon._finding.paths import ops_of, side, writes_to
+from surgeon._tracing.example import tensors
 from surgeon._tracing.operators import is_layer
 from surgeon._tracing.record import Recording
 
@@ -87,7 +88,30 @@ def _code(flow: Flow, new: fx.Node, old: fx.Node) -> str:
     if writes_to(new) is not None:
         return "aliased"
     readers = [node for node in flow.order if new in flow.read_by(node)]
-    return "concat" if all(old in reader.all_input_nodes for reader in readers) else "alone"
+    together = all(old in reader.all_input_nodes for reader in readers)
+    return "concat" if together and not _picked(flow, new) else "alone"
+
+
+def _picked(flow: Flow, new: fx.Node) -> bool:
+    """Whether something takes a part of what new features were concatenated to, by numbers of channels."""
+    holding, dims = {new}, {cat: _dim(flow, cat) for cat, _ in _cats(flow)}
+    holding |= {cat for cat in dims if flow.feeds(new, cat)}
+    for cat in holding & dims.keys():
+        whole = flow.fact(cat).value.shape
+        for reader in (node for node in flow.order[:-1] if cat in flow.read_by(node)):
+            fact = flow.fact(reader)
+            views = bool(fact.ops) and all(op.func.is_view for op in fact.ops)
+            if views and any(
+                t.ndim == len(whole) and t.shape[dims[cat]] < whole[dims[cat]] for t in tensors(fact.value)
+            ):
+                return True
+    return False
+
+
+def _dim(flow: Flow, cat: fx.Node) -> int:
+    given = [*cat.args[1:], *(cat.kwargs[name] for name in ("dim", "axis") if name in cat.kwargs)]
+    dim = given[0] if given else int(cat.target is torch.hstack)
+    return dim % flow.fact(cat).value.ndim if isinstance(dim, int) else 0
 
 
 def _region(flow: Flow, end: fx.Node) -> tuple[fx.Node, ...]:

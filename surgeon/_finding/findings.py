@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from surgeon._text import Drawn, Part, count
 
 REASONS = {
-    "alone": "its new features are also read without those that they stand beside, by their number, say",
+    "alone": "its new features are also read by their number, without those that they stand beside",
     "aliased": "writes in place to a tensor that is read again under another name",
     "arithmetic": "adds two results of arithmetic; no layer to skip",
     "bias": "adds a weight, mask or table that depends on no input",

@@ -217,6 +217,28 @@ def test_features_that_are_read_by_their_number_are_refused():
     assert type(model) is Heads
 
 
+PICKS = {
+    "slice": lambda y: y[:, 9:12],
+    "narrow": lambda y: y.narrow(1, 9, 3),
+    "split": lambda y: y.split([9, 3, 3], dim=1)[1],
+    "chunk": lambda y: torch.chunk(y, 5, 1)[3],
+}
+
+
+class Picks(Dense):
+    """Reads some of the concatenated channels by their numbers."""
+
+    def forward(self, x):
+        y = by_list(self, x)
+        return self.read(y), PICKS[self.how](y).mean()
+
+
+@pytest.mark.parametrize("how", PICKS)
+def test_channels_that_are_read_by_their_number_are_refused(how):
+    with pytest.raises(UsageError, match=r"'concat' asks for cat: but its new features are also read"):
+        surgeon.apply(Picks(how), include=["concat"], example=X)
+
+
 class Beside(nn.Module):
     """Parallel paths side by side: none was computed from another."""
 
