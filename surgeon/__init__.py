@@ -14,6 +14,7 @@ from surgeon.errors import SurgeonError
 if TYPE_CHECKING:
     from surgeon._checkpoint import save_checkpoint
     from surgeon._column import column
+    from surgeon._compile import compile  # noqa: A004 - as torch has it
     from surgeon._load import load
     from surgeon._onnx.export import export
     from surgeon._onnx.verify import verify
@@ -33,6 +34,7 @@ __all__ = [
     "apply",
     "calibration",
     "column",
+    "compile",
     "export",
     "find",
     "fold",
@@ -54,6 +56,7 @@ _HOMES = {
     "apply": "_surgery",
     "calibration": "_sample",
     "column": "_column",
+    "compile": "_compile",
     "export": "_onnx.export",
     "find": "_surgery",
     "fold": "_removal",

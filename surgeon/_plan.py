@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from surgeon._finding.analysis import Analysis, Block, analyse, most_paths
 from surgeon._gating.forwards import Gating
-from surgeon._gating.gate import BranchFacts, Columns, Decision, Gate, Paths, Scaling, Unit, Unused
+from surgeon._gating.gate import BranchFacts, Columns, Decision, Gate, Paths, Rounding, Scaling, Unit, Unused
 from surgeon._gating.gated import first_weight, is_gated
 from surgeon._gating.preparation import prepare
 from surgeon._gating.ranks import Ranks, Sync
@@ -33,6 +33,7 @@ class Settings:
     skip: bool | Literal["auto"] = "auto"
     unused: Unused = "auto"
     sync: Sync = "none"
+    rounding: Rounding = "random"
     paths: Paths = "both"
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
@@ -51,14 +52,28 @@ class Settings:
             UsageError: An argument is out of range or unknown.
         """
         known = {"unit": Unit, "scaling": Scaling, "unused": Unused, "sync": Sync, "paths": Paths}
+        known["rounding"] = Rounding
         for what, values in known.items():
             if getattr(self, what) not in get_args(values):
                 listed = ", ".join(map(repr, get_args(values)))
                 raise UsageError(f"{what} is {getattr(self, what)!r}; known are {listed}")
         if self.skip not in (True, False, "auto"):
             raise UsageError(f"skip is {self.skip!r}; give True, False or 'auto'")
+        self._check_draws()
         if isinstance(self.schedule, str):
             drop_rates(self.schedule, self.drop_rate, ["any"])
+
+    def _check_draws(self) -> None:
+        if self.rounding == "fixed" and (self.unit == "batch" or self.skip is False):
+            rows = "unit='batch', one coin for all rows"
+            given = rows if self.unit == "batch" else "skip=False, a coin per row"
+            raise UsageError(
+                f"rounding='fixed' is a number of rows to run, and this is {given}; leave it out"
+            )
+        if self.sync == "depth" and self.unit != "batch":
+            raise UsageError(
+                "sync='depth' is about whole branches, and this is unit='sample'; give unit='batch'"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +105,7 @@ def plan(  # noqa: PLR0913 - those of `apply`
     skip: bool | Literal["auto"] = "auto",
     unused: Unused = "auto",
     sync: Sync = "none",
+    rounding: Rounding = "random",
     paths: Paths = "both",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -111,7 +127,7 @@ def plan(  # noqa: PLR0913 - those of `apply`
         WrappedModelError: The model is wrapped.
         RecordError: The model does not run on the example.
     """
-    how = (drop_rate, unit, scaling, keep_eval, skip, unused, sync, paths)
+    how = (drop_rate, unit, scaling, keep_eval, skip, unused, sync, rounding, paths)
     return prepared(model, Settings(schedule, *how, include, exclude, overrides, example)).plan
 
 
@@ -198,7 +214,8 @@ def _decision(
         unused=settings.unused,
         keep_eval=settings.keep_eval and settings.scaling == "paper",
         columns=_columns(model, analysis, settings.paths),
-        ranks=Ranks(names) if settings.sync == "ranks" else None,
+        rounding=settings.rounding,
+        ranks=Ranks(names, sync=settings.sync) if settings.sync != "none" else None,
         ran=names,
         args=shapes[0],
         kwargs=shapes[1],

@@ -12,7 +12,7 @@ from surgeon._finding.analysis import analyse
 from surgeon._finding.findings import Findings
 from surgeon._folding.keep import check_state_is_free, divide
 from surgeon._gating.block import gate_block, ungate_block
-from surgeon._gating.gate import Decision, Paths, Scaling, Unit, Unused
+from surgeon._gating.gate import Decision, Paths, Rounding, Scaling, Unit, Unused, make_room
 from surgeon._gating.gated import Placed, grouped_gates, placed_gates
 from surgeon._gating.ranks import Sync
 from surgeon._gating.schedule import NAMES, Schedule, drop_rates
@@ -64,6 +64,7 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
     skip: bool | Literal["auto"] = "auto",
     unused: Unused = "auto",
     sync: Sync = "none",
+    rounding: Rounding = "random",
     paths: Paths = "both",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -94,15 +95,20 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
             evaluation is kept anyway.
         skip: Whether what is dropped is left uncomputed, forward and backward. True: wherever it can be;
             `status` notes where it cannot. ``"auto"``: with unit ``"batch"`` likewise; with unit ``"sample"``
-            only where the arithmetic saved outweighs the gathering of rows, and never in a compiled graph,
-            which stays one. False: everything is computed and masked; with unit ``"sample"`` these are the
-            draws and numbers of timm's own drop path.
+            only where that takes less time than a mask. False: everything is computed and masked; with unit
+            ``"sample"`` these are the draws and numbers of timm's own drop path.
         unused: What the parameters of a branch get in a step that did not run it on any row: ``"none"``
             (``grad`` stays None: the optimizer passes over them), ``"zero"`` (zeros, as in the code of Huang
             et al.: momentum and weight decay go on), or ``"auto"``: zeros where `torch.distributed` is
             initialised, as DDP needs a gradient of every parameter on every rank.
         sync: ``"none"``: every rank of a distributed training draws for itself. ``"ranks"``: all draw the
-            same, from a seed of rank 0; the ranks' drop rates are compared at the first draw.
+            same, from a seed of rank 0; the ranks' drop rates are compared at the first draw. ``"depth"``,
+            with unit ``"batch"``: each draws which branches run, and as many run on every rank, so that none
+            waits for another. How many is the mean of the schedule, rounded up or down.
+        rounding: With unit ``"sample"``, how many of ``B`` rows a branch runs on. ``"random"``: ``p B``,
+            rounded up or down at random so that each row survives with probability p. ``"fixed"``: always the
+            nearest number k, at least 1 (2 where the branch takes statistics over the batch), with survivors
+            multiplied by ``c B / k``; at small batches k may be all of them, and nothing drops.
         paths: What is dropped at joins, which take the mean of several paths (FractalNet). ``"local"``: each
             path by itself, but never all; ``"global"``: all but one column of the network, drawn in each
             step; ``"both"``: one or the other, half of the steps each, as in the paper. Evaluation is the
@@ -136,6 +142,7 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
             skip,
             unused,
             sync,
+            rounding,
             paths,
             include,
             exclude,
@@ -224,6 +231,8 @@ def set_drop_rate(
         if not placed.gate.settled:
             placed.gate.set_drop_rate(value)
             placed.gate.decided = decided
+    for group in groups:
+        make_room([placed.gate for placed in group if not placed.gate.settled])
     return model
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "to_functional",
     "top_saving_hooks",
     "traced_assert",
+    "transformed",
     "under_vmap",
     "without_compiler",
 ]
@@ -99,6 +100,10 @@ try:
     # Whether `torch.vmap` runs: its tensors have no values that Python could look at.
     _functorch: Any = torch._C._functorch
     _transforms, _vmap = _functorch.get_interpreter_stack, _functorch.TransformType.Vmap
+
+    # Whether forward mode runs: a level of its own, which no transform shows.
+    _forward_mode: Any = torch.autograd.forward_ad
+    _forward_mode._current_level  # noqa: B018 - asked for, so that it is missed here
 
     # Where every gradient checkpoint goes through, however `checkpoint` was imported.
     _checkpoint: Any = torch.utils.checkpoint
@@ -183,3 +188,8 @@ def top_saving_hooks() -> Any:
 def under_vmap() -> bool:
     """Whether `torch.vmap` runs the caller; a compiler sees no."""
     return not torch.compiler.is_compiling() and any(one.key() == _vmap for one in _transforms() or ())
+
+
+def transformed() -> bool:
+    """Whether a transform of `torch.func`, or forward mode, looks on; not to be asked in a compiled graph."""
+    return bool(_transforms()) or _forward_mode._current_level >= 0

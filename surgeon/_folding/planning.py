@@ -15,9 +15,9 @@ from surgeon._folding.fold import FoldPlan, Kept, held, plan, plan_flat
 from surgeon._folding.operators import laws
 from surgeon._folding.state import place
 from surgeon._folding.still import spelled_out
-from surgeon._gating.block import gating_of
+from surgeon._gating.block import gating_of, marking
 from surgeon._gating.forwards import Gating
-from surgeon._gating.gate import Gate, marking
+from surgeon._gating.gate import Gate
 from surgeon._gating.ways import Arguments, forms, zeros
 from surgeon._tracing.example import mode, no_inference_mode, untouched
 from surgeon._tracing.fake import held_open
@@ -61,7 +61,7 @@ def plan_gates(
         FoldError: The model cannot run on the arguments.
         RecordError: Likewise.
     """
-    with marking(gates):
+    with marking(model, gates):
         try:
             with _watched(model, strict=True) as seen:
                 found = plan(model, args, kwargs, scales)

@@ -1,13 +1,15 @@
 """Installs gated forwards on a block, and takes them off.
 
 The block keeps its identity: its ``__class__`` becomes a generated subclass of its class (as in
-`torch.nn.utils.parametrize`) with the same name, whose forward runs the generated code. Gates are no
-submodules: they have no weights, and ``children()`` of a block must stay what it was. `ungate_block` puts the
-class back.
+`torch.nn.utils.parametrize`) with the same name, whose forward runs the generated code. A block that
+evaluates as it did without gates has a twin of that class, without a forward of its own: nothing stands
+between the call and the block's code. ``training`` decides, whoever sets it. Gates are no submodules: they
+have no weights, and ``children()`` of a block must stay what it was. `ungate_block` puts the class back.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from surgeon._finding.findings import gate_name
 from surgeon._gating.forwards import Gating
-from surgeon._gating.gate import NOTE
+from surgeon._gating.gate import NOTE, Gate
 from surgeon._tracing.trace import Made, Unannounced, portable, revived
 from surgeon.errors import CheckpointError, WrappedModelError
 
@@ -25,6 +27,21 @@ class GatedBlock(Unannounced, nn.Module):
 
     _ungated: type[nn.Module]
     _surgeon: Gating
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # Taking off what parametrize put on brings back the class of that time, whatever the block does now.
+        if name in ("training", "__class__"):
+            settle_class(self)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        settle_class(self)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        moved = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        settle_device(self)
+        return moved
 
     def extra_repr(self) -> str:
         gating, own = gating_of(self), super().extra_repr()
@@ -124,7 +141,7 @@ def _revive(ungated: type[nn.Module] | Made, keeping: bool = False) -> nn.Module
     return block
 
 
-_classes: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
+_classes: dict[tuple[type[nn.Module], bool], tuple[type[nn.Module], type[nn.Module]]] = {}
 
 
 def gated_class(cls: type[nn.Module], *, keeping: bool = False) -> type[nn.Module]:
@@ -137,30 +154,74 @@ def gated_class(cls: type[nn.Module], *, keeping: bool = False) -> type[nn.Modul
     if issubclass(cls, GatedBlock):  # a slice or a sibling of a gated block has its class and no gates
         cls = cls._ungated
     if (cls, keeping) not in _classes:
-        _classes[cls, keeping] = _subclass(cls, KeepingBlock if keeping else GatedBlock)
-    return _classes[cls, keeping]
+        _classes[cls, keeping] = _twins(cls, KeepingBlock if keeping else GatedBlock)
+    return _classes[cls, keeping][0]
 
 
-def _subclass(cls: type[nn.Module], kind: type[GatedBlock]) -> type[nn.Module]:
+def _twins(cls: type[nn.Module], kind: type[GatedBlock]) -> tuple[type[nn.Module], type[nn.Module]]:
+    """The class with gates, and the one that evaluates as ``cls`` does."""
     original = cls.forward
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A slice of a gated Sequential is of the gated class and has no gates.
-        gating = getattr(self, "_surgeon", None)
+        gating = self.__dict__.get("_surgeon")
         if gating is None or (not self.training and gating.evaluates_plainly):
             return original(self, *args, **kwargs)
         return gating.run(self, args, kwargs)
 
+    def bears(heir: Any, /, **_: Any) -> None:
+        heir.forward = forward  # what FSDP or parametrize make of an evaluating block has to train as well
+
     body = {
-        "forward": forward,
         "_ungated": cls,
         "_ungated_forward": original,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
-    return type(cls.__name__, (kind, cls), body)
+    gated = type(cls.__name__, (kind, cls), body | {"forward": forward})
+    plain = type(cls.__name__, (kind, cls), body | {"__init_subclass__": classmethod(bears)})
+    for twin in (gated, plain):
+        twin._twins = gated, plain  # type: ignore[attr-defined]
+    return gated, plain
+
+
+def settle_class(block: nn.Module) -> None:
+    """Gives a gated block the class for what it does now; one that others made of it stays."""
+    twins = vars(type(block)).get("_twins")
+    if twins is None:
+        return
+    gating = block.__dict__.get("_surgeon")
+    wanted = twins[gating is not None and not block.training and gating.evaluates_plainly]
+    if type(block) is not wanted:
+        object.__setattr__(block, "__class__", wanted)
+
+
+def settle_device(block: nn.Module) -> None:
+    """Puts what a compiled graph reads of a block's gates where the block is."""
+    gating = block.__dict__.get("_surgeon")
+    device = next((p.device for p in block.parameters()), torch.device("cpu"))
+    if gating is not None:
+        for gate in gating.gates:
+            gate.move(device)
+
+
+@contextmanager
+def marking(model: nn.Module, gates: Sequence[Gate]) -> Iterator[None]:
+    """Inside the block each gate's evaluation puts a mark with its number in place of its factor."""
+    blocks = [module for module in model.modules() if gating_of(module) is not None]
+    try:
+        for number, gate in enumerate(gates):
+            gate.marked_as = number
+        for block in blocks:
+            settle_class(block)
+        yield
+    finally:
+        for gate in gates:
+            gate.marked_as = None
+        for block in blocks:
+            settle_class(block)
 
 
 def gate_block(block: nn.Module, gating: Gating) -> None:
@@ -171,6 +232,8 @@ def gate_block(block: nn.Module, gating: Gating) -> None:
     cls = gated_class(type(block), keeping=any(gate.keeps_eval for gate in gating.gates))
     block.__dict__["_surgeon"] = gating
     block.__class__ = cls
+    settle_class(block)
+    settle_device(block)
 
 
 def check_class(name: str, block: nn.Module) -> None:

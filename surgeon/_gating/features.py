@@ -15,6 +15,7 @@ from surgeon._gating.gate import Gate, mark
 from surgeon._gating.skip import (
     Lifted,
     _asks_ranks,
+    _factor,
     _gathered,
     _idle,
     _masks,
@@ -51,7 +52,7 @@ def batch_value(
         return masked_value(gate, lifted.run(block, *inputs))
     if gate.drop_rate > 0 and not gate.survives():
         return _zeros(lifted, gate, shortcut, block, inputs)
-    return _whole(lifted, gate, block, inputs)
+    return _whole(lifted, block, inputs, gate.correction())
 
 
 def rows_value(
@@ -63,19 +64,20 @@ def rows_value(
         return masked_value(gate, lifted.run(block, *inputs))
     count = shortcut.shape[0]
     kept = count if gate.drop_rate == 0 else gate.survivors(count)
+    factor = _factor(gate, count, kept, block)
     if kept == count:
-        return _whole(lifted, gate, block, inputs)
+        return _whole(lifted, block, inputs, factor)
     if kept == 0:
         return _zeros(lifted, gate, shortcut, block, inputs)
     rows = gate.rows(count, kept, shortcut.device)
     _, taken = _gathered(lifted, shortcut, "shortcut", rows, inputs)
     result = _run(lifted, block, inputs, taken, rows)
     zeros = result.new_zeros((count, *result.shape[1:]))
-    return zeros.index_add(0, rows, result, alpha=gate.correction())
+    return zeros.index_add(0, rows, result, alpha=factor)
 
 
-def _whole(lifted: Lifted, gate: Gate, block: nn.Module, inputs: Sequence[Any]) -> Tensor:
-    result, factor = lifted.run(block, *inputs), gate.correction()
+def _whole(lifted: Lifted, block: nn.Module, inputs: Sequence[Any], factor: float) -> Tensor:
+    result = lifted.run(block, *inputs)
     return result if factor == 1.0 else result * factor
 
 

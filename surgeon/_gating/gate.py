@@ -14,23 +14,31 @@ The drop rate may change while training runs; ``c`` never does, so evaluation do
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from surgeon._gating.cost import pays
+from surgeon._gating.cost import Cost, assumed, measured, pays
 from surgeon._gating.ranks import Ranks
+from surgeon._gating.regions import Compiler
+from surgeon._torch import transformed
 from surgeon._tracing.fake import held
 
 Unit = Literal["sample", "batch"]
 Scaling = Literal["inverted", "paper"]
 Paths = Literal["both", "local", "global"]
 Unused = Literal["auto", "zero", "none"]
+Rounding = Literal["random", "fixed"]
 Branch = Callable[..., Tensor]
+
+PARTS = 1 << 20
+CELLS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)
+"""Drop rates at which a compiled graph's room for rows changes, shared by all gates of a model."""
 
 NOTE = "surgeon_scales"
 """Where the metadata beside a ``state_dict`` notes the evaluation scales of a block's gates."""
@@ -59,13 +67,13 @@ class Decision:
         scaling: Where the correction goes.
         schedule: The schedule in words; its name, if it has one.
         overrides: Pattern and drop rate, as given.
-        by_cost: A branch is left uncomputed only where the arithmetic saved outweighs handling rows, and not
-            in a compiled graph.
+        by_cost: A branch is left uncomputed only where the arithmetic saved outweighs handling rows.
         unused: What the parameters of a branch that did not run at all get: zero gradients, none, or zero
             where `torch.distributed` is in use.
         keep_eval: The weights were divided by the evaluation scales, so that evaluation stayed.
         columns: What the joins of the network share.
-        ranks: What ``sync="ranks"`` shares among the gates; None where each rank draws for itself.
+        rounding: How the number of rows that survive follows from ``p B``.
+        ranks: What ``sync="ranks"`` or ``"depth"`` shares among the gates; None where each rank draws alone.
         ran: Names of the gated residual adds in the order in which they ran on the example.
         args, kwargs: The example, its tensors on the meta device: shapes and types, no numbers.
         dtype: Type of the model's weights then; None if it had none.
@@ -79,6 +87,7 @@ class Decision:
     unused: Unused = "auto"
     keep_eval: bool = False
     columns: "Columns | None" = field(default=None, repr=False)
+    rounding: Rounding = "random"
     ranks: Ranks | None = field(default=None, repr=False)
     ran: tuple[str, ...] = field(default=(), repr=False)
     args: tuple[Any, ...] = field(default=(), repr=False)
@@ -175,6 +184,10 @@ class Gate:
         scale: The evaluation scale ``c``.
         settled: A fold has been: it takes no part in training any more.
         leftover: Why it still multiplies after a fold; None if it does not, or if none has been.
+        keep: ``p`` as a tensor where the block is. Compiled graphs read it: a new rate compiles nothing.
+        room: For how many of `PARTS` rows a compiled graph has room: ``p``, or more while the rate changes.
+        gathers: Whether a compiled graph gathers rows if ``by_cost``; a graph asks this, not `room`.
+        compiler: What `surgeon.compile` compiles its branch with; None: nothing.
         marked_as: While a fold looks on, the number that stands in the graph in place of the scale.
     """
 
@@ -186,12 +199,15 @@ class Gate:
     leftover: Leftover | None = None
     marked_as: int | None = field(default=None, init=False, repr=False)
     types: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    choices: dict[tuple[str, float], bool] = field(default_factory=dict, init=False, repr=False)
+    compiler: Compiler | None = field(default=None, init=False, repr=False)
     keep: Tensor = field(init=False, repr=False)
+    room: int = field(init=False, repr=False)
+    gathers: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # Compiled graphs read p from this tensor, as a changed Python float would recompile them.
-        with torch.inference_mode(False):
-            self.keep = torch.tensor(1 - self.drop_rate, dtype=torch.float32, device="cpu")
+        self.room = round(PARTS * (1 - self.drop_rate))
+        self.move(torch.device("cpu"))
 
     @property
     def columns(self) -> "Columns | None":
@@ -210,10 +226,19 @@ class Gate:
 
     def skipping(self, device: str = "cpu", rows: float = math.inf) -> bool:
         """Whether it skips at its present drop rate, on that type of device and for that many rows."""
+        if not (self.branch.skips and self.decided.by_cost):
+            return self.branch.skips
+        chosen = self.choices.get((device, rows))
+        if chosen is None:
+            # Ranks that draw alike decide alike; and for no batch in particular nothing is measured.
+            alike = self.decided.ranks is not None or rows == math.inf
+            cost = assumed(device) if alike else measured(device)
+            chosen = self.choices[device, rows] = self._pays(cost, self.drop_rate, rows)
+        return chosen
+
+    def _pays(self, cost: Cost, rate: float, rows: float) -> bool:
         branch = self.branch
-        return branch.skips and (
-            not self.decided.by_cost or pays(self.drop_rate, rows, branch.flops, branch.moved, device)
-        )
+        return pays(cost, rate, rows, branch.flops, branch.moved, statistics=branch.statistics)
 
     @property
     def folded(self) -> bool:
@@ -231,6 +256,20 @@ class Gate:
         """Changes the drop rate from the next forward on; the evaluation scale stays."""
         self.drop_rate = rate
         self.keep.fill_(1 - rate)
+        self.make_room(round(PARTS * (1 - rate)))
+
+    def make_room(self, room: int) -> None:
+        """Gives a compiled graph room for so many of `PARTS` rows."""
+        self.room = room
+        self.choices.clear()
+        self.gathers = self._pays(assumed(self.keep.device.type), 1 - room / PARTS, math.inf)
+
+    def move(self, device: torch.device) -> None:
+        """Puts `keep` on the block's device: a graph that copied it there could not become a CUDA graph."""
+        if device.type != "meta":
+            with torch.inference_mode(False):
+                self.keep = torch.tensor(1 - self.drop_rate, dtype=torch.float32, device=device)
+        self.make_room(self.room)
 
     def settle(self, leftover: Leftover | None = None) -> None:
         """Ends the gate's part in training. Its scale goes to 1, or stays, with the reason."""
@@ -241,19 +280,20 @@ class Gate:
 
     def correction(self) -> float:
         """What a surviving branch is multiplied by in training, ``c / p``; 1 under the paper's rule."""
-        return 1.0 if self.scale == self.survival else self.scale / self.survival
+        survival = 1 - self.drop_rate
+        return 1.0 if self.scale == survival else self.scale / survival
 
     def mask(self, branch: Tensor) -> Tensor:
         """One factor per row (or one for the batch): 0 where the coin falls on dropped, else ``c / p``.
 
         Draws as timm's ``DropPath`` does, from PyTorch's generator of the branch's device.
         """
-        dim = self.branch.dim
-        rows = branch.shape[dim] if self.decided.unit == "sample" else 1
-        shape = tuple([rows if d == dim else 1 for d in range(branch.ndim)])
+        rows, shape = 1, [1] * branch.ndim
+        if self.decided.unit == "sample":
+            rows = shape[self.branch.dim] = branch.shape[self.branch.dim]
         if self.decided.ranks is not None and not held.open:
             mask = (self.decided.ranks.numbers(self, rows) < self.survival).view(shape).to(branch)
-        elif torch.compiler.is_compiling():
+        elif is_compiling():
             keep = self.keep.to(branch.device)
             kept = torch.rand(shape, device=branch.device) < keep
             return (kept * (self.scale / keep)).to(branch.dtype)
@@ -267,20 +307,41 @@ class Gate:
         """Tosses the coin for the whole mini-batch, on the CPU generator: no device is waited for."""
         if held.open:
             return True
-        return self._tosses(1)[0] < self.survival
+        ranks = self.decided.ranks
+        if ranks is not None and ranks.sync == "depth":
+            return ranks.runs(self)
+        return self._tosses(1)[0] < 1 - self.drop_rate
 
     def survivors(self, count: int) -> int:
         """How many of ``count`` rows survive: ``p * count``, rounded up or down so that this is the mean.
 
         One row of many is no sample to take statistics of: there it is two rows or none, each half the time.
+        Fixed rounding goes to the nearest number, which is at least one, or two where statistics are taken.
         """
         if held.open:
             return count
+        if self.decided.rounding == "fixed":
+            nearest = (2 * self.room * count + PARTS) // (2 * PARTS)
+            return min(count, max(1 + self.branch.statistics, nearest))
         toss = self._tosses(2)
-        kept = min(count, int(self.survival * count + toss[0]))
+        kept = min(count, int((1 - self.drop_rate) * count + toss[0]))
         if self.branch.statistics and kept == 1 < count:
             kept = 2 if toss[1] < 0.5 else 0
         return kept
+
+    def most(self, count: int) -> int:
+        """How many of ``count`` rows a compiled graph runs; those beyond the survivors count for nothing."""
+        rows = (self.room * count - count + PARTS - 1) // PARTS  # p B rounded up, but for the error of `room`
+        return min(count, max(1 + self.branch.statistics, rows))
+
+    def weights(self, count: int, most: int, device: torch.device) -> Tensor:
+        """What ``most`` rows in random order count in a compiled graph: ``c / p``, or 0 beyond the survivors.
+
+        The number of survivors is drawn as by `survivors`, so that each row survives with probability ``p``.
+        """
+        keep = self.keep.to(device)
+        survivors = (keep * count + torch.rand((), device=device)).floor()
+        return (torch.arange(most, device=device) < survivors) * (self.scale / keep)
 
     def rows(self, count: int, kept: int, device: torch.device) -> Tensor:
         """Which ``kept`` of ``count`` rows survive, in ascending order; every such set is equally likely."""
@@ -297,7 +358,48 @@ class Gate:
         return self.decided.ranks.numbers(self, count)
 
     def _tosses(self, count: int) -> list[float]:
-        return [float(number) for number in self.numbers(count).tolist()]
+        # Compilers and transforms take no memory from outside that is written to.
+        if self.decided.ranks is not None or is_compiling() or transformed():
+            return self.numbers(count).tolist()
+        return _drawn(count)
+
+
+class _Purse(threading.local):
+    """Memory that coins are tossed into, one piece per number of coins; a thread has its own."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, Tensor] = {}
+
+
+_purse = _Purse()
+
+
+def _drawn(count: int) -> list[float]:
+    """So many numbers in [0, 1), those of ``torch.rand(count, dtype=torch.float64)`` on the CPU.
+
+    A fresh tensor for each coin would take a multiple of the time of the coin.
+    """
+    numbers = _purse.held.get(count)
+    if numbers is None:
+        with torch.inference_mode(False):
+            numbers = _purse.held[count] = torch.empty(count, dtype=torch.float64, device="cpu")
+    return numbers.uniform_().tolist()
+
+
+def make_room(gates: Sequence[Gate]) -> None:
+    """To be called when rates have changed: compiled graphs get room for what survives from now on.
+
+    The number of rows is part of a graph, so each change of it compiles the graph anew. While the largest
+    rate moves within one of `CELLS` and the others in proportion, there is none. Fixed rounding has no spare
+    rows, so there each change of the rate may be one.
+    """
+    highest = max((gate.drop_rate for gate in gates), default=0.0)
+    cell = max(one for one in CELLS if one <= highest)
+    for gate in gates:
+        if gate.decided.ranks is not None:
+            gate.decided.ranks.fates.clear()
+        if gate.decided.rounding == "random" and highest:
+            gate.make_room(round(PARTS * (1 - gate.drop_rate * cell / highest)))
 
 
 def open_gate() -> Gate:
@@ -308,7 +410,7 @@ def open_gate() -> Gate:
 def masked_add(gate: Gate, shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:
     """Training, the branch computed: ``shortcut + mask * branch``."""
     # A compiled graph must not depend on the rate's value: it would be compiled anew with each change.
-    if torch.compiler.is_compiling() or gate.drop_rate > 0:
+    if is_compiling() or gate.drop_rate > 0:
         branch = branch * gate.mask(branch)
     elif gate.scale != 1.0:
         branch = branch * gate.scale
@@ -326,18 +428,6 @@ def evaluating_add(gate: Gate, shortcut: Tensor, branch: Tensor, onto: str) -> T
 
 def combine(shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:
     """Adds the two sides as the original did: into one, ``"shortcut"`` or ``"branch"``, or apart (``""``)."""
-    if onto == "shortcut":
-        return shortcut.add_(branch)
-    return branch.add_(shortcut) if onto == "branch" else shortcut + branch
-
-
-@contextmanager
-def marking(gates: Sequence[Gate]) -> Iterator[None]:
-    """Inside the block each gate's evaluation puts a mark with its number in place of its factor."""
-    try:
-        for number, gate in enumerate(gates):
-            gate.marked_as = number
-        yield
-    finally:
-        for gate in gates:
-            gate.marked_as = None
+    if not onto:
+        return shortcut + branch
+    return shortcut.add_(branch) if onto == "shortcut" else branch.add_(shortcut)

@@ -4,6 +4,11 @@ The ranks agree once, at the first draw: on a seed, rank 0's, and that they have
 rates. After that nothing is sent. The n-th draw of a gate comes from a generator of its own, seeded by (seed,
 gate, n), so what else a rank draws, and how much, does not matter.
 
+``sync="depth"`` shares less: how many branches run, so that no rank waits for another. Let the ``p_l`` of the
+gates, in an order that each rank draws for itself, lie one behind another on a line, and marks at ``u``,
+``u + 1``, ... for one ``u`` in [0, 1) of all ranks: a branch runs where a mark falls on its ``p_l``
+(systematic sampling; Madow 1949). Each runs with probability ``p_l``, and every rank has as many marks.
+
 `torch.utils.checkpoint` repeats a forward with the rank's own generator set back. Each draw therefore takes
 one number from that generator, as a token: the same token at the same gate means the same draw again.
 """
@@ -20,14 +25,22 @@ from torch import Tensor
 from surgeon._torch import without_compiler
 from surgeon.errors import UsageError
 
-Sync = Literal["none", "ranks"]
+Sync = Literal["none", "ranks", "depth"]
 
+_PARTS = 1 << 40
 _REMEMBERED = 1024  # draws per gate whose backward may still be to come
 
 
 def several() -> bool:
     """Whether this process trains with others."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return _initialized() and dist.get_world_size() > 1
+
+
+def _never() -> bool:
+    return False
+
+
+_initialized = dist.is_initialized if dist.is_available() else _never
 
 
 class Member(Protocol):
@@ -38,7 +51,7 @@ class Member(Protocol):
 
 @dataclass(eq=False)
 class Ranks:
-    """What the gates of one model share under ``sync="ranks"``.
+    """What the gates of one model share under ``sync="ranks"`` and ``sync="depth"``.
 
     Attributes:
         names: Names of their residual adds at `surgeon.apply`, for the message.
@@ -48,6 +61,8 @@ class Ranks:
         tokens: For each gate (by its place in the list) the number of the draw that belongs to a
             token, oldest first.
         counts: How many draws each gate has made.
+        sync: Which of the two.
+        fates: Under ``"depth"``, which gates run, by place, of the latest draws.
     """
 
     names: tuple[str, ...] = ()
@@ -56,6 +71,8 @@ class Ranks:
     size: int = 0
     tokens: dict[int, dict[float, int]] = field(default_factory=dict)
     counts: dict[int, int] = field(default_factory=dict)
+    sync: Sync = "ranks"
+    fates: dict[int, frozenset[int]] = field(default_factory=dict, repr=False)
 
     @without_compiler
     def numbers(self, member: Member, count: int) -> Tensor:
@@ -64,18 +81,45 @@ class Ranks:
         Raises:
             UsageError: At the first draw, on every rank: the ranks have other gates or other drop rates.
         """
+        gate = self.gates.index(member)  # gates are equal to themselves only
+        return self._random(f"{gate} {self._next(gate)}", count)
+
+    @without_compiler
+    def runs(self, member: Member) -> bool:
+        """Whether the branch of that gate runs in its next draw, under ``"depth"``; raises as `numbers`."""
+        gate = self.gates.index(member)
+        draw = self._next(gate)
+        if draw not in self.fates:
+            self.fates[draw] = self._marked(draw)
+            if len(self.fates) > _REMEMBERED:
+                del self.fates[next(iter(self.fates))]
+        return gate in self.fates[draw]
+
+    def _marked(self, draw: int) -> frozenset[int]:
+        """The gates, by place, on whose ``p_l`` a mark falls."""
+        rank = dist.get_rank() if several() else 0
+        order = self._random(f"order {rank} {draw}", len(self.gates)).argsort().tolist()
+        rates = torch.tensor([1 - self.gates[place].drop_rate for place in order], dtype=torch.float64)
+        # In whole parts: sums of floats depend on their order, and so would the number of marks.
+        ends = (rates * _PARTS).round().long().cumsum(0) + int(self._random(f"marks {draw}", 1) * _PARTS)
+        marks = (ends // _PARTS).tolist()
+        return frozenset(place for place, a, b in zip(order, [0, *marks], marks, strict=False) if b > a)
+
+    def _next(self, gate: int) -> int:
+        """The number of the gate's next draw, or of an earlier one that a checkpoint repeats."""
         size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if self.seed is None or self.size != size:
             self._agree(size)
-        gate = self.gates.index(member)  # gates are equal to themselves only
         token = float(torch.rand((), dtype=torch.float64, device="cpu"))
         known = self.tokens.setdefault(gate, {})
         if token not in known:
             known[token] = self.counts[gate] = self.counts.get(gate, -1) + 1
             if len(known) > _REMEMBERED:
                 del known[next(iter(known))]
-        text = f"{self.seed} {gate} {known[token]}".encode()
-        seed = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
+        return known[token]
+
+    def _random(self, what: str, count: int) -> Tensor:
+        seed = int.from_bytes(hashlib.blake2b(f"{self.seed} {what}".encode(), digest_size=7).digest(), "big")
         generator = torch.Generator("cpu").manual_seed(seed)
         return torch.rand(count, dtype=torch.float64, device="cpu", generator=generator)
 
@@ -88,12 +132,12 @@ class Ranks:
         if size > 1:
             every = [None] * size
             dist.all_gather_object(every, mine)
-        _check([rates for _, rates in every])
+        _check([rates for _, rates in every], self.sync)
         self.seed, self.size = every[0][0], size
-        self.tokens, self.counts = {}, {}
+        self.tokens, self.counts, self.fates = {}, {}, {}
 
 
-def _check(every: Sequence[Sequence[tuple[str, float]]]) -> None:
+def _check(every: Sequence[Sequence[tuple[str, float]]], sync: str) -> None:
     """Refuses ranks that do not have the same gates and rates, and names them."""
     others = [rank for rank, rates in enumerate(every) if rates != every[0]]
     if not others:
@@ -107,6 +151,6 @@ def _check(every: Sequence[Sequence[tuple[str, float]]]) -> None:
         what = f"{gate}: drop rate {rate:.6g} against {drops:.6g}"
     ranks = ", ".join(map(str, others))
     raise UsageError(
-        f"sync='ranks': rank 0 and rank{'s' * (len(others) > 1)} {ranks} have different schedules ({what}); "
+        f"sync={sync!r}: rank 0 and rank{'s' * (len(others) > 1)} {ranks} have different schedules ({what}); "
         "call surgeon.apply with the same arguments on every rank"
     )

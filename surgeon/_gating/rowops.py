@@ -5,18 +5,22 @@ With ``S`` the operator that takes the rows, `Part` hands out ``(x, S x)`` and `
 gradients that meet at the shortcut are joined in one pass: that of `Part` is ``dx + S^T dy``, a `Join`.
 
 PyTorch's row operators are slow by a multiple on tensors whose channels lie last in memory, and lose that
-layout. Here they always work on the view in which memory is in order.
+layout. Here they always work on the view in which memory is in order. In small tensors, where a pass over
+memory is nothing, its own operators are quicker than any function in Python.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+
+from surgeon._torch import transformed
 
 
 def take(value: Tensor, rows: Tensor) -> Tensor:
-    """``value[rows]``, laid out in memory as ``value`` is."""
-    order = _in_memory(value)
+    """``value[rows]``, laid out in memory as ``value`` is; a compiler sees to that itself."""
+    order = None if is_compiling() else _in_memory(value)
     if order is None:
         return value.index_select(0, rows)
     back = sorted(range(value.ndim), key=order.__getitem__)
@@ -46,12 +50,9 @@ class Part(torch.autograd.Function):
     """A tensor, and some of its rows: ``(value, rows) -> (value, value[rows])``."""
 
     @staticmethod
-    def forward(value: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, value: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows)
         return value.view_as(value), take(value, rows)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Any) -> None:  # noqa: ARG004
-        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, whole: Tensor, part: Tensor) -> tuple[Tensor, None]:
@@ -63,13 +64,10 @@ class Join(torch.autograd.Function):
     """``(whole, part, rows, factor) -> whole + factor * part``, the sum being over ``rows`` only."""
 
     @staticmethod
-    def forward(whole: Tensor, part: Tensor, rows: Tensor, factor: float) -> Tensor:
+    def forward(ctx: Any, whole: Tensor, part: Tensor, rows: Tensor, factor: float) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.factor = factor
         return put(whole, part, rows, factor)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
-        ctx.save_for_backward(inputs[2])
-        ctx.factor = inputs[3]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -80,40 +78,30 @@ class Join(torch.autograd.Function):
         return grad, part, None, None
 
 
-# --- forward mode, which a compiler does not want to see ------------------------------------------
+SMALL = 1 << 14
+"""With fewer numbers an operator takes as long whatever it does, and a Python function several times that."""
 
 
-class _Part(Part):
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Any) -> None:
-        Part.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(inputs[1])
+def by_operators(value: Tensor) -> bool:
+    """Whether PyTorch's own operators take the rows of ``value``, and put them back, in less time.
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _rows: None) -> tuple[Tensor, Tensor]:
-        (rows,) = ctx.saved_tensors
-        return tangent.view_as(tangent), take(tangent, rows)
-
-
-class _Join(Join):
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        Join.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(inputs[2])
-
-    @staticmethod
-    def jvp(ctx: Any, whole: Tensor, part: Tensor, *_: None) -> Tensor:
-        (rows,) = ctx.saved_tensors
-        return put(whole, part, rows, ctx.factor)
+    Their backwards make passes over memory that those above save, which counts in large tensors only. A
+    compiler and the transforms of `torch.func` see through them, and through nothing else.
+    """
+    return is_compiling() or transformed() or (value.numel() < SMALL and value.is_contiguous())
 
 
 def parted(value: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """A tensor, and some of its rows, by `Part`."""
-    pair: tuple[Tensor, Tensor] = (Part if torch.compiler.is_compiling() else _Part).apply(value, rows)
+    """A tensor, and some of its rows."""
+    if by_operators(value):
+        return value, take(value, rows)
+    pair: tuple[Tensor, Tensor] = Part.apply(value, rows)
     return pair
 
 
 def joined(whole: Tensor, part: Tensor, rows: Tensor, factor: float) -> Tensor:
-    """``whole`` with ``factor * part`` added to its ``rows``, by `Join`."""
-    made: Tensor = (Join if torch.compiler.is_compiling() else _Join).apply(whole, part, rows, factor)
+    """``whole`` with ``factor * part`` added to its ``rows``."""
+    if by_operators(whole):
+        return whole.index_add(0, rows, part, alpha=factor)
+    made: Tensor = Join.apply(whole, part, rows, factor)
     return made

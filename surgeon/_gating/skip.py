@@ -8,6 +8,7 @@ rounded up or down at random so that its mean is ``p B``; hence each row survive
 Rows are gathered and added back by their number, in ascending order, by the functions of `_gating.rowops`.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,14 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from surgeon._gating.gate import Branch, Gate, combine, masked_add
 from surgeon._gating.ranks import several
-from surgeon._gating.rowops import joined, parted, take
+from surgeon._gating.rowops import SMALL, joined, parted, take
 from surgeon._gating.saved import saved_once
-from surgeon._torch import FakeTensorMode, saves_may_change, under_vmap
+from surgeon._torch import FakeTensorMode, saves_may_change, transformed, under_vmap
 from surgeon._tracing.example import generators_kept, no_autocast_cache, tensors, untouched
-from surgeon._tracing.fake import held_open, to_fake
+from surgeon._tracing.fake import held, held_open, to_fake
 from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.reads import attribute
 
@@ -67,60 +69,121 @@ def batch_add(
         block: The block.
         *inputs: What the branch reads.
     """
-    if under_vmap() or _asks_ranks(lifted, gate, block):
-        return masked_add(gate, shortcut, lifted.run(block, *inputs), onto)
-    if gate.drop_rate > 0 and not gate.survives():
-        return _dropped(lifted, gate, shortcut, onto, fresh, block, inputs)
-    return _whole(lifted, gate, shortcut, onto, block, inputs)
+    if gate.drop_rate > 0:
+        if under_vmap() or _asks_ranks(lifted, gate, block):
+            return masked_add(gate, shortcut, lifted.run(block, *inputs), onto)
+        if not gate.survives():
+            return _dropped(lifted, gate, shortcut, onto, fresh, block, inputs)
+    if gate.compiler is not None and not (onto or lifted.gates or is_compiling() or transformed()):
+        owns = [attribute(block, name) for name in lifted.owns]
+        return gate.compiler.add(lifted.run, owns, block, shortcut, gate.scale / gate.keep, inputs)
+    return _whole(lifted, shortcut, onto, block, inputs, gate.correction())
 
 
 def rows_add(
     lifted: Lifted, gate: Gate, shortcut: Tensor, onto: str, fresh: bool, block: nn.Module, *inputs: Any
 ) -> Tensor:
     """Training, unit ``"sample"``: runs the branch on the rows that survive; the arguments are as above."""
+    if is_compiling() and gate.decided.ranks is None:
+        return _compiled_add(lifted, gate, shortcut, onto, block, inputs)
+    if gate.drop_rate == 0:
+        return _whole(lifted, shortcut, onto, block, inputs, gate.correction())
     if _masks(lifted, gate, shortcut, inputs) or _asks_ranks(lifted, gate, block):
         return masked_add(gate, shortcut, lifted.run(block, *inputs), onto)
     count = shortcut.shape[0]
-    kept = count if gate.drop_rate == 0 else gate.survivors(count)
+    kept = gate.survivors(count)
+    factor = _factor(gate, count, kept, block)
     if kept == count:
-        return _whole(lifted, gate, shortcut, onto, block, inputs)
+        return _whole(lifted, shortcut, onto, block, inputs, factor)
     if kept == 0:
         return _dropped(lifted, gate, shortcut, onto, fresh, block, inputs)
     rows = gate.rows(count, kept, shortcut.device)
     into, taken = _gathered(lifted, shortcut, onto, rows, inputs)
     result = _run(lifted, block, inputs, taken, rows)
-    return _put_back(into, result, rows, gate.correction(), onto)
+    return _put_back(into, result, rows, factor, onto)
 
 
 def _masks(lifted: Lifted, gate: Gate, shortcut: Tensor, inputs: Sequence[Any]) -> bool:
     """Whether this call computes every row: gathering would not pay, or an input is not one entry per row."""
-    if gate.decided.by_cost and torch.compiler.is_compiling():
-        return True  # one graph; a number of rows that changes would break it
     if gate.drop_rate == 0:
         return False
-    if under_vmap():
+    count = shortcut.shape[0]
+    gathers = not gate.decided.by_cost or held.open or gate.skipping(shortcut.device.type, count)
+    return not gathers or under_vmap() or _odd(lifted, count, inputs)
+
+
+def _odd(lifted: Lifted, count: int, inputs: Sequence[Any]) -> bool:
+    """Whether an input has neither one entry per row nor one for all."""
+    if any(inputs[i].shape[0] not in (1, count) for i in lifted.rows):
         return True
-    known = (1, shortcut.shape[0])
-    if not gate.skipping(shortcut.device.type, shortcut.shape[0]):
-        return True
-    if any(inputs[i].shape[0] not in known for i in lifted.rows):
-        return True
-    return any(tensors(inputs[i])[place].shape[0] != 1 for i, place in lifted.single)
+    return bool(lifted.single) and any(tensors(inputs[i])[place].shape[0] != 1 for i, place in lifted.single)
+
+
+def _factor(gate: Gate, count: int, kept: int, block: nn.Module) -> float:
+    """What survivors are multiplied by: ``c / p``, or ``c B / k`` where their number is always the same."""
+    if gate.decided.rounding == "random":
+        return gate.correction()
+    if count == 1 and gate.drop_rate > 0 and not is_compiling():
+        warnings.warn(
+            f"a gate of a {type(block).__name__} never drops: rounding='fixed' keeps the one row of a batch "
+            "of one. Train on more rows, or apply with rounding='random'",
+            stacklevel=2,
+        )
+    return gate.scale * count / max(kept, 1)
+
+
+def _compiled_add(
+    lifted: Lifted, gate: Gate, shortcut: Tensor, onto: str, block: nn.Module, inputs: Sequence[Any]
+) -> Tensor:
+    """The rows that survive within one graph, which holds their number: no coin is looked at in Python.
+
+    The graph runs ``p B`` rows, rounded up; how many of them count is drawn inside. The rate is read from a
+    tensor, so that a change of it compiles nothing as long as there is room.
+    """
+    count, decided = shortcut.shape[0], gate.decided
+    if (
+        (decided.by_cost and not gate.gathers)
+        or _odd(lifted, count, inputs)
+        or _asks_ranks(lifted, gate, block)
+    ):
+        return masked_add(gate, shortcut, lifted.run(block, *inputs), onto)
+    device, fixed = shortcut.device, decided.rounding == "fixed"
+    kept = gate.survivors(count) if fixed else gate.most(count)
+    order = torch.randperm(count, device=device)
+    if kept == count:
+        result = lifted.run(block, *inputs)
+        weights = None if fixed else gate.weights(count, count, device)[order]
+        return combine(shortcut, _weighed(result, gate.scale if weights is None else weights), onto)
+    rows = order[:kept]
+    into, taken = _gathered(lifted, shortcut, onto, rows, inputs)
+    result = lifted.run(block, *taken)
+    weights = None if fixed else gate.weights(count, kept, device)
+    result = _weighed(result, _factor(gate, count, kept, block) if weights is None else weights)
+    return _put_back(into, result, rows, 1.0, onto)
+
+
+def _weighed(result: Tensor, factor: Tensor | float) -> Tensor:
+    if isinstance(factor, Tensor):
+        factor = factor.to(result.dtype).view(-1, *[1] * (result.ndim - 1))
+    return result * factor
 
 
 def _asks_ranks(lifted: Lifted, gate: Gate, block: nn.Module) -> bool:
     """Whether the branch takes statistics over ranks that draw otherwise: all of them have to run it."""
-    if gate.decided.ranks is not None or not several():
+    if not several() or gate.decided.ranks is not None:
         return False
     return any(isinstance(module, nn.SyncBatchNorm) for module in _modules(lifted, block))
 
 
 def _whole(
-    lifted: Lifted, gate: Gate, shortcut: Tensor, onto: str, block: nn.Module, inputs: Sequence[Any]
+    lifted: Lifted, shortcut: Tensor, onto: str, block: nn.Module, inputs: Sequence[Any], factor: float
 ) -> Tensor:
     result = lifted.run(block, *inputs)
-    factor = gate.correction()
-    return combine(shortcut, result if factor == 1.0 else result * factor, onto)
+    if factor == 1.0:
+        return combine(shortcut, result, onto)
+    if not onto and result.is_floating_point():  # in one pass; only a mask promises timm's bits
+        return torch.add(shortcut, result, alpha=factor)
+    return combine(shortcut, result * factor, onto)
 
 
 # --- rows ---------------------------------------------------------------------
@@ -145,18 +208,27 @@ def _gathered(
 
 def _run(lifted: Lifted, block: nn.Module, inputs: Sequence[Any], taken: list[Any], rows: Tensor) -> Tensor:
     """The branch on the rows that were taken."""
-    parts = [(taken[i], inputs[i]) for i in lifted.kept if inputs[i].requires_grad]
-    if not parts or torch.compiler.is_compiling() or not saves_may_change():
+    parts = []
+    if lifted.kept and not is_compiling():
+        parts = [(taken[i], inputs[i]) for i in lifted.kept if _worth_hooks(inputs[i])]
+    if not parts or not saves_may_change():
         return lifted.run(block, *taken)
     with saved_once(parts, rows):
         return lifted.run(block, *taken)
 
 
+def _worth_hooks(whole: Tensor) -> bool:
+    """Whether to keep a tensor from being saved twice; a small one takes less than the hooks' time."""
+    return whole.requires_grad and whole.numel() >= SMALL
+
+
 def _put_back(into: Tensor, result: Tensor, rows: Tensor, factor: float, onto: str) -> Tensor:
     if onto == "shortcut":
         return into.index_add_(0, rows, result.to(into.dtype), alpha=factor)
-    dtype = result.dtype if onto == "branch" else torch.promote_types(into.dtype, result.dtype)
-    return joined(into.to(dtype), result.to(dtype), rows, factor)
+    if into.dtype != result.dtype:
+        dtype = result.dtype if onto == "branch" else torch.promote_types(into.dtype, result.dtype)
+        into, result = into.to(dtype), result.to(dtype)
+    return joined(into, result, rows, factor)
 
 
 # --- nothing ------------------------------------------------------------------
@@ -176,10 +248,11 @@ def _dropped(
     Where all before the branch is frozen, its parameters alone make that the result has a backward. They do
     so when it is dropped, too: else a step in which everything trainable is dropped would end in an error.
     """
-    if not torch.compiler.is_compiling():
+    if onto != "shortcut" and not is_compiling():
         dtype = _result_type(lifted, gate, shortcut, onto, block, inputs)
-        fresh, shortcut = fresh and dtype == shortcut.dtype, shortcut.to(dtype)
-    needed = torch.is_grad_enabled() and (gate.zeroes or not shortcut.requires_grad)
+        if dtype != shortcut.dtype:
+            fresh, shortcut = False, shortcut.to(dtype)
+    needed = (not shortcut.requires_grad or gate.zeroes) and torch.is_grad_enabled()
     idle = list(_idle(lifted, block, inputs)) if needed else []
     if idle:
         return with_idle(gate, shortcut, idle, "same" if onto == "shortcut" else "copy" if fresh else "view")
@@ -188,7 +261,7 @@ def _dropped(
 
 def with_idle(gate: Gate, value: Tensor, idle: Sequence[Tensor], sharing: str = "view") -> Tensor:
     """A value as it is; idle tensors, which took no part in it, get gradients of zeros from it, or none."""
-    function = _Idle if torch.compiler.is_compiling() else _IdleForward
+    function = _IdleTransformed if not is_compiling() and transformed() else _Idle
     return function.apply(value, sharing, gate.zeroes, *idle)  # type: ignore[no-any-return]
 
 
@@ -199,12 +272,10 @@ def _result_type(
 
     Once for each state of autocast the branch is run to know, on fake tensors.
     """
-    if onto == "shortcut":
-        return shortcut.dtype
     kind = shortcut.device.type
     casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     autocast = torch.get_autocast_dtype(kind) if casts else None
-    weights = frozenset(t.dtype for t in _owned(lifted, block) if t.is_floating_point())
+    weights = _types(lifted, block)
     if autocast is None and weights <= {shortcut.dtype}:
         return shortcut.dtype
     key = shortcut.dtype, autocast, weights
@@ -225,6 +296,19 @@ def branch_result(lifted: Lifted, block: nn.Module, inputs: Sequence[Any]) -> Te
         with log.fake, log, held_open():
             return lifted.run(block, *given)
     return None
+
+
+def _types(lifted: Lifted, block: nn.Module) -> frozenset[torch.dtype]:
+    """The types of the branch's weights. They may change at any time, so this asks each, without detours."""
+    found, todo = set[torch.dtype](), [attribute(block, name) for name in lifted.owns]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, nn.Module):
+            todo += one._modules.values()
+            found.update([t.dtype for t in one._parameters.values() if t is not None])
+        elif isinstance(one, Tensor):
+            found.add(one.dtype)
+    return frozenset([dtype for dtype in found if dtype.is_floating_point])
 
 
 def _modules(lifted: Lifted, block: nn.Module) -> Iterator[nn.Module]:
@@ -254,37 +338,53 @@ class _Idle(torch.autograd.Function):
     """Passes its first argument through and gives the others a gradient of zeros, or none."""
 
     @staticmethod
-    def forward(shortcut: Tensor, sharing: str, _zeroes: bool, *_idle: Tensor) -> Tensor:
-        return _passed(shortcut, sharing)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
-        shortcut, ctx.sharing, ctx.zeroes, *idle = inputs
-        ctx.like = [(t.shape, t.dtype, t.device) for t in idle]
-        ctx.idle = idle if any(type(t) not in (Tensor, nn.Parameter) for t in idle) else None
-        if ctx.sharing == "same":
-            ctx.mark_dirty(shortcut)
+    def forward(ctx: Any, value: Tensor, sharing: str, zeroes: bool, *idle: Tensor) -> Tensor:
+        _note(ctx, value, sharing, zeroes, idle)
+        return _passed(value, sharing)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (grad if ctx.needs_input_grad[0] else None, None, None, *_Idle.gradients(ctx))
+        return _zeros(ctx, grad)
+
+
+class _IdleTransformed(torch.autograd.Function):
+    """The same in the style that `torch.func` and forward mode ask for, which takes several times as long."""
 
     @staticmethod
-    def gradients(ctx: Any) -> list[Tensor | None]:
-        if not ctx.zeroes:
-            return [None] * len(ctx.like)
-        if ctx.idle is not None:  # sharded tensors and the like know how to make their own zeros
-            return [torch.zeros_like(t) for t in ctx.idle]
-        return [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like]
+    def forward(value: Tensor, sharing: str, _zeroes: bool, *_idle: Tensor) -> Tensor:
+        return _passed(value, sharing)
 
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
+        value, sharing, zeroes, *idle = inputs
+        _note(ctx, value, sharing, zeroes, idle)
 
-class _IdleForward(_Idle):
-    """With forward mode, which a compiler does not want to see."""
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _zeros(ctx, grad)
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Tensor | None:
         """Of a shortcut that is not differentiated there is none."""
         return None if tangent is None else _passed(tangent, ctx.sharing)
+
+
+def _note(ctx: Any, value: Tensor, sharing: str, zeroes: bool, idle: Sequence[Tensor]) -> None:
+    ctx.sharing, ctx.zeroes = sharing, zeroes
+    ctx.like = [(t.shape, t.dtype, t.device) for t in idle]
+    ctx.idle = idle if any(type(t) not in (Tensor, nn.Parameter) for t in idle) else None
+    if sharing == "same":
+        ctx.mark_dirty(value)
+
+
+def _zeros(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    own = grad if ctx.needs_input_grad[0] else None
+    idle: list[Tensor | None] = [None] * len(ctx.like)
+    if ctx.zeroes and ctx.idle is not None:  # sharded tensors and the like know how to make their own zeros
+        idle = [torch.zeros_like(t) for t in ctx.idle]
+    elif ctx.zeroes:
+        idle = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like]
+    return own, None, None, *idle
 
 
 def _passed(value: Tensor, sharing: str) -> Tensor:

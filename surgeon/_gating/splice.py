@@ -22,7 +22,7 @@ from surgeon._finding.flow import Flow
 from surgeon._finding.joins import Join, joins
 from surgeon._finding.paths import side, writes_to
 from surgeon._gating.features import batch_value, evaluating_value, masked_value, rows_value
-from surgeon._gating.gate import Gate, evaluating_add, masked_add
+from surgeon._gating.gate import evaluating_add, masked_add
 from surgeon._gating.joins import PathRun, masked_mean
 from surgeon._gating.rowwise import nested
 from surgeon._gating.skip import Form, Lifted, batch_add, rows_add
@@ -362,11 +362,10 @@ def _onto(addition: Addition) -> str:
 @functools.cache
 def _bound(form: Form, lifted: Lifted) -> Run:
     """A form of adding with its branch filled in, under a name of its own for generated code."""
-
-    def skip(gate: Gate, shortcut: Tensor, onto: str, fresh: bool, block: nn.Module, *inputs: Any) -> Tensor:
-        return form(lifted, gate, shortcut, onto, fresh, block, *inputs)
-
-    return skip
+    bound: Any = functools.partial(form, lifted)
+    bound.__name__, bound.__qualname__, bound.__module__ = form.__name__, form.__name__, __name__
+    made: Run = bound
+    return made
 
 
 def _receiver(graph: fx.Graph) -> fx.Node:

@@ -13,6 +13,7 @@ from scipy.stats import binomtest, chi2
 from torch import Tensor, nn
 
 import surgeon
+import surgeon._gating.gate as _gate
 from surgeon._gating.gate import BranchFacts, Decision, Gate
 
 X = torch.zeros(2, 4)
@@ -50,10 +51,21 @@ def test_the_number_of_rows_is_exact_on_average(count: int, rate: float) -> None
     seen, grid = [], 2000
     with pytest.MonkeyPatch.context() as patch:
         for i in range(grid):
-            patch.setattr(torch, "rand", lambda *_, i=i, **__: torch.tensor([(i + 0.5) / grid, 0.0]).double())
+            patch.setattr(_gate, "_drawn", lambda _, i=i: [(i + 0.5) / grid, 0.0])
             seen.append(gate(rate).survivors(count))
     assert abs(sum(seen) / grid - (1 - rate) * count) <= 1 / grid
     assert max(seen) - min(seen) <= 1
+
+
+def test_coins_are_those_of_torch_rand() -> None:
+    """The same numbers in the same order, so that a script which draws them itself draws the same."""
+    torch.manual_seed(3)
+    drawn = [number for count in (1, 2, 1, 2) for number in _gate._drawn(count)]
+    torch.manual_seed(3)
+    assert drawn == [x for count in (1, 2, 1, 2) for x in torch.rand(count, dtype=torch.float64).tolist()]
+    with torch.inference_mode():
+        assert 0 <= _gate._drawn(7)[0] < 1
+    assert 0 <= _gate._drawn(7)[0] < 1  # memory that inference mode made could not be written to here
 
 
 def test_every_set_of_rows_is_equally_likely() -> None:

@@ -1,0 +1,76 @@
+"""Branches compiled apart, the coin outside: what `surgeon.compile` does for unit ``"batch"``."""
+
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Branch = Callable[..., Tensor]
+
+
+class Compiler:
+    """Compiles branches, each make of them once: equal blocks share a graph, and nothing is compiled anew.
+
+    Args:
+        options: Of `torch.compile`.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self.made: dict[Any, Branch] = {}
+
+    def add(
+        self, run: Branch, owns: Sequence[Any], block: nn.Module, shortcut: Tensor, factor: Tensor, given: Any
+    ) -> Tensor:
+        """``shortcut + factor * run(block, *given)``, compiled.
+
+        PyTorch gives up a piece of code that meets more than a few makes of tensors, without a word. So each
+        make has a copy of its own.
+
+        Args:
+            run: The branch.
+            owns: The modules and parameters that it uses.
+            block: Its block.
+            shortcut: What it is added to.
+            factor: What it is multiplied by, a scalar.
+            given: What it reads.
+        """
+        makes = tuple(map(_make, (shortcut, *given, *_tensors(owns))))
+        key = (run, makes, torch.is_grad_enabled(), torch.is_autocast_enabled(shortcut.device.type))
+        if key not in self.made:
+            self.made[key] = torch.compile(_copy(run), **self.options)
+        return self.made[key](block, shortcut, factor, *given)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Compiler":
+        return self  # what it has compiled serves a copy of the model as well
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"options": self.options, "made": {}}
+
+
+def _copy(run: Branch) -> Branch:
+    """A branch and its sum as a function with code of its own."""
+
+    def add(block: nn.Module, shortcut: Tensor, factor: Tensor, *given: Any) -> Tensor:
+        result: Tensor = own(block, *given)
+        return shortcut + result * factor.to(result.dtype)
+
+    code = run.__code__
+    own = types.FunctionType(code.replace(), run.__globals__, code.co_name)
+    return types.FunctionType(add.__code__.replace(), add.__globals__, add.__name__, None, add.__closure__)
+
+
+def _make(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+    return value if isinstance(value, (int, float, bool, str)) else type(value)
+
+
+def _tensors(owns: Sequence[Any]) -> Iterator[Tensor]:
+    for one in owns:
+        if isinstance(one, nn.Module):
+            yield from one.parameters()
+        elif isinstance(one, Tensor):
+            yield one
