@@ -8,7 +8,7 @@ from blocks import Around, Branch, Plain, drawn, randomise, same, skipping
 from torch import Tensor, nn
 
 import surgeon
-from surgeon._gating.cost import pays
+from surgeon._gating.cost import ACCELERATOR, Cost, pays
 from surgeon._gating.gated import gates_of
 
 X = torch.zeros(2, 4)
@@ -143,13 +143,22 @@ def test_auto_skips_where_the_arithmetic_outweighs_the_moving_of_rows() -> None:
 
 def test_what_pays() -> None:
     """More rows, FLOPs and dropping speak for skipping, bytes against it; no FLOPs never pay."""
-    given = {"drop_rate": 0.2, "rows": 16, "flops": 5_000_000, "moved": 40_000, "device": "cpu"}
-    assert pays(**given)
-    for change in ({"drop_rate": 0.02}, {"rows": 1}, {"flops": 500_000}, {"moved": 4_000_000}):
-        assert not pays(**{**given, **change})
-    assert not pays(1 - 1e-9, 1e9, 0, 0, "cpu")
-    assert not pays(**{**given, "device": "cuda"})  # a gate must be larger there
-    assert pays(0.2, 64, 2_000_000_000, 400_000, "cuda")
+    cost = Cost(per_call=5e-4, per_byte=1e-10, per_flop=2e-11)
+    given = {"drop_rate": 0.2, "rows": 16, "flops": 5_000_000, "moved": 40_000, "statistics": False}
+    assert pays(cost, **given)
+    for change in ({"drop_rate": 0.02}, {"rows": 4}, {"flops": 500_000}, {"moved": 4_000_000}):
+        assert not pays(cost, **{**given, **change})
+    assert not pays(cost, 1 - 1e-9, 1e9, 0, 0, statistics=False)
+    assert not pays(ACCELERATOR, **given)  # a gate must be larger there
+    assert pays(ACCELERATOR, 0.2, 64, 2_000_000_000, 400_000, statistics=False)
+
+
+def test_where_all_rows_run_or_none_nothing_is_lost_by_skipping() -> None:
+    """One row, or two of which statistics are taken: no row is ever gathered."""
+    cost = Cost(per_call=1.0, per_byte=1.0, per_flop=1e-15)
+    for rows, statistics, gains in ((1, False, True), (2, True, True), (2, False, False), (3, True, False)):
+        assert pays(cost, 0.5, rows, 10, 10, statistics=statistics) == gains
+    assert not pays(cost, 0.0, 1, 10, 10, statistics=False)
 
 
 def test_skip_false_masks_in_both_units() -> None:

@@ -1,4 +1,7 @@
-"""Skipping gates under torch.compile: how many graphs, fresh draws, and how to keep the saving."""
+"""Gates that toss a coin in Python under torch.compile: how many graphs, fresh draws, branches alone.
+
+Unit "sample" in one graph is in test_compile_rows.py.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -45,8 +48,9 @@ def test_the_number_of_graphs_is_bounded_and_draws_are_fresh(options: dict[str, 
     assert frames[-1] == frames[25]
     assert frames[-1] <= 12 * len(gates_of(model))
     assert len({tuple(out.flatten().tolist()) for out in outs}) >= 7  # a frozen draw would repeat one
-    torch.manual_seed(0)
-    assert same([model(x) for _ in range(40)], outs)
+    if options["unit"] == "batch":  # in one graph the rows are drawn in another order
+        torch.manual_seed(0)
+        assert same([model(x) for _ in range(40)], outs)
 
 
 class Shared(nn.Module):
