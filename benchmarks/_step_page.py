@@ -84,14 +84,14 @@ operator and takes them anew page by page.
 Dots are the fastest steps, lines go from the lower to the upper quartile.
 
 {_against_bound(steps)}{_summary(steps)}
-## Nothing dropped
+{_small(small)}## Nothing dropped
 
 Time over that of the untouched model: evaluation, and a training step at drop rate 0. Median and quartiles of
 runs in pairs, and the ratio of the fastest.
 
 {_still(still)}
 
-{_small(small)}## All steps
+## All steps
 
 {table(steps)}
 """
@@ -99,7 +99,11 @@ runs in pairs, and the ratio of the fastest.
 
 def _small(rows: list[Row]) -> str:
     if not rows:
-        return ""
+        return """## Small kernels
+
+Not measured on a quiet machine yet: `python -m benchmarks.step --small 150` puts it here, with the page.
+
+"""
     return f"""## Small kernels
 
 Fifty blocks of two 1x1 convolutions and norms on 2 x 2 x 2 numbers a row (`benchmarks/_step_small.py`):

@@ -137,7 +137,7 @@ class Ranks:
         self.tokens, self.counts, self.fates = {}, {}, {}
 
 
-def _check(every: Sequence[Sequence[tuple[str, float]]], sync: str) -> None:
+def _check(every: Sequence[Sequence[tuple[str, float]]], sync: Sync = "ranks") -> None:
     """Refuses ranks that do not have the same gates and rates, and names them."""
     others = [rank for rank, rates in enumerate(every) if rates != every[0]]
     if not others:

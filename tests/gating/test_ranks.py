@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import surgeon
+import surgeon._gating.ranks as _ranks
 from surgeon._gating.gated import gates_of
 from surgeon._gating.ranks import _REMEMBERED, _check
 from surgeon.errors import UsageError
@@ -129,3 +130,50 @@ def test_a_compiled_graph_breaks_at_the_draw_and_draws_anew() -> None:
     torch.manual_seed(3)
     assert same([compiled(x) for _ in range(3)], expected)
     torch._dynamo.reset()
+
+
+# --- sync="depth" ------------------------------------------------------------------
+
+
+def deep(rate: float = 0.5, schedule: str = "linear") -> nn.Module:
+    model = randomise(nn.Sequential(*(Plain() for _ in range(6))))
+    return surgeon.apply(model, schedule, drop_rate=rate, unit="batch", sync="depth", example=X)
+
+
+def fates(model: nn.Module, steps: int, monkeypatch: pytest.MonkeyPatch, rank: int) -> list[list[bool]]:
+    """Which gates are open in each step, on a rank whose seed has been agreed on."""
+    monkeypatch.setattr(_ranks, "several", lambda: True)
+    monkeypatch.setattr(_ranks.dist, "get_rank", lambda: rank)
+    gates = gates_of(model)
+    shared = gates[0].decided.ranks
+    assert shared is not None
+    shared.seed, shared.size = 17, 1
+    return [[gate.survives() for gate in gates] for _ in range(steps)]
+
+
+def test_equal_depth_on_every_rank_and_other_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many run on each rank, which ones differs, and each as often as its gate says (binomial, 1e-7)."""
+    steps = 1500
+    a, b = (fates(deep(), steps, monkeypatch, rank) for rank in (0, 1))
+    assert [sum(step) for step in a] == [sum(step) for step in b]
+    assert sum(x != y for x, y in zip(a, b, strict=True)) > steps / 2
+    assert {sum(step) for step in a} == {4, 5}  # of 6 - 1.75
+    for gate, ran in zip(gates_of(deep()), zip(*a, strict=True), strict=True):
+        assert binomtest(sum(ran), steps, gate.survival).pvalue > ALARM
+
+
+def test_equal_depth_follows_a_changed_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = deep(0.5, "uniform")
+    assert {sum(step) for step in fates(model, 50, monkeypatch, 0)} == {3}
+    surgeon.set_drop_rate(model, 0.0)
+    assert {sum(step) for step in fates(model, 50, monkeypatch, 0)} == {6}
+
+
+def test_other_schedules_are_named_with_the_word_of_the_user() -> None:
+    with pytest.raises(UsageError, match="sync='depth': rank 0 and rank 1 have different schedules"):
+        _check([[("0.add", 0.1)], [("0.add", 0.2)]], "depth")
+
+
+def test_depth_is_about_whole_branches() -> None:
+    with pytest.raises(UsageError, match="sync='depth' is about whole branches"):
+        surgeon.apply(Plain(), sync="depth", example=X)
