@@ -14,6 +14,7 @@ from torchvision.models.resnet import BasicBlock
 import surgeon
 
 X = torch.zeros(2, 4)
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch's own making
 
 
 @pytest.fixture(autouse=True)
