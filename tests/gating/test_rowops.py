@@ -1,0 +1,43 @@
+"""Rows of small tensors go by PyTorch's own operators, those of large ones by functions: the same bits."""
+
+import copy
+
+import pytest
+import torch
+from blocks import Plain, Twice, grads, randomise, same
+from torch import nn
+
+import surgeon
+from surgeon._gating import rowops, skip
+
+
+@pytest.mark.parametrize("block", [Plain, Twice])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_ways_give_the_same_bits(
+    block: type[nn.Module], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = randomise(nn.Sequential(*(block() for _ in range(4)))).to(dtype)
+    surgeon.apply(model, "uniform", drop_rate=0.4, skip=True, example=torch.zeros(2, 4, dtype=dtype))
+    joined, sides, x = [], [], torch.randn(8, 4, dtype=dtype)
+    original = rowops.Join.forward
+
+    def count(*args: object) -> object:
+        joined.append(1)
+        return original(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(rowops.Join, "forward", staticmethod(count))
+    for small in (0, rowops.SMALL):
+        for room in (rowops, skip):
+            monkeypatch.setattr(room, "SMALL", small)
+        net = copy.deepcopy(model)
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(1)
+        out = net(leaf)
+        out.square().sum().backward()
+        sides.append((out, leaf.grad, grads(net), len(joined)))
+    (out, grad, own, functions), (other, others_grad, others, all_functions) = sides
+    assert same(out, other)
+    assert same(grad, others_grad)
+    assert own.keys() == others.keys()
+    assert all(a is b is None or same(a, b) for a, b in zip(own.values(), others.values(), strict=True))
+    assert functions == all_functions > 0  # only the first went by functions
