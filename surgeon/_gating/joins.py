@@ -76,7 +76,8 @@ def _survivors(gate: Gate, paths: int, rows: int) -> Tensor:
         return torch.ones(paths, rows, dtype=torch.bool, device="cpu")
     drawn = columns.draw(gate, rows)
     # A compiled graph must not depend on the rate's value: it would be compiled anew with each change.
-    local = survivors(gate.numbers((paths + 1) * rows).view(paths + 1, rows), 1 - gate.keep)
+    rate = 1 - gate.keep.to("cpu") if torch.compiler.is_compiling() else gate.drop_rate
+    local = survivors(gate.numbers((paths + 1) * rows).view(paths + 1, rows), rate)
     alone = _is_path((drawn - (columns.count - paths)).clamp(min=0), paths)
     return torch.where(drawn < 0, local, alone)
 
