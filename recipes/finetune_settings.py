@@ -121,7 +121,11 @@ class Gates(Section):
     keep_eval: bool = Key(False, "paper: divide pretrained weights, so that evaluation starts as it was")
     skip: bool | Literal["auto"] = Key("auto", "leave dropped branches uncomputed; auto: where that pays")
     unused: Literal["auto", "zero", "none"] = Key("auto", "gradients of a branch that did not run at all")
-    sync: Literal["none", "ranks"] = Key("none", "ranks: all processes draw the same")
+    sync: Literal["none", "ranks", "depth"] = Key(
+        "none", "ranks: all processes draw the same; depth: as many blocks run in each"
+    )
+    rounding: Literal["random", "fixed"] = Key("random", "how the number of rows that run follows from p B")
+    paths: Literal["both", "local", "global"] = Key("both", "what is dropped at joins of several paths")
     include: Names = Key((), "patterns of residual adds or blocks: only these")
     exclude: Names = Key((), "patterns of what to leave out")
     overrides: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Key(

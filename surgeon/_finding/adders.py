@@ -36,8 +36,8 @@ def _handing_out(recording: Recording) -> dict[int, int]:
         given = (
             {log.made_at(t) for t in tensors(call.output)} if not isinstance(call.output, Tensor) else set()
         )
-        for step in given if len(given) > 1 else ():
-            makers.setdefault(step, []).append(call.place)
+        for made_at in given if len(given) > 1 else ():
+            makers.setdefault(made_at, []).append(call.place)
     found: dict[int, int] = {}
     for step in log.steps if makers else ():
         if step.op < 0 or not (step.adds or log.ops[step.op].func.overloadpacket is torch.ops.aten.stack):
