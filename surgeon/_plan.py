@@ -13,12 +13,14 @@ from surgeon._gating.gate import BranchFacts, Columns, Decision, Gate, Paths, Ro
 from surgeon._gating.gated import first_weight, is_gated
 from surgeon._gating.preparation import prepare
 from surgeon._gating.ranks import Ranks, Sync
-from surgeon._gating.schedule import Schedule, drop_rates
+from surgeon._gating.schedule import Schedule, drop_rates, places
 from surgeon._plain import check_plain
 from surgeon._report import Plan, PlannedGate, gate_status, schedule_text, structure
 from surgeon._torch import pytree
 from surgeon._tracing.example import Example, inputs
 from surgeon.errors import AlreadyGatedError, UsageError
+
+_TOLD = ("shortcut", "branch", "replaces", "shape", "parameters", "activations")
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,22 +149,18 @@ def prepared(model: nn.Module, settings: Settings) -> Prepared:
     gates = _gates(analysis, settings, decided)
     blocks = prepare(analysis, gates) if gates else []
     rows = []
-    for block in analysis.blocks:
-        for residual in block.residuals:
-            row = gate_status(residual.name, block.name, block.module, gates[residual.name])
-            rows.append(
-                PlannedGate(
-                    **{f.name: getattr(row, f.name) for f in fields(row)},
-                    shortcut=residual.shortcut,
-                    branch=residual.branch,
-                    replaces=residual.replaces,
-                )
-            )
+    found = [(block, residual) for block in analysis.blocks for residual in block.residuals]
+    numbers = places([r.block for _, r in found], [r.depth for _, r in found])
+    for (block, residual), place in zip(found, numbers, strict=True):
+        row = gate_status(residual.name, block.name, block.module, gates[residual.name])
+        told = {name: getattr(residual, name) for name in _TOLD}
+        rows.append(PlannedGate(**{f.name: getattr(row, f.name) for f in fields(row)}, **told, place=place))
     made = Plan(
         tuple(rows),
         analysis.refused,
         decided.schedule,
         analysis.recording.flops,
+        sum(op.made for op in analysis.recording.log.ops),
         settings,
         structure(model),
         weakref.ref(model),

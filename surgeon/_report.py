@@ -60,12 +60,17 @@ class PlannedGate(GateStatus):
     """One gate that a plan puts in.
 
     Attributes:
-        shortcut, branch, replaces: As in `Residual`.
+        shortcut, branch, replaces, shape, parameters, activations: As in `Residual`.
+        place: The l of the schedules' formulas: the number of its block, from 1.
     """
 
     shortcut: str = ""
     branch: str = ""
     replaces: tuple[str, ...] = ()
+    shape: tuple[int, ...] = ()
+    parameters: int = 0
+    activations: int = 0
+    place: int = 0
 
 
 class _Gates(Drawn):
@@ -158,6 +163,7 @@ class Plan(_Gates):
         refused: Every other addition, with its reason.
         schedule: The schedule, in words.
         flops: FLOPs of one forward of the whole model on the example.
+        activations: Bytes of the tensors that this forward makes.
         settings: What `surgeon.plan` was asked for.
         made_for: The modules and weights of the model.
         model: The model.
@@ -167,6 +173,7 @@ class Plan(_Gates):
     refused: tuple[Refusal, ...]
     schedule: str
     flops: int
+    activations: int
     settings: Any = field(repr=False, compare=False)
     made_for: tuple[Any, ...] = field(repr=False)
     model: weakref.ref[nn.Module] = field(repr=False, compare=False)
@@ -175,7 +182,12 @@ class Plan(_Gates):
         """Plain values, for JSON."""
         refused = [asdict(refusal) for refusal in self.refused]
         # Not super(): a dataclass with slots is another class than the one that it was written as.
-        return {**_Gates.to_dict(self), "refused": refused, "flops": self.flops}
+        return {
+            **_Gates.to_dict(self),
+            "refused": refused,
+            "flops": self.flops,
+            "activations": self.activations,
+        }
 
     def parts(self, *, every: bool = False) -> Sequence[Part]:
         """A table of the gates, what is left alone, and the totals.

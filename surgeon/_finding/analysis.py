@@ -3,6 +3,7 @@
 Nothing here changes the model; `surgeon._surgery` acts on what comes out.
 """
 
+import operator
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
@@ -420,7 +421,22 @@ def _describe(block: Block, addition: Addition, name: str) -> Residual:
         flops=addition.flops,
         replaces=tuple(prefix + str(node.target) for node in drops),
         paths=len(paths),
+        shape=tuple(flow.fact(addition.node).value.shape),
+        parameters=_parameters(block.module, work),
+        activations=sum(op.made for node in work for op in flow.fact(node).ops),
     )
+
+
+def _parameters(block: nn.Module, nodes: list[fx.Node]) -> int:
+    """How many numbers the weights hold that some nodes use, each weight once."""
+    used: dict[int, nn.Parameter] = {}
+    for node in nodes:
+        if node.op == "call_module":
+            used |= {id(p): p for p in block.get_submodule(str(node.target)).parameters()}
+        elif node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(block)
+            used |= {id(value): value} if isinstance(value, nn.Parameter) else {}
+    return sum(p.numel() for p in used.values())
 
 
 def _modules(nodes: list[fx.Node]) -> str:

@@ -47,6 +47,10 @@ class Residual:
         replaces: Names of the stochastic-depth modules already on this branch; the gate stands in for them.
         paths: Of a join, of how many paths it is the mean; 0 otherwise.
         depth: How many residual adds of its block follow on one another up to this one, itself included.
+        shape: Of the sum, on the example.
+        parameters: How many numbers the weights of the branch hold.
+        activations: Bytes of the tensors that one forward of the branch makes on the example, all of which a
+            backward may need.
     """
 
     name: str
@@ -59,6 +63,9 @@ class Residual:
     replaces: tuple[str, ...] = ()
     depth: int = 1
     paths: int = 0
+    shape: tuple[int, ...] = ()
+    parameters: int = 0
+    activations: int = 0
 
 
 @dataclass(frozen=True, slots=True)

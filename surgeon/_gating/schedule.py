@@ -58,7 +58,7 @@ def drop_rates(
             that matches nothing.
     """
     schedule = schedule.tolist() if hasattr(schedule, "tolist") else schedule  # NumPy, torch
-    units = _units(blocks, depths or [blocks[: i + 1].count(block) for i, block in enumerate(blocks)])
+    units = _counted(blocks, depths)
     order = {unit: index for index, unit in enumerate(dict.fromkeys(units), start=1)}
     if isinstance(schedule, Sequence) and not isinstance(schedule, str):
         rates = _explicit(schedule, units, order)
@@ -75,6 +75,17 @@ def drop_rates(
         checked_rate(rate, f"drop rate of {block or 'the model'}")
         for rate, block in zip(rates, blocks, strict=True)
     ]
+
+
+def places(blocks: Sequence[str], depths: Sequence[int] = ()) -> list[int]:
+    """For each residual add its l, the number of its block among the blocks, from 1; arguments as above."""
+    units = _counted(blocks, depths)
+    order = {unit: index for index, unit in enumerate(dict.fromkeys(units), start=1)}
+    return [order[unit] for unit in units]
+
+
+def _counted(blocks: Sequence[str], depths: Sequence[int]) -> list[Any]:
+    return _units(blocks, depths or [blocks[: i + 1].count(block) for i, block in enumerate(blocks)])
 
 
 def _units(blocks: Sequence[str], depths: Sequence[int]) -> list[str | tuple[str, int]]:

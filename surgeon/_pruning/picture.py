@@ -42,6 +42,7 @@ def draw(found: Lesions, path: Path, title: str) -> Path:
     for one in axes:
         one.set_ylabel(label, color=_INK)
         one.spines[["top", "right"]].set_visible(False)
+        one.xaxis.get_major_locator().set_params(integer=True)
     with beside(path) as folder:
         made = folder / path.name
         figure.savefig(made, dpi=150)

@@ -29,6 +29,7 @@ class Op:
         depthwise: Whether it is a convolution with one input channel per group.
         random: Elements drawn from a random number generator, 0 if none.
         flops: Floating-point operations by PyTorch's own formulas.
+        made: Bytes of the floating-point tensors that it made; views and writes in place make none.
     """
 
     func: Any
@@ -37,6 +38,7 @@ class Op:
     depthwise: bool
     random: int
     flops: int
+    made: int = 0
 
     @property
     def family(self) -> Family | None:
@@ -223,4 +225,7 @@ class OpLog(TorchDispatchMode):
         flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
         depthwise = family(func) is Family.CONVOLUTIONS and args[1].shape[1] == 1 and args[0].shape[1] > 1
         weighted = any(storage(t) in self._weights for t in read)
-        return Op(func, active, weighted, depthwise, random, int(flops))
+        given = {storage(t) for t in read}
+        new = [t for t in made if t.is_floating_point() and not func.is_view and storage(t) not in given]
+        size = sum(t.nbytes for t in new)
+        return Op(func, active, weighted, depthwise, random, int(flops), size)

@@ -1,6 +1,7 @@
 """``surgeon inspect``: which residual adds a model has, and what a schedule makes of them."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import click
 
@@ -12,6 +13,7 @@ _EXAMPLES = """
 surgeon inspect timm:resnet50
 surgeon inspect torchvision:convnext_tiny --schedule uniform --drop-rate 0.2
 surgeon inspect timm:vit_tiny_patch16_224 --exclude '*.attn*' --json
+surgeon inspect timm:resnet50 --html resnet50.html
 surgeon inspect my_networks:tiny --input-size 1x28x28 --model-arg width=64
 """
 
@@ -23,6 +25,8 @@ surgeon inspect my_networks:tiny --input-size 1x28x28 --model-arg width=64
 @model_options
 @schedule_options
 @click.option("--unit", type=click.Choice(["sample", "batch"]), default="sample", show_default=True)
+@click.option("--html", "page", type=click.Path(), help="Write a page with a slider for the drop rate.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing page.")
 def command(
     out: Output,
     *,
@@ -30,22 +34,39 @@ def command(
     making: Making,
     gating: GateOptions,
     unit: Literal["sample", "batch"],
+    page: str | None,
+    overwrite: bool,
 ) -> int | None:
     """Shows the residual adds of MODEL, the gates they get, and what is left alone.
 
     Weights are random unless --checkpoint is given; they do not matter here.
     """
     import surgeon
+    from surgeon._files import destination
 
+    place = destination(page, overwrite=overwrite) if page else None
     with out.working(f"looking at {model}"):
         subject = load_subject(model, making)
         settings = gating.settings(subject.metadata)
         plan = surgeon.plan(subject.model, unit=unit, example=subject.example, **settings)
     found = {"model": subject.spec, **plan.to_dict()}
     if plan.gates:
+        if place is not None:
+            _write(place, {**found, "unit": unit, "scaling": settings["scaling"]})
+            out.note(f"surgeon: the page is in {page}")
         out.result(found, plan.parts(every=out.verbose), of=subject.spec)
         return None
     out.note(f"surgeon: {subject.spec} has no residual add, so there is nothing to gate")
     shown = plan.parts(every=out.verbose) if plan.refused else ()
     out.result({**found, "exit_code": NOTHING}, shown, of=subject.spec)
     return NOTHING
+
+
+def _write(place: Path, found: dict[str, Any]) -> None:
+    from surgeon._files import beside, settle
+    from surgeon.cli._page import page
+
+    with beside(place) as folder:
+        made = folder / place.name
+        made.write_text(page(found), encoding="utf-8")
+        settle(made, place)
