@@ -139,7 +139,10 @@ def load_checkpoint(model: nn.Module, path: Path_) -> dict[str, str]:
     state, scales = split_scales(model, without_prefix(read, prefix))
     check_state(model, state, path, metadata.get("model"))
     model.load_state_dict(loadable(model, state, read, prefix))
-    return {**metadata, **strings({"weights": "divided", "scales": scales})} if scales else metadata
+    if not scales:
+        return metadata
+    noted = json.loads(metadata.get("scales", "{}"))
+    return {**metadata, **strings({"weights": "divided", "scales": {**noted, **scales}})}
 
 
 def split_scales(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:

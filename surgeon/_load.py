@@ -132,8 +132,8 @@ def load(
     state, divided = split_scales(model, without_prefix(read, prefix))
     own = {one.name: one.gate for one in placed_gates(model) if one.gate.scale != 1.0}
     if scales is not None:
-        noted = _told(scales, own, noted or divided, path)
-    trained = _by_first_name(model, divided or noted, path)
+        noted = _told(scales, own, noted | divided, path)
+    trained = _by_first_name(model, noted | divided, path)  # one file may hold both
     found: Weights = "divided" if divided else "gated" if noted else _without_note(metadata)
     into: Weights = (
         "divided" if any(gate.keeps_eval for gate in own.values()) else "gated" if own else "stock"

@@ -18,6 +18,7 @@ from surgeon._folding.still import spelled_out
 from surgeon._gating.block import gating_of, marking
 from surgeon._gating.forwards import Gating
 from surgeon._gating.gate import Gate
+from surgeon._gating.gated import first_weight
 from surgeon._gating.ways import Arguments, forms, zeros
 from surgeon._tracing.example import mode, no_inference_mode, untouched
 from surgeon._tracing.fake import held_open
@@ -204,7 +205,9 @@ class _Other:
         if form is None:
             raise FoldError("the arguments hold objects that were not kept")
         device = next((p.device for p in self.block.parameters()), torch.device("cpu"))
-        args, kwargs = zeros(form, device)
+        weight = first_weight(self.block)
+        then = self.gating.gates[0].decided.dtype
+        args, kwargs = zeros(form, device, None if weight is None else (then, weight.dtype))
         with mode(self.block, False), untouched(self.block), spelled_out():
             self.gating.learn(self.block, args, kwargs)
         return flatten(self.block, args, kwargs)

@@ -30,9 +30,20 @@ def forms(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
     return made
 
 
-def zeros(made: Arguments, device: torch.device) -> Arguments:
-    """Arguments of those forms; tensors are zeros on ``device``."""
-    filled: Arguments = pytree.tree_map_only(
-        Form, lambda form: torch.zeros(form.shape, dtype=form.dtype, device=device), made
-    )
-    return filled
+def zeros(
+    made: Arguments, device: torch.device, cast: tuple[torch.dtype | None, torch.dtype] | None = None
+) -> Arguments:
+    """Arguments of those forms; tensors are zeros on ``device``.
+
+    Args:
+        made: The forms.
+        device: Where the tensors lie.
+        cast: A type that the model's weights had, and the one that they have now; tensors follow.
+    """
+
+    def filled(form: Form) -> Tensor:
+        dtype = cast[1] if cast and form.dtype == cast[0] else form.dtype
+        return torch.zeros(form.shape, dtype=dtype, device=device)
+
+    arguments: Arguments = pytree.tree_map_only(Form, filled, made)
+    return arguments

@@ -296,7 +296,7 @@ def test_debug_shows_where(here):
 
 
 def test_a_bug_is_said_in_one_line(monkeypatch):
-    monkeypatch.setattr(surgeon, "find", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(surgeon, "plan", lambda *_, **__: 1 / 0)
     done = surge("inspect", NET, "--img-size", "8")
     assert done.exit_code == 1
     assert done.stderr == "surgeon: unexpected ZeroDivisionError: division by zero; --debug shows where\n"
