@@ -139,7 +139,8 @@ def _reads_stream(flow: Flow, work: Sequence[fx.Node], region: Collection[fx.Nod
     """
     stream = [node for node in work if node not in region]
     own = any(node.target in ADDS for node in stream) or any(sums(op) for op in ops_of(flow, stream))
-    return bool(region) and own and all(projects(op) for op in ops_of(flow, region))
+    reading = ops_of(flow, region)  # none where it only picks a value out of a nest: that is no evidence
+    return bool(reading) and own and all(projects(op) for op in reading)
 
 
 def _is_score(flow: Flow, node: fx.Node) -> bool:

@@ -111,7 +111,9 @@ class Findings(Drawn):
         adds = tuple(
             (r.name, r.block_type, r.kind, r.shortcut, r.branch, f"{r.flops / total:.1%}") for r in self
         )
-        shown = [Part(count(len(self), "residual add"), _ADDS, adds, right)]
+        joins = sum(r.kind in ("mean", "concat") for r in self)
+        named = count(len(self) - joins, "residual add") + (f" and {count(joins, 'join')}" if joins else "")
+        shown = [Part(named, _ADDS, adds, right)]
         title = f"{count(len(self.refused), 'addition')} left alone"
         if self.refused and every:
             others = tuple((r.name, r.block_type, r.code, r.reason) for r in self.refused)
