@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -71,6 +73,34 @@ def test_no_text_ends_the_script() -> None:
     assert json.loads(re.search(r'id="data">(.*?)</script>', page({"model": "</script>"}), re.DOTALL)[1]) == {
         "model": "</script>"
     }
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no browser")
+@pytest.mark.parametrize(
+    ("setting", "depth", "p"),
+    [
+        ("planned,0", "1.3 of 2", "0.750"),
+        ("uniform,0.25", "1.5 of 2", "0.750"),
+        ("linear-from-zero,0.8", "1.2 of 2", "1.000"),
+    ],
+)
+def test_a_browser_draws_what_the_formulas_say(tmp_path: Path, setting: str, depth: str, p: str) -> None:
+    plan = surgeon.plan(Net(), drop_rate=0.5, example=torch.zeros(2, 4, 6, 6))
+    file = tmp_path / "net.html"
+    file.write_text(page({"model": "net", **plan.to_dict(), "unit": "sample", "scaling": "inverted"}))
+    flags = (
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+    )
+    command = [
+        "chromium",
+        *flags.split(),
+        f"--user-data-dir={tmp_path}",
+        "--dump-dom",
+        f"file://{file}#{setting}",
+    ]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert re.search(rf'<dd id="depth">{depth}</dd>', shown), shown[-3000:]
+    assert f'id="p0"><span>{p}</span>' in shown
 
 
 @pytest.mark.parametrize("word", ["prefers-color-scheme: dark", "aria-live", 'type="range"', "viewport"])
