@@ -52,7 +52,7 @@ def survivors(numbers: Tensor, drop_rate: float | Tensor) -> Tensor:
 
 def survival(gate: Gate) -> float:
     """The survival probability of a branch; of a join that of a path, on average over them."""
-    if gate.columns is None:
+    if gate.columns is None or gate.drop_rate == 0:
         return gate.survival
     paths = gate.branch.paths
     share = {"local": 0.0, "both": 0.5, "global": 1.0}[gate.columns.mode]
@@ -79,7 +79,7 @@ def _survivors(gate: Gate, paths: int, rows: int) -> Tensor:
     rate = 1 - gate.keep.to("cpu") if torch.compiler.is_compiling() else gate.drop_rate
     local = survivors(gate.numbers((paths + 1) * rows).view(paths + 1, rows), rate)
     alone = _is_path((drawn - (columns.count - paths)).clamp(min=0), paths)
-    return torch.where(drawn < 0, local, alone)
+    return torch.where((drawn < 0) | (gate.keep == 1), local, alone)  # a rate of 0 never drops
 
 
 def masked_mean(gate: Gate, *paths: Tensor) -> Tensor:

@@ -277,6 +277,16 @@ def test_checkpointed_blocks_repeat_their_draws():
             assert a is None or torch.allclose(a, b)
 
 
+@pytest.mark.parametrize("unit", ["batch", "sample"])
+def test_a_rate_of_zero_never_drops(unit):
+    model = network()
+    twin = copy.deepcopy(model)
+    surgeon.apply(model, unit=unit, paths="global", example=X)
+    surgeon.set_drop_rate(model, 0.0)
+    torch.testing.assert_close(model(X), twin(X))
+    assert all(gate.survival == 1 for gate in surgeon.status(model).gates)
+
+
 def test_global_drop_path_needs_columns():
     model = network(columns=1)
     before = {name: type(module) for name, module in model.named_modules()}
