@@ -34,8 +34,9 @@ from surgeon._folding.planning import plan_gates
 from surgeon._gating.gate import Gate
 from surgeon._gating.gated import placed_gates, recorded_inputs
 from surgeon._plain import check_filled, check_plain
+from surgeon._plan import Settings, prepared
 from surgeon._removal import remove
-from surgeon._surgery import apply
+from surgeon._surgery import install
 from surgeon._text import Drawn, Part
 from surgeon._tracing.example import Example
 from surgeon.errors import CheckpointError, FoldError, NoResidualsError, UsageError
@@ -226,17 +227,17 @@ def regate(model: nn.Module, scales: Mapping[str, float], *, example: Example = 
         CheckpointError: The model has no such residual add.
     """
     patterns = {glob.escape(name): 1 - scale for name, scale in scales.items()}
+    as_noted = Settings(
+        "uniform",
+        drop_rate=0.0,
+        unit="batch",
+        scaling="paper",
+        include=list(patterns),
+        overrides=patterns,
+        example=example,
+    )
     try:
-        apply(
-            model,
-            "uniform",
-            drop_rate=0.0,
-            unit="batch",
-            scaling="paper",
-            include=list(patterns),
-            overrides=patterns,
-            example=example,
-        )
+        install(model, prepared(model, as_noted))
     except (UsageError, NoResidualsError) as error:
         raise CheckpointError(f"the checkpoint's gates do not fit {type(model).__name__}: {error}") from error
     for one in placed_gates(model):

@@ -1,7 +1,8 @@
 """Refuses models that are wrapped: surgery is done on the plain module, wrapping comes after."""
 
+import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -50,15 +51,48 @@ def check_filled(model: nn.Module) -> None:
             )
 
 
+def held_elsewhere(model: nn.Module) -> list[str]:
+    """What else holds weights for a network that evaluates without scales; ``model`` is only read.
+
+    Adapters of PEFT are trained along, and go out alone; an average keeps the forward of its own copy.
+    """
+    found = []
+    if any(map(_is_adapter, model.modules())):
+        found.append(
+            "the model has adapters of PEFT: trained under scaling='paper' they fit a network that "
+            "evaluates with the scales of its gates, and not the stock base that they are saved for. "
+            "Deliver the folded network with its adapters merged"
+        )
+    names = [name for name, _ in model.named_parameters()]
+    averages = tuple(cls for package, *kinds in _AVERAGES for cls in _classes(package, kinds))
+    for one in [one for one in gc.get_objects() if issubclass(type(one), averages)]:
+        if (
+            type(one.module) in type(model).__mro__[:3]
+            and [n for n, _ in one.module.named_parameters()] == names
+        ):
+            kind = type(one).__name__
+            found.append(
+                f"a {kind} holds a copy of such a {type(model).__name__} without gates: fed with weights "
+                "that scaling='paper' trains, it evaluates without their scales. Make it after surgeon.apply"
+            )
+    return found
+
+
 def _from(package: str, *names: str) -> Callable[[nn.Module], bool]:
     """A test for instances of classes of a package that is imported only if the user has imported it."""
+    return lambda module: isinstance(module, _classes(package, names))
 
-    def test(module: nn.Module) -> bool:
-        home = sys.modules.get(package)
-        classes = tuple(cls for name in names if isinstance(cls := getattr(home, name, None), type))
-        return isinstance(module, classes)
 
-    return test
+def _classes(package: str, names: Sequence[str]) -> tuple[type, ...]:
+    home = sys.modules.get(package)
+    return tuple(cls for name in names if isinstance(cls := getattr(home, name, None), type))
+
+
+_is_adapter = _from("peft.tuners.tuners_utils", "BaseTunerLayer")
+_AVERAGES = (
+    ("torch.optim.swa_utils", "AveragedModel"),
+    ("timm.utils.model_ema", "ModelEmaV2", "ModelEmaV3"),
+)
 
 
 _WRAPPERS: tuple[tuple[Callable[[nn.Module], bool], str, str], ...] = (

@@ -1,6 +1,7 @@
 """The operations on a model: residual adds found, gates put in, looked at and re-scheduled."""
 
 import numbers
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from surgeon._gating.gate import Decision, Paths, Rounding, Scaling, Unit, Unuse
 from surgeon._gating.gated import Placed, grouped_gates, placed_gates
 from surgeon._gating.ranks import Sync
 from surgeon._gating.schedule import NAMES, Schedule, drop_rates
-from surgeon._plain import check_plain
+from surgeon._plain import check_plain, held_elsewhere
 from surgeon._plan import Prepared, Settings, prepared, replanned
 from surgeon._report import Plan, Status, gate_status, schedule_text
 from surgeon._tracing.example import Example, inputs
@@ -158,14 +159,22 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
         work = replanned(model, schedule)
     else:
         work = prepared(model, given)
-    if not work.blocks:
-        raise NoResidualsError(_nothing_found(model, work.plan))
-    _install(model, work)
+    elsewhere = held_elsewhere(model) if work.decided.scaling == "paper" else ()
+    install(model, work)
+    for held in elsewhere:
+        warnings.warn(f"{held}. scaling='inverted' trains alike and needs no scales", stacklevel=2)
     return model
 
 
-def _install(model: nn.Module, work: Prepared) -> None:
-    """Carries out a plan; all of it or, where that fails, nothing."""
+def install(model: nn.Module, work: Prepared) -> None:
+    """Carries out a plan; all of it or, where that fails, nothing.
+
+    Raises:
+        NoResidualsError: There is nothing to gate.
+        FoldError: ``keep_eval``, and no weight can take the scale of some gate.
+    """
+    if not work.blocks:
+        raise NoResidualsError(_nothing_found(model, work.plan))
     keeps = work.decided.keep_eval
     if keeps:
         check_state_is_free([block.module for block, _ in work.blocks])

@@ -1,6 +1,7 @@
 """Networks with adapters of peft: gates go around them and scales into them, whichever comes first."""
 
 import copy
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -14,6 +15,7 @@ import surgeon
 
 peft = pytest.importorskip("peft")
 
+pytestmark = pytest.mark.filterwarnings("ignore:the model has adapters of PEFT")
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
 
@@ -102,3 +104,14 @@ def test_merged_first_and_folded_then() -> None:
     result = output(surgeon.fold(merged))
     assert float((result - gated).abs().max() / gated.abs().max()) < 1e-12
     assert type(surgeon.fold(merged)) is timm.models.VisionTransformer
+
+
+@pytest.mark.parametrize(("scaling", "warns"), [("paper", True), ("inverted", False)])
+def test_adapters_that_go_out_without_the_scales_are_told_of(scaling: Any, warns: bool) -> None:
+    model = adapted()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        surgeon.apply(model, scaling=scaling, example=IMAGES)
+    said = [str(one.message) for one in told if "adapters of PEFT" in str(one.message)]
+    assert len(said) == warns
+    assert all("scaling='inverted' trains alike and needs no scales" in text for text in said)
