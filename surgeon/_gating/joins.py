@@ -79,7 +79,7 @@ def _survivors(gate: Gate, paths: int, rows: int) -> Tensor:
     rate = 1 - gate.keep.to("cpu") if torch.compiler.is_compiling() else gate.drop_rate
     local = survivors(gate.numbers((paths + 1) * rows).view(paths + 1, rows), rate)
     alone = _is_path((drawn - (columns.count - paths)).clamp(min=0), paths)
-    return torch.where((drawn < 0) | (gate.keep == 1), local, alone)  # a rate of 0 never drops
+    return torch.where((drawn < 0) | (rate == 0), local, alone)  # a rate of 0 never drops
 
 
 def masked_mean(gate: Gate, *paths: Tensor) -> Tensor:
@@ -115,15 +115,13 @@ class PathRun:
             return self.masked(block, gates, *args)
         kept = tuple(self._kept(gates[place], len(join.paths)) for place, join in self.joins.items())
         means, order, idle = self._plan(kept)
-        env, last = (
-            dict(zip(self.given, args, strict=True)),
-            next((n for n in reversed(order) if n in means), None),
-        )
+        env: dict[fx.Node, Any] = dict(zip(self.given, args, strict=True))
+        last = next((node for node in reversed(order) if node in means), None)
         for node in order:
             if node in means:
                 env[node] = self._mean(node, [env[path] for path in means[node]])
                 if node is last and idle:
-                    env[node] = with_idle(gates[-1], env[node], _weights(block, idle))
+                    env[node] = _with_unused(gates[-1], env[node], block, idle)
             elif node.op == "output":
                 return fx.map_arg(node.args[0], env.__getitem__)
             elif node.op != "placeholder":
@@ -174,6 +172,14 @@ def needed(flow: Flow, ways: dict[fx.Node, list[fx.Node]]) -> list[fx.Node]:
 
 def _held(nodes: Sequence[fx.Node]) -> dict[str, None]:
     return {str(node.target): None for node in nodes if node.op in ("call_module", "get_attr")}
+
+
+def _with_unused(gate: Gate, value: Tensor, block: nn.Module, names: Sequence[str]) -> Tensor:
+    """A value as it is, with a backward that reaches the weights which did not run, where it has to."""
+    if not torch.is_grad_enabled() or (value.requires_grad and not gate.zeroes):
+        return value
+    unused = [weight for weight in _weights(block, names) if weight.requires_grad]
+    return with_idle(gate, value, unused) if unused else value
 
 
 def _weights(block: nn.Module, names: Sequence[str]) -> list[Tensor]:
