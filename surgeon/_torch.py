@@ -191,5 +191,7 @@ def under_vmap() -> bool:
 
 
 def transformed() -> bool:
-    """Whether a transform of `torch.func`, or forward mode, looks on; not to be asked in a compiled graph."""
+    """Whether a transform of `torch.func`, or forward mode, looks on; a compiler sees none."""
+    if torch.compiler.is_compiling():
+        return False
     return bool(_transforms()) or _forward_mode._current_level >= 0

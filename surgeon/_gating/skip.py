@@ -261,7 +261,7 @@ def _dropped(
 
 def with_idle(gate: Gate, value: Tensor, idle: Sequence[Tensor], sharing: str = "view") -> Tensor:
     """A value as it is; idle tensors, which took no part in it, get gradients of zeros from it, or none."""
-    function = _IdleTransformed if not is_compiling() and transformed() else _Idle
+    function = _IdleTransformed if transformed() else _Idle
     return function.apply(value, sharing, gate.zeroes, *idle)  # type: ignore[no-any-return]
 
 
