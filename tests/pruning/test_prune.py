@@ -186,6 +186,13 @@ def test_it_loads_its_own_state_into_a_fresh_network_pruned_alike() -> None:
     assert torch.equal(other(X), pruned(X))
 
 
+def test_compilers_take_it() -> None:
+    pruned = surgeon.prune(randomise(Net(Twice())), ["block.add"], example=X)
+    compiled = torch.compile(pruned, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(X), pruned(X))
+    torch.testing.assert_close(torch.export.export(pruned, (X,)).module()(X), pruned(X))
+
+
 def test_in_place_changes_the_model_itself() -> None:
     model = Net2(Plain(), Plain())
     assert surgeon.prune(model, ["blocks.0.add"], example=X, inplace=True) is model
