@@ -17,7 +17,8 @@ import surgeon
 from surgeon._folding.planning import plan_gates
 from surgeon._gating.gate import Gate
 from surgeon._gating.gated import gated_blocks, gates_of, is_gated, placed_gates
-from surgeon._tracing.example import inputs, tensors
+from surgeon._tracing.example import inputs
+from surgeon._tracing.nests import tensors
 from surgeon.errors import FoldError
 
 TRAINED = 300_000_000  # models with more parameters are not trained: their gradients take long

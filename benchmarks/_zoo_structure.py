@@ -12,7 +12,7 @@ from torchvision.ops import StochasticDepth
 
 from surgeon._finding.analysis import Analysis
 from surgeon._finding.findings import Findings
-from surgeon._tracing.example import tensors
+from surgeon._tracing.nests import tensors
 
 _OWN_GATES = (DropPath, StochasticDepth)
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from surgeon._pruning.prune import prune
     from surgeon._ramp import Ramp
     from surgeon._removal import fold, remove
+    from surgeon._retrace import retrace
     from surgeon._sample import calibration, sample
     from surgeon._source import load_model
     from surgeon._surgery import apply, find, set_drop_rate, status
@@ -44,6 +45,7 @@ __all__ = [
     "plan",
     "prune",
     "remove",
+    "retrace",
     "sample",
     "save_checkpoint",
     "set_drop_rate",
@@ -66,6 +68,7 @@ _HOMES = {
     "plan": "_plan",
     "prune": "_pruning.prune",
     "remove": "_removal",
+    "retrace": "_retrace",
     "sample": "_sample",
     "save_checkpoint": "_checkpoint",
     "set_drop_rate": "_surgery",

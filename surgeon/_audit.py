@@ -23,17 +23,11 @@ from surgeon._finding.findings import Residual
 from surgeon._plain import check_plain
 from surgeon._text import Drawn, Part
 from surgeon._torch import FakeTensorMode
-from surgeon._tracing.example import (
-    Example,
-    generators_kept,
-    inputs,
-    mode,
-    no_inference_mode,
-    tensors,
-    untouched,
-)
+from surgeon._tracing.example import Example, inputs
+from surgeon._tracing.nests import tensors
 from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.record import record
+from surgeon._tracing.undisturbed import undisturbed
 
 Verdict = Literal["residual", "never-called", "unused", "on-shortcut", "no-shortcut"]
 
@@ -228,7 +222,7 @@ def _drop_rate(module: nn.Module) -> float | None:
         return None
     if any(True for _ in module.buffers()):
         return None
-    with no_inference_mode(), torch.no_grad(), mode(module, True), untouched(module), generators_kept():
+    with undisturbed(module, training=True), torch.no_grad():
         torch.default_generator.manual_seed(0)  # not those of other devices, whose states are not kept
         ones = torch.ones(_ROWS, 4, 4, 4)
         seen: list[Tensor] = []

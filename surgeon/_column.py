@@ -11,10 +11,10 @@ from surgeon._finding.joins import Join, joins
 from surgeon._gating.gated import is_gated
 from surgeon._gating.joins import needed, path_of
 from surgeon._removal import fold
-from surgeon._tracing.example import Example, inputs, mode, no_inference_mode, untouched
-from surgeon._tracing.fake import held_open
+from surgeon._tracing.example import Example, inputs
 from surgeon._tracing.record import Recording
 from surgeon._tracing.trace import trace
+from surgeon._tracing.undisturbed import undisturbed
 from surgeon.errors import UsageError
 
 
@@ -65,7 +65,7 @@ def column(model: nn.Module, k: int | None = None, *, example: Example = None) -
 def _evaluated(block: Block, recording: Recording) -> tuple[Flow, Mapping[fx.Node, Join]]:
     """A block's forward in evaluation, and the joins in it."""
     args, kwargs, log = recording.arguments(block.call)
-    with mode(block.module, False), no_inference_mode(), untouched(block.module), held_open():
+    with undisturbed(block.module, training=False):
         flow = Flow(trace(block.module, args, kwargs, log, below=block.flow.trace.below))
     return flow, {last: join for last, join in joins(flow).items() if join.code is None}
 

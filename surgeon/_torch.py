@@ -29,6 +29,7 @@ __all__ = [
     "fake_of",
     "from_functional",
     "functionalizing",
+    "global_forward_hooks",
     "no_dispatch",
     "pytree",
     "saves_may_change",
@@ -71,6 +72,9 @@ try:
 
     # Where fx asks for what is no plain attribute of a module while it traces.
     from torch.fx import _symbolic_trace
+
+    # Hooks that every module's result goes through.
+    from torch.nn.modules.module import _global_forward_hooks as global_forward_hooks
 
     # Walks through the nests that models take and give, as torch.export and torch.func do.
     from torch.utils import _pytree as pytree

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from surgeon._finding.opgraph import operators
 from surgeon._finding.residual import additions
-from surgeon._tracing.example import tensors
+from surgeon._tracing.nests import tensors
 from surgeon._tracing.operators import is_linear
 from surgeon._tracing.record import Call, Recording
 

@@ -25,15 +25,15 @@ from surgeon._finding.opgraph import adds_constant, count_sums, operators
 from surgeon._finding.paths import side
 from surgeon._finding.residual import additions, arguments_of, nest, projected, steps_along, within
 from surgeon._tracing.alike import likeness
-from surgeon._tracing.example import mode, no_inference_mode, tensors, untouched
 from surgeon._tracing.facts import is_size
-from surgeon._tracing.fake import held_open
+from surgeon._tracing.nests import tensors
 from surgeon._tracing.operators import projects
 from surgeon._tracing.oplog import OpLog, layout
 from surgeon._tracing.reads import Reads
 from surgeon._tracing.record import Call, Recording, record
 from surgeon._tracing.state import kind
 from surgeon._tracing.trace import trace
+from surgeon._tracing.undisturbed import mode, undisturbed
 from surgeon.errors import TraceError
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any], OpLog]
@@ -102,7 +102,7 @@ def analyse(
     names = {module: name for name, module in model.named_modules()}
     scan = _Scan(recording, names, Choice(include, exclude))
     # Always in training mode, where stochastic depth that is already there is live.
-    with no_inference_mode(), mode(model, True), untouched(model), held_open():
+    with undisturbed(model, training=True):
         for call in recording.calls:
             scan.visit(call)
     scan.choice.check()
@@ -193,7 +193,7 @@ class _Scan:
         """
         if all(addition.code == "bias" for addition in traced.additions):
             return []
-        exact, found = traced.flow.trace.exact, list[tuple[Call, Flow]]()
+        exact, found = traced.flow.trace.key.exact, list[tuple[Call, Flow]]()
         known = {_way(call, exact)}
         for one in self.recording.calls:
             if one.module is call.module and _way(one, exact) not in known:

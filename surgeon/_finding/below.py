@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from surgeon._tracing.below import Below, StandIn
-from surgeon._tracing.example import generators_kept, tensors
+from surgeon._tracing.nests import tensors
 from surgeon._tracing.operators import drops_rows
 from surgeon._tracing.oplog import Op
 from surgeon._tracing.record import Call, Recording
+from surgeon._tracing.undisturbed import generators_kept
 
 
 def below(recording: Recording, call: Call, adders: Container[int]) -> Below:

@@ -13,7 +13,7 @@ from torch import fx
 from surgeon._finding.addition import Addition
 from surgeon._finding.flow import Flow
 from surgeon._finding.paths import ADDS, around, ops_of, side
-from surgeon._tracing.example import tensors
+from surgeon._tracing.nests import tensors
 from surgeon._tracing.operators import (
     enlarges,
     is_layer,

@@ -16,7 +16,7 @@ from surgeon._finding.drops import drops
 from surgeon._finding.findings import FEATURES
 from surgeon._finding.flow import Flow
 from surgeon._finding.paths import ops_of, side, writes_to
-from surgeon._tracing.example import tensors
+from surgeon._tracing.nests import tensors
 from surgeon._tracing.operators import is_layer
 from surgeon._tracing.record import Recording
 

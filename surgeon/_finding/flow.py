@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import fx
 
-from surgeon._tracing.example import tensors
 from surgeon._tracing.facts import Fact, Trace
 from surgeon._tracing.fake import storage
+from surgeon._tracing.nests import tensors
 
 
 class Flow:

@@ -17,6 +17,7 @@ from surgeon._finding.addition import Addition
 from surgeon._finding.flow import Flow
 from surgeon._tracing.aten import Family
 from surgeon._tracing.facts import Fact, Trace
+from surgeon._tracing.key import Key
 from surgeon._tracing.oplog import Layout, Op, OpLog
 from surgeon._tracing.reads import Reads
 from surgeon._tracing.record import Call
@@ -62,7 +63,7 @@ class _Builder:
         for number in range(first, last):
             self._add(number)
         self.graph.output(None)
-        return Trace(self.graph, self.facts, exact=True, ambient=False, reads=Reads())
+        return Trace(self.graph, self.facts, Key(exact=True), Reads())
 
     def _add(self, number: int) -> None:
         step = self.log.steps[number]

@@ -38,7 +38,7 @@ from surgeon._finding.paths import (
     stems,
     writes_to,
 )
-from surgeon._tracing.example import tensors
+from surgeon._tracing.nests import tensors
 from surgeon._tracing.operators import projects
 
 

@@ -32,7 +32,7 @@ from surgeon._folding.results import tensors_in
 from surgeon._folding.state import address, named_tensors
 from surgeon._folding.still import evaluating, noting
 from surgeon._torch import FakeTensorMode, from_functional, functionalizing, pytree, to_functional
-from surgeon._tracing.example import untouched
+from surgeon._tracing.undisturbed import undisturbed
 from surgeon.errors import FoldError, UnseenCallError
 
 
@@ -80,7 +80,7 @@ def flatten(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         ):
             continue
         try:
-            with untouched(model):
+            with undisturbed(model):
                 return _record(model, args, kwargs, attempt)
         except (FoldError, UnseenCallError) as error:
             first = error

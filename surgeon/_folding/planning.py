@@ -20,10 +20,9 @@ from surgeon._gating.forwards import Gating
 from surgeon._gating.gate import Gate
 from surgeon._gating.gated import first_weight
 from surgeon._gating.ways import Arguments, forms, zeros
-from surgeon._tracing.example import mode, no_inference_mode, untouched
-from surgeon._tracing.fake import held_open
 from surgeon._tracing.record import record
 from surgeon._tracing.trace import trace
+from surgeon._tracing.undisturbed import undisturbed
 from surgeon.errors import FoldError, UnseenCallError
 
 _ELSEWHERE = (
@@ -108,14 +107,9 @@ def _make_forwards(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         gating = gating_of(call.module)
         if gating is not None:
             given, named, log = recording.arguments(call)
-            with (
-                no_inference_mode(),
-                spelled_out(),
-                mode(call.module, False),
-                untouched(call.module),
-                held_open(),
-            ):
-                flow = Flow(trace(call.module, given, named, log, below=gating.below))
+            with spelled_out(), undisturbed(call.module, training=False):
+                forward = gating.forward(call.module)
+                flow = Flow(trace(call.module, given, named, log, below=gating.below, forward=forward))
                 gating.prepare(call.module, flow, given, named)
 
 
@@ -126,9 +120,12 @@ def _ungated(model: nn.Module) -> Iterator[None]:
     try:
         for module, cls in gated:
             module.__class__ = cls._ungated  # type: ignore[attr-defined]
+            if (replaced := module.__dict__["_surgeon"].replaced) is not None:
+                module.__dict__["forward"] = replaced
         yield
     finally:
         for module, cls in gated:
+            module.__dict__.pop("forward", None)
             module.__class__ = cls
 
 
@@ -208,7 +205,7 @@ class _Other:
         weight = first_weight(self.block)
         then = self.gating.gates[0].decided.dtype
         args, kwargs = zeros(form, device, None if weight is None else (then, weight.dtype))
-        with mode(self.block, False), untouched(self.block), spelled_out():
+        with undisturbed(self.block, training=False), spelled_out():
             self.gating.learn(self.block, args, kwargs)
         return flatten(self.block, args, kwargs)
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from surgeon._tracing.example import generators_kept, mode
+from surgeon._tracing.undisturbed import generators_kept, mode
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from surgeon._torch import pytree
-from surgeon._tracing.example import tensors
+from surgeon._tracing.nests import tensors
 from surgeon._tracing.oplog import Step
 from surgeon._tracing.record import Recording, record
 from surgeon.errors import RecordError

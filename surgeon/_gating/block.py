@@ -8,6 +8,7 @@ have no weights, and ``children()`` of a block must stay what it was. `ungate_bl
 """
 
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ from surgeon._finding.findings import gate_name
 from surgeon._gating.forwards import Gating
 from surgeon._gating.gate import NOTE, Gate
 from surgeon._tracing.trace import Made, Unannounced, portable, revived
-from surgeon.errors import CheckpointError, WrappedModelError
+from surgeon.errors import CheckpointError, UnseenCallError, WrappedModelError
 
 
 class GatedBlock(Unannounced, nn.Module):
@@ -29,10 +30,23 @@ class GatedBlock(Unannounced, nn.Module):
     _surgeon: Gating
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
+        gating = gating_of(self) if name == "forward" else None
+        if gating is not None:  # on the block it would hide the gates; the gated forward put back is none
+            own = getattr(value, "__func__", None) is gated_class(self._ungated).forward
+            gating.replaced = None if own else value
+        else:
+            super().__setattr__(name, value)
         # Taking off what parametrize put on brings back the class of that time, whatever the block does now.
-        if name in ("training", "__class__"):
+        if name in ("training", "__class__", "forward"):
             settle_class(self)
+
+    def __delattr__(self, name: str) -> None:
+        gating = gating_of(self)
+        if name == "forward" and gating is not None and gating.replaced is not None:
+            gating.replaced = None
+            settle_class(self)
+        else:
+            super().__delattr__(name)
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -166,8 +180,12 @@ def _twins(cls: type[nn.Module], kind: type[GatedBlock]) -> tuple[type[nn.Module
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A slice of a gated Sequential is of the gated class and has no gates.
         gating = self.__dict__.get("_surgeon")
-        if gating is None or (not self.training and gating.evaluates_plainly):
-            return original(self, *args, **kwargs)
+        if gating is None:
+            return cls.forward(self, *args, **kwargs)
+        if gating.replaced is not None and gating.wrapped(self) and not _inside(self):
+            return _wrapped(self, gating, args, kwargs)
+        if not self.training and gating.evaluates_plainly:
+            return gating.forward(self)(self, *args, **kwargs)
         return gating.run(self, args, kwargs)
 
     def bears(heir: Any, /, **_: Any) -> None:
@@ -193,7 +211,8 @@ def settle_class(block: nn.Module) -> None:
     if twins is None:
         return
     gating = block.__dict__.get("_surgeon")
-    wanted = twins[gating is not None and not block.training and gating.evaluates_plainly]
+    plain = gating is not None and gating.evaluates_plainly and gating.replaced is None
+    wanted = twins[plain and not block.training]
     if type(block) is not wanted:
         object.__setattr__(block, "__class__", wanted)
 
@@ -222,6 +241,47 @@ def marking(model: nn.Module, gates: Sequence[Gate]) -> Iterator[None]:
             gate.marked_as = None
         for block in blocks:
             settle_class(block)
+
+
+class _Running(threading.local):
+    """The blocks that run a forward put on them, on this thread, and whether that has come to the gates."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[Any]] = []
+
+
+_running = _Running()
+
+
+def _inside(block: nn.Module) -> bool:
+    """Whether the forward that was put on ``block`` has called the gated one."""
+    if torch.compiler.is_compiling():
+        return True
+    calls = [call for call in _running.calls if call[0] is block]
+    for call in calls:
+        call[1] = True
+    return bool(calls)
+
+
+def _wrapped(block: nn.Module, gating: Gating, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs a forward that is no method of the block: it has to call the gated one, as accelerate's hooks do.
+
+    Raises:
+        UnseenCallError: It did not, where the gates have something to do.
+    """
+    call = [block, False]
+    _running.calls.append(call)
+    try:
+        result = gating.replaced(*args, **kwargs)
+    finally:
+        _running.calls.pop()
+    if not call[1] and (block.training or not gating.evaluates_plainly):
+        raise UnseenCallError(
+            f"{_block_name(block)}: its forward was replaced on the instance after surgeon.apply, and what "
+            "stands there does not come to its gates. Take them out before (surgeon.fold, surgeon.remove), "
+            "or put a method of the block there"
+        )
+    return result
 
 
 def gate_block(block: nn.Module, gating: Gating) -> None:
@@ -254,7 +314,9 @@ def ungate_block(block: nn.Module) -> None:
     """Gives ``block`` its own class back and takes its gates away, as far as it has them."""
     if isinstance(block, GatedBlock):
         block.__class__ = type(block)._ungated  # type: ignore[assignment]
-    block.__dict__.pop("_surgeon", None)
+    gating = block.__dict__.pop("_surgeon", None)
+    if gating is not None and gating.replaced is not None:
+        block.__dict__["forward"] = gating.replaced
 
 
 def gating_of(module: nn.Module) -> Gating | None:

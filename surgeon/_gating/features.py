@@ -25,7 +25,7 @@ from surgeon._gating.skip import (
     with_idle,
 )
 from surgeon._torch import under_vmap
-from surgeon._tracing.example import tensors
+from surgeon._tracing.nests import tensors
 
 
 def masked_value(gate: Gate, value: Tensor) -> Tensor:

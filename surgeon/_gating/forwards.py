@@ -1,12 +1,13 @@
 """The gated forwards of a block: one for each way of calling it, and another when a new way comes."""
 
 import copy
+import functools
+import types
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from surgeon._finding.addition import Addition
@@ -18,17 +19,16 @@ from surgeon._gating.gate import Gate
 from surgeon._gating.places import Mark, again, located
 from surgeon._gating.splice import Run, Spliced, splice
 from surgeon._gating.ways import Arguments, forms
-from surgeon._torch import FakeTensorMode, pytree
+from surgeon._torch import FakeTensorMode, global_forward_hooks, pytree
 from surgeon._tracing.below import Below
-from surgeon._tracing.example import no_inference_mode, tensors, untouched
-from surgeon._tracing.facts import Path, Trace
-from surgeon._tracing.fake import held_open, to_fake
-from surgeon._tracing.given import kinds
-from surgeon._tracing.mentions import Place
+from surgeon._tracing.facts import Trace
+from surgeon._tracing.fake import to_fake
+from surgeon._tracing.key import Key
+from surgeon._tracing.nests import tensors
 from surgeon._tracing.oplog import OpLog
-from surgeon._tracing.reads import attribute
-from surgeon._tracing.state import ambient, kind, state
-from surgeon._tracing.trace import trace
+from surgeon._tracing.state import attribute, kind
+from surgeon._tracing.trace import ONE_AT_A_TIME, plain_forward, trace
+from surgeon._tracing.undisturbed import no_inference_mode
 from surgeon.errors import TraceError, UnseenCallError
 
 _MANY = 64  # ways of calling one block, each traced and kept
@@ -40,7 +40,7 @@ class Gating:
     Args:
         name: Qualified name of the block at `surgeon.apply`, for messages.
         gates: The gates, in the order of their additions.
-        rewritten: Something outside the block writes to its output in place.
+        rewritten: Something outside the block may write to its output in place, or reads on what it took.
         kept: Places of the arguments that autograd keeps anyway, for the backward of what made them.
     """
 
@@ -53,15 +53,11 @@ class Gating:
         self.complete = False  # whether each residual add of the block carries a gate
         self.marks: tuple[Mark, ...] = ()  # what the gates' additions are known by
         self.features = 0  # how many new features the block concatenates, where gates are on those
-        self.exact = False
-        self.ambient = False
-        self.below = Below()
         self.optional: set[int] = set()  # gates, by ordinal, whose sum the example's calls do not all perform
         self.sides: dict[int, str] = {}  # for each gate, by ordinal, which operand was its shortcut
-        self.attributes: tuple[str, ...] = ()
-        self.places: tuple[Place, ...] = ()
-        self.around: tuple[Any, ...] = ()  # what lay there at the last look
-        self.given: dict[Path, bool] = {}
+        self.below = Below()
+        self.replaced: Any = None  # a forward that was put on the block since
+        self.key = Key()
         self.active: dict[str, bool] = {}
         self.runs: dict[Any, Run] = {}
         self.ways: dict[Any, Arguments | None] = {}  # arguments of each way that came later
@@ -113,13 +109,8 @@ class Gating:
         """
         spliced = self._spliced(block, flow, batch, shown)
         found = flow.trace
-        self.exact |= found.exact
-        self.ambient |= found.ambient
         self.below |= found.below
-        self.attributes = tuple(sorted({*self.attributes, *found.attributes}))
-        places = {(id(one.holder), one.names): one for one in (*self.places, *found.places)}
-        self.places = tuple(places.values())
-        self.given |= {path: whole or self.given.get(path, False) for path, whole in found.given.items()}
+        self.key |= found.key
         key = self._key(block, args, kwargs)
         self.runs[key] = spliced.run
         self.weights.setdefault((*key[:2], key[3]), set()).add(_weights(block, found))
@@ -133,9 +124,9 @@ class Gating:
         skip = frozenset(gate.branch.ordinal for gate in self.gates if gate.branch.skips)
         by_rows = self.gates[0].decided.unit == "sample"
         places = tuple((place, a.node, a.ordinal, a.shortcut) for place, a in chosen.items())
-        key = (block.training, places, skip, by_rows, self.rewritten, self.kept, batch)
+        written, kept = self.rewritten or _hooked(block), self.kept
+        key = (block.training, places, skip, by_rows, written, kept, batch)
         if key not in flow.shared:
-            written, kept = self.rewritten, self.kept
             flow.shared[key] = splice(
                 block, flow, chosen, skip=skip, by_rows=by_rows, rewritten=written, kept=kept, batch=batch
             )
@@ -158,9 +149,13 @@ class Gating:
                 "torch.fx cannot trace a gated model: what is dropped is decided anew in each step. Give it "
                 "surgeon.fold(model), or the model before surgeon.apply"
             )
+        with ONE_AT_A_TIME:
+            return self.runs.get(self._key(block, args, kwargs)) or self._traced(block, args, kwargs)
+
+    def _traced(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
         log = OpLog(FakeTensorMode(allow_non_fake_inputs=True))
         try:
-            with no_inference_mode(), untouched(block), held_open():
+            with no_inference_mode():
                 fake_args, fake_kwargs = to_fake(log.fake, (args, kwargs))
                 for path, tensor in _leaves(fake_args, fake_kwargs):
                     if self.active.get(path, tensor.is_floating_point()):
@@ -169,7 +164,8 @@ class Gating:
                     tensors((args, kwargs)), tensors((fake_args, fake_kwargs)), strict=True
                 ):
                     fake.requires_grad_(real.requires_grad)
-                flow = Flow(trace(block, fake_args, fake_kwargs, log, below=self.below))
+                forward = self.forward(block)
+                flow = Flow(trace(block, fake_args, fake_kwargs, log, below=self.below, forward=forward))
             spliced = self.prepare(block, flow, args, kwargs)
             self.ways.setdefault(self.way(args, kwargs), forms(args, kwargs))
         except TraceError as error:
@@ -235,46 +231,54 @@ class Gating:
 
     def way(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What of the arguments decides which code the block's forward runs."""
-        return (
-            tuple([kind(value, self.exact) for value in args]),
-            tuple([(name, kind(value, self.exact)) for name, value in kwargs.items()]),
-            kinds(self.given, args, kwargs, self.exact) if self.given else (),
-        )
+        return self.key.way(args, kwargs)
 
     def _key(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Everything that decides which code the block's forward runs."""
-        return (
-            block.training,
-            self.way(args, kwargs),
-            tuple([state(attribute(block, name)) for name in self.attributes]),
-            ambient() if self.ambient else None,
-            self._around() if self.places else (),
-        )
+        return *self.key.of(block, self.forward(block), args, kwargs), _hooked(block)
 
-    def _around(self) -> tuple[Any, ...]:
-        if not torch.compiler.is_compiling():  # which would guard on whole files
-            self.around = tuple([state(one.value()) for one in self.places])
-        return self.around
+    def forward(self, block: nn.Module) -> Any:
+        """The function that the block runs: of its class as it is now, or one put on the block since."""
+        return (self.replaced is not None and _function(block, self.replaced)) or plain_forward(block)
+
+    def wrapped(self, block: nn.Module) -> bool:
+        """Whether what was put on the block is no method of it, but something around its forward."""
+        return self.replaced is not None and _function(block, self.replaced) is None
+
+    def forget(self) -> None:
+        """Forgets every trace, so that the next call of each kind makes it anew."""
+        self.runs, self.weights = {}, {}
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         called = _pattern(args, kwargs)
         return f"{self.name or 'the model'} is called in a way not seen on the example: ({called})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Gating":
-        twin = Gating(self.name, copy.deepcopy(self.gates, memo), self.rewritten, self.kept)
-        twin.complete, twin.marks, twin.optional = self.complete, self.marks, set(self.optional)
-        twin.features = self.features
-        twin.exact, twin.ambient, twin.attributes = self.exact, self.ambient, self.attributes
-        twin.places, twin.around = self.places, self.around
-        twin.given, twin.below, twin.sides = dict(self.given), self.below, dict(self.sides)
-        twin.active, twin.runs = dict(self.active), dict(self.runs)
-        twin.ways, twin.weights = dict(self.ways), copy.deepcopy(self.weights)
+        twin = object.__new__(Gating)
+        own = self.__dict__.items()
+        twin.__dict__.update({k: copy.copy(v) if isinstance(v, (dict, set)) else v for k, v in own})
+        twin.weights = {key: set(chosen) for key, chosen in self.weights.items()}
+        twin.gates, twin.replaced = copy.deepcopy((self.gates, self.replaced), memo)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         # Generated functions do not pickle; they are made again at the first call.
-        fresh: dict[str, Any] = {"runs": {}, "ways": {}, "weights": {}, "places": (), "around": ()}
-        return {**self.__dict__, **fresh, "below": self.below.portable()}
+        fresh: dict[str, Any] = {"runs": {}, "ways": {}, "weights": {}}
+        return {**self.__dict__, **fresh, "below": self.below.portable(), "key": self.key.portable()}
+
+
+def _function(block: nn.Module, held: Any) -> Any:
+    """The function behind a forward put on a block, to be called with it; None if it is no method of it."""
+    if isinstance(held, types.MethodType) and held.__self__ is block:
+        return held.__func__
+    if not isinstance(held, functools.partial) or held.keywords or held.args != (block,):
+        return None
+    return held.func if getattr(type(block), getattr(held.func, "__name__", ""), None) is held.func else None
+
+
+def _hooked(block: nn.Module) -> bool:
+    """Whether hooks get the result of a block that may drop, which must not be the shortcut itself then."""
+    return block.training and bool(block._forward_hooks or global_forward_hooks)
 
 
 def _weights(block: nn.Module, found: Trace) -> frozenset[str]:

@@ -24,7 +24,7 @@ from surgeon._gating.gate import Gate
 from surgeon._gating.skip import with_idle
 from surgeon._torch import under_vmap
 from surgeon._tracing.fake import held
-from surgeon._tracing.reads import attribute
+from surgeon._tracing.state import attribute
 
 Kept = tuple[tuple[int, ...], ...]
 # What each join is the mean of, what runs, in order, and the children and weights that do not.

@@ -17,11 +17,11 @@ from surgeon._gating.gate import Gate
 from surgeon._gating.samples import Samples, dimensions, doubtful
 from surgeon._gating.saved import keeps_result
 from surgeon._gating.splice import Spliced
-from surgeon._tracing.example import mode, no_inference_mode, tensors, untouched
-from surgeon._tracing.fake import held_open
+from surgeon._tracing.nests import tensors
 from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.record import Recording
 from surgeon._tracing.trace import trace
+from surgeon._tracing.undisturbed import mode, no_inference_mode
 from surgeon.errors import UsageError
 
 
@@ -79,7 +79,8 @@ def _prepare_block(
 ) -> Gating:
     """The gating of one block with its training forward made, and its evaluating one where that differs."""
     chosen = [gates[r.name] for r in block.residuals]
-    gating = Gating(block.name, chosen, block.call.rewritten, _kept(block, recording))
+    shared = block.call.rewritten or block.call.reread
+    gating = Gating(block.name, chosen, shared, _kept(block, recording))
     for gate, addition in zip(chosen, block.found, strict=True):
         if gate.branch.skips and (kept := _kept_by_layers(block, addition, recording)):
             _note(gate, skips=False, note=f"computed also when dropped: it keeps a value in {kept}")
@@ -129,7 +130,7 @@ def _evaluating(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], log
 
 
 def _traced(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], log: OpLog) -> Flow:
-    with no_inference_mode(), untouched(block.module), held_open():
+    with no_inference_mode():
         return Flow(trace(block.module, args, kwargs, log, below=block.flow.trace.below))
 
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from surgeon._gating.rowrules import PRIME, UNKNOWN, hazard
 from surgeon._torch import FakeTensorMode, no_dispatch, pytree
 from surgeon._tracing.aten import Family, family, named
-from surgeon._tracing.example import generators_kept, no_autocast_cache, no_inference_mode, tensors, untouched
-from surgeon._tracing.fake import held_open
+from surgeon._tracing.nests import tensors
 from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.record import quiet
+from surgeon._tracing.undisturbed import undisturbed
 
 _OTHER = 2 * PRIME - 1
 # Arguments by which operators are told a shape, whatever they are called with.
@@ -175,7 +175,7 @@ def _run(
     dim: int,
 ) -> tuple[int, ...]:
     """Runs the branch on ``count`` rows under ``log``; the shape of what it gives."""
-    with no_inference_mode(), untouched(block), held_open(), generators_kept(), no_autocast_cache(), quiet():
+    with undisturbed(block), quiet():
         given = pytree.tree_map_only(Tensor, lambda t: _blank(log.fake, t), list(inputs))
         for i in rows:
             given[i] = _resized(log.fake, inputs[i], dim, count)

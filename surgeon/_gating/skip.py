@@ -23,10 +23,11 @@ from surgeon._gating.ranks import several
 from surgeon._gating.rowops import SMALL, joined, parted, take
 from surgeon._gating.saved import saved_once
 from surgeon._torch import FakeTensorMode, saves_may_change, transformed, under_vmap
-from surgeon._tracing.example import generators_kept, no_autocast_cache, tensors, untouched
-from surgeon._tracing.fake import held, held_open, to_fake
+from surgeon._tracing.fake import held, to_fake
+from surgeon._tracing.nests import tensors
 from surgeon._tracing.oplog import OpLog
-from surgeon._tracing.reads import attribute
+from surgeon._tracing.state import attribute
+from surgeon._tracing.undisturbed import undisturbed
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,9 +292,9 @@ def _result_type(
 def branch_result(lifted: Lifted, block: nn.Module, inputs: Sequence[Any]) -> Tensor | None:
     """What the branch gives, as a fake tensor; None if it does not run on such."""
     log = OpLog(FakeTensorMode(allow_non_fake_inputs=True))
-    with generators_kept(), no_autocast_cache(), torch.no_grad(), untouched(block), suppress(Exception):
+    with undisturbed(block), torch.no_grad(), suppress(Exception):
         given = to_fake(log.fake, tuple(inputs))
-        with log.fake, log, held_open():
+        with log.fake, log:
             return lifted.run(block, *given)
     return None
 

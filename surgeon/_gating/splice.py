@@ -27,9 +27,9 @@ from surgeon._gating.joins import PathRun, masked_mean
 from surgeon._gating.rowwise import nested
 from surgeon._gating.skip import Form, Lifted, batch_add, rows_add
 from surgeon._gating.subsets import Subset, look
-from surgeon._tracing.example import tensors
 from surgeon._tracing.facts import is_size
 from surgeon._tracing.fake import storage
+from surgeon._tracing.nests import tensors
 
 Run = Callable[..., Any]
 
@@ -103,7 +103,7 @@ def splice(
     run = writer.write()
     if block.training and not by_rows and _only_joins(chosen, skip):
         run = PathRun(flow, chosen, run, rewritten)
-    return Spliced(run, flow.trace.exact, whole, subsets)
+    return Spliced(run, flow.trace.key.exact, whole, subsets)
 
 
 def _only_joins(chosen: Mapping[int, Addition], skip: Collection[int]) -> bool:

@@ -12,7 +12,7 @@ from surgeon._gating.gate import open_gate
 from surgeon._gating.rowwise import Rowwise, nested, rowwise
 from surgeon._gating.samples import Samples
 from surgeon._gating.skip import Lifted
-from surgeon._tracing.example import tensors
+from surgeon._tracing.nests import tensors
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,10 +23,10 @@ from surgeon._gating.places import again, located
 from surgeon._pruning.cut import Code, Cut
 from surgeon._pruning.pruned import Kept, form
 from surgeon._torch import pytree
-from surgeon._tracing.example import mode, no_inference_mode, tensors, untouched
-from surgeon._tracing.fake import held_open
+from surgeon._tracing.nests import tensors
 from surgeon._tracing.record import Recording, record
 from surgeon._tracing.trace import trace
+from surgeon._tracing.undisturbed import undisturbed
 from surgeon.errors import PruneError, SurgeonError, TraceError, UsageError
 
 _RESIDUAL = ("identity", "projection", "left", "right")
@@ -87,7 +87,7 @@ class Deleter:
         cuts = [self._cut(block, names, training) for training in (True, False)]
         training, evaluation = codes = [cut.code() for cut in cuts]
         args, kwargs, _ = self.analysis.recording.arguments(block.call)
-        exact = any(cut.flow.trace.exact for cut in cuts)
+        exact = any(cut.flow.trace.key.exact for cut in cuts)
         first = int(exact and self._any_batch(block, names, codes))
         kept = Kept(deleted, form(args, kwargs, exact=exact, first=first), training, evaluation)
         alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
@@ -116,7 +116,7 @@ class Deleter:
             call = next(c for c in recording.calls if c.module is block.module)
             args, kwargs, log = recording.arguments(call)
             try:
-                with no_inference_mode(), mode(block.module, training), untouched(block.module), held_open():
+                with undisturbed(block.module, training=training):
                     made = trace(block.module, args, kwargs, log, below=block.flow.trace.below)
             except TraceError as error:
                 where = block.name or "the model"

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon._tracing.example import tensors
 from surgeon._tracing.fake import storage
+from surgeon._tracing.nests import tensors
 from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.record import Call
 from surgeon._tracing.state import PLAIN

@@ -1,7 +1,6 @@
 """What a trace is: a graph, and for each of its nodes what is known from running it on fake values."""
 
 import operator
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,14 +8,10 @@ from torch import fx
 
 from surgeon._torch import traced_assert
 from surgeon._tracing.below import Below
-from surgeon._tracing.example import tensors
-from surgeon._tracing.mentions import Place
+from surgeon._tracing.key import Key
+from surgeon._tracing.nests import tensors
 from surgeon._tracing.oplog import Op
 from surgeon._tracing.reads import Reads
-
-# Where a part of the arguments is: the place of one argument, and the steps from there.
-Step = tuple[Callable[..., Any], tuple[Any, ...]]
-Path = tuple[int, tuple[Step, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,30 +46,16 @@ class Trace:
     Attributes:
         graph: One placeholder per argument (positional first, then keywords, as called), then the body.
         facts: What each node is.
-        exact: Python control flow consumed a size or a number, so the graph holds for these shapes only.
-        ambient: The forward asked for the grad or autocast mode, so the graph holds for this mode only.
+        key: What decides that the forward runs this code; exact if the graph holds for these shapes only.
         reads: The attributes of the block and its children that were read.
         below: How the modules below the block were treated.
-        places: Where plain values lie that its code mentions: globals, settings, closures.
-        given: The parts of the arguments that were read beside their kind, as `Given.read`.
     """
 
     graph: fx.Graph
     facts: dict[fx.Node, Fact]
-    exact: bool
-    ambient: bool
+    key: Key
     reads: Reads
     below: Below = field(default_factory=Below)
-    given: Mapping[Path, bool] = field(default_factory=dict)
-    places: tuple[Place, ...] = ()
-
-    @property
-    def attributes(self) -> tuple[str, ...]:
-        """Names of the attributes that the graph holds as constants, dotted where they are a child's.
-
-        The block's own mode is not among them.
-        """
-        return tuple(sorted(self.reads.own - {"training"}))
 
 
 def is_size(node: fx.Node, fact: Fact) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon._torch import FakeTensorMode, fake_of, no_dispatch
-from surgeon._tracing.example import mapped
+from surgeon._tracing.nests import mapped
 from surgeon.errors import TraceError
 
 NESTED = (

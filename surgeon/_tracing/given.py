@@ -7,20 +7,16 @@ object whose methods answered a question is noted as a whole. Lists, dicts and d
 """
 
 import operator
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
-from enum import Enum
 from typing import Any
 
 from torch import Tensor, fx
 
-from surgeon._tracing.facts import Fact, Path
-from surgeon._tracing.state import PLAIN, draws_numbers, kind, state
+from surgeon._tracing.facts import Fact
+from surgeon._tracing.key import Path
+from surgeon._tracing.state import PLAIN, draws_numbers
 from surgeon.errors import TraceError
-
-
-class _Absent(Enum):
-    ABSENT = 0
 
 
 def _get(nest: Any, *key: Any) -> Any:
@@ -105,21 +101,3 @@ def _covers(nest: Any, node: fx.Node) -> bool:
     if node.target is getattr:
         return is_dataclass(nest) or (isinstance(nest, tuple) and hasattr(nest, "_fields"))
     return isinstance(nest, (list, tuple, dict))
-
-
-def kinds(read: Mapping[Path, bool], args: tuple[Any, ...], kwargs: dict[str, Any], exact: bool) -> Hashable:
-    """What the parts of the arguments that ``read`` names are in this call."""
-    values = [*args, *kwargs.values()]
-    found = [(_reached(values, path), whole) for path, whole in read.items()]
-    return tuple([state(value) if whole else kind(value, exact) for value, whole in found])
-
-
-def _reached(values: list[Any], path: Path) -> Any:
-    place, steps = path
-    try:
-        value = values[place]
-        for take, rest in steps:
-            value = take(value, *rest)
-    except Exception:  # noqa: BLE001 - what an object says instead of a missing part is its own affair
-        return _Absent.ABSENT
-    return value

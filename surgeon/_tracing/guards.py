@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgeon._torch import CHECKPOINTS, pytree
-from surgeon._tracing.example import tensors
+from surgeon._tracing.nests import tensors
 from surgeon._tracing.outside import cached_functions
 from surgeon._tracing.state import PLAIN
 from surgeon.errors import TraceError

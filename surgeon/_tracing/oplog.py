@@ -14,8 +14,8 @@ from torch.utils.flop_counter import flop_registry
 
 from surgeon._torch import FakeTensor, FakeTensorMode, TorchDispatchMode
 from surgeon._tracing.aten import Family, family, form_only
-from surgeon._tracing.example import mapped, tensors
 from surgeon._tracing.fake import Shadows, storage
+from surgeon._tracing.nests import mapped, tensors
 
 
 @dataclass(frozen=True, slots=True)

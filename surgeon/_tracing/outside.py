@@ -16,25 +16,37 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from surgeon._torch import FakeTensor
-from surgeon._tracing.proxy import ValueProxy
+from surgeon._tracing.holders import contents, stand_in
+from surgeon._tracing.library import is_library
+from surgeon._tracing.state import is_iterator
 
 Namespace = Mapping[str, Any]
-_LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "sympy", "surgeon"}
 _CACHED: Any = functools._lru_cache_wrapper
 _HOLDERS = {dict, OrderedDict, defaultdict, list, set, _CACHED}
+_FAKES = (FakeTensor, fx.Proxy)
 _MANY, _FEW = 10_000, 100  # a nest of more is data and no cache; one of more holds no caches of its own
-_EMPTY = types.CellType()  # raises at a look
 _wrapped: dict[int, tuple[int, list[types.CellType]]] = {}
 _places: weakref.WeakKeyDictionary[type, tuple[Namespace, ...]] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
-def nothing_left_outside(model: nn.Module) -> Iterator[None]:
-    """Takes the fakes and proxies that come into the globals of the model's files out of them again."""
-    places = namespaces(model)
+def nothing_left_outside(model: nn.Module, left: list[str] | None = None) -> Iterator[None]:
+    """Takes the fakes and proxies that come into the globals of the model's files out of them again.
+
+    Iterators there are exchanged for others meanwhile, so that nothing is taken from them.
+
+    Args:
+        model: A model or a block.
+        left: A list for what has held a proxy, in words.
+    """
+    with _iterators_lent(model):
+        yield from _cleaned(namespaces(model), [] if left is None else left)
+
+
+def _cleaned(places: list[Namespace], left: list[str]) -> Iterator[None]:
     values = [(place, dict(place)) for place in places if isinstance(place, dict)]
     holders = [holder for place in places for holder in _holders(place.values())]
     before = {id(holder): _items(holder) for holder in holders}  # which `holders` keeps alive
@@ -42,14 +54,53 @@ def nothing_left_outside(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for place in places:
-            for holder in _holders(place.values()):
-                _clean(holder, before.get(id(holder), []))
+            unclean = [h for h in _holders(place.values()) if _clean(h, before.get(id(h), []))]
+            left += [f"a {type(holder).__name__} that is not its own" for holder in unclean]
         for globals_, old in values:
             for name in [name for name, value in globals_.items() if _is_fake(value)]:
+                if isinstance(globals_[name], fx.Proxy):
+                    left.append(f"{name}, which is not its own")
                 if name in old:
                     globals_[name] = old[name]
                 else:
                     del globals_[name]
+
+
+@contextmanager
+def _iterators_lent(model: nn.Module) -> Iterator[None]:
+    """Inside, the iterators in the files, classes and closures of a model are others that go on alike."""
+    lent: list[tuple[Callable[[Any], None], Any]] = []
+    try:
+        for name, value, put in _iterators(model):
+            put(stand_in(name, value))
+            lent.append((put, value))
+        yield
+    finally:
+        for put, value in lent:
+            put(value)
+
+
+def _iterators(model: nn.Module) -> list[tuple[str, Any, Callable[[Any], None]]]:
+    """Name, iterator, and what puts another one in its place."""
+    classes = {base for cls in set(map(type, model.modules())) for base in cls.__mro__}
+    own = [cls for cls in classes if not is_library(cls.__module__)]
+    files = {id(place): place for cls in own for place in _of_class(cls) if isinstance(place, dict)}
+    found: list[tuple[str, Any, Callable[[Any], None]]] = [
+        (name, value, functools.partial(file.__setitem__, name))
+        for file in files.values()
+        for name, value in file.items()
+        if is_iterator(value)
+    ]
+    for cls in own:
+        for name, value in vars(cls).items():
+            if is_iterator(value):
+                found.append((f"{cls.__name__}.{name}", value, functools.partial(setattr, cls, name)))
+            closure = value.__closure__ or () if isinstance(value, types.FunctionType) else ()
+            for cell in closure:
+                if any(map(is_iterator, contents(cell))):
+                    put = functools.partial(setattr, cell, "cell_contents")
+                    found.append((f"a closure of {name}", cell.cell_contents, put))
+    return found
 
 
 def cached_functions(model: nn.Module) -> list[tuple[Any, Callable[[Any], None]]]:
@@ -102,14 +153,10 @@ def _cells(file: dict[str, Any]) -> list[types.CellType]:
     size, cells = _wrapped.get(id(file), (0, []))
     if size != len(file):
         functions = [value for value in list(file.values()) if isinstance(value, types.FunctionType)]
-        every = [cell for function in functions for cell in function.__closure__ or () if cell != _EMPTY]
-        cells = [cell for cell in every if type(cell.cell_contents) is _CACHED]
+        every = [cell for function in functions for cell in function.__closure__ or ()]
+        cells = [cell for cell in every for held in contents(cell) if type(held) is _CACHED]
         _wrapped[id(file)] = len(file), cells
     return cells
-
-
-def is_library(module: str | None) -> bool:
-    return (module or "torch").split(".")[0] in _LIBRARIES
 
 
 def _holders(values: Iterable[Any]) -> list[Any]:
@@ -129,21 +176,26 @@ def _items(holder: Any) -> list[Any]:
     return [*holder.keys(), *holder.values()] if isinstance(holder, dict) else list(holder)
 
 
-def _clean(holder: Any, before: list[Any]) -> None:
+def _clean(holder: Any, before: list[Any]) -> bool:
+    """Takes out what came in and holds something fake; whether a proxy was in it."""
     items = _items(holder)
     if len(items) == len(before) and all(map(operator.is_, items, before)) and type(holder) is not _CACHED:
-        return
+        return False
     known = set(map(id, before))
-    for held in [item for item in items if id(item) not in known and _holds(item)]:
+    new = [item for item in items if id(item) not in known and _holds(item, _FAKES)]
+    for held in new:
         _take_out(holder, held)
+    return any(_holds(item, (fx.Proxy,)) for item in new)
 
 
 def _is_fake(value: Any) -> bool:
-    return isinstance(value, FakeTensor) or type(value) is ValueProxy
+    return isinstance(value, _FAKES)
 
 
-def _holds(value: Any, depth: int = 3) -> bool:
-    return _is_fake(value) or (depth > 0 and any(_holds(item, depth - 1) for item in _items(value)))
+def _holds(value: Any, kinds: tuple[type, ...], depth: int = 3) -> bool:
+    return isinstance(value, kinds) or (
+        depth > 0 and any(_holds(item, kinds, depth - 1) for item in _items(value))
+    )
 
 
 def _take_out(holder: Any, held: Any) -> None:

@@ -6,7 +6,8 @@ answer. Whoever asks for a number *pins* it: the trace then holds for that numbe
 
 import operator
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -14,18 +15,40 @@ from torch import Tensor, fx
 from surgeon._tracing.state import PLAIN
 from surgeon.errors import TraceError
 
-if TYPE_CHECKING:
-    from surgeon._tracing.tracer import BlockTracer
+
+class Tracer(Protocol):
+    """What proxies need of the tracer that made them."""
+
+    create_proxy: Callable[..., Any]
+    given: Any
+
+    def pin(self, proxy: "ValueProxy") -> Any:
+        """The value of ``proxy``, for which alone the trace holds then."""
+
+    def answer(self, proxy: "ValueProxy", ask: Callable[[Any], Any]) -> Any:
+        """What Python learns of that value."""
+
+    def requires_grad(self, proxy: "ValueProxy") -> bool:
+        """Whether a tensor requires a gradient."""
+
+    def counts_pieces(self, node: fx.Node) -> bool:
+        """Whether the length of a node's value follows from a size."""
+
+    def made_here(self, node: fx.Node) -> bool:
+        """Whether the forward made a node's value."""
+
+    def deaf(self) -> AbstractContextManager[None]:
+        """Inside, calls are surgeon's own."""
 
 
 class ValueProxy(fx.Proxy):
     """An fx proxy that knows its node's value on the recorded arguments."""
 
-    def __init__(self, node: fx.Node, tracer: "BlockTracer", value: Any) -> None:
+    def __init__(self, node: fx.Node, tracer: Any, value: Any) -> None:
         super().__init__(node, tracer)
         self.__dict__["value"] = value
 
-    tracer: "BlockTracer"
+    tracer: Tracer  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
         tracer, value = self.tracer, self.__dict__["value"]

@@ -1,23 +1,25 @@
-"""Notes which attributes of a block and its children a trace has read: numbers, flags, lists, objects.
+"""Notes which attributes of a block and its children a trace has read: numbers, flags, lists, methods.
 
 What the traced code read, its graph holds as a constant: a gated forward must be made anew when it changes,
-and two blocks share a trace only where they agree on it. While a trace runs, the attributes of the modules
-lie out of their sight, so that Python asks `nn.Module.__getattr__` for them, where it is noticed. No class of
-a module changes, so that a forward may ask for the type of a child. Of an object that a module holds, such as
-a configuration, the traced code gets a view, which notes in turn what is read of it; the children that a
-forward walks through (those of an `nn.ModuleList`) are noted by their names.
+and two blocks share a trace only where they agree on it. While a trace runs, reading an attribute of any
+module goes through here. No class of a module changes, so that a forward may ask for the type of a child. Of
+an object that a module holds, such as a configuration, the traced code gets a view, which notes in turn what
+is read of it; the children that a forward walks through (of an `nn.ModuleList`) are noted by their names.
 """
 
+import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 from torch import Tensor, nn
 
 from surgeon._torch import MODULE_GETATTR
-from surgeon._tracing.state import PLAIN, draws_numbers, held_by, state
+from surgeon._tracing.holders import same_value
+from surgeon._tracing.library import is_library
+from surgeon._tracing.state import PLAIN, attribute, draws_numbers, held_by, is_iterator, state
 from surgeon.errors import TraceError
 
 # What PyTorch itself keeps on a module, and surgeon on a gated block.
@@ -60,94 +62,120 @@ class Reads:
         return all(_same(state(attribute(block, name)), value) for name, value in read)
 
 
-def attribute(block: nn.Module, name: str) -> Any:
-    """The attribute of a dotted name (``"drop_path.drop_prob"``); ``None`` if there is none."""
-    found: Any = block
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found
-
-
 def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b)
 
 
 @contextmanager
-def noted(block: nn.Module, reads: Reads, listening: Callable[[], bool]) -> Iterator[None]:
+def noted(block: nn.Module, reads: Reads, tracer: "Listener") -> Iterator[None]:
     """Notes in ``reads`` what is read of ``block`` and below it inside the ``with``; within an fx trace.
 
-    Args:
-        block: The block; its attributes come back when the ``with`` ends, or stay what the code made of them.
-        reads: Where to note.
-        listening: Whether the traced code itself is running.
+    Nothing is taken from the modules, which other threads may run meanwhile.
+
+    Raises:
+        TraceError: From within, when the traced code assigns an attribute.
     """
-    hidden: dict[int, tuple[str, dict[str, Any]]] = {}
-    original = getattr(*MODULE_GETATTR)
+    prefixes = {id(module): f"{path}." if path else "" for path, module in block.named_modules()}
+    missing = getattr(*MODULE_GETATTR)
 
-    def look_up(module: nn.Module, name: str) -> Any:
-        prefix, held = hidden.get(id(module), ("", {}))
-        own = listening()
-        if name not in held:
-            try:
-                found = original(module, name)
-            except AttributeError:
-                found = None
-                raise
-            finally:
-                if own and found is None and id(module) in hidden:  # it may become something later
-                    reads.note(prefix + name, None, own)
-            if own and id(found) in hidden and isinstance(found, nn.Module):
-                reads.fetched[hidden[id(found)][0][:-1]] = found
-            return found
-        value = held[name]
-        if isinstance(value, PLAIN):
-            reads.note(prefix + name, value, own)
-        return _seen(value, prefix + name, reads, listening) if own else value
+    def read(module: nn.Module, name: str) -> Any:
+        value = object.__getattribute__(module, name)
+        if name in _INTERNAL or not tracer.here or id(module) not in prefixes:
+            return value
+        if tracer.listening:
+            return _read(module, prefixes[id(module)], name, value, reads, tracer)
+        if isinstance(value, PLAIN) and name in object.__getattribute__(module, "__dict__"):
+            reads.note(prefixes[id(module)] + name, value, own=False)
+        return value
 
-    modules = {f"{path}." if path else "": module for path, module in block.named_modules()}
-    with mock.patch.object(*MODULE_GETATTR, look_up):
+    def look_further(module: nn.Module, name: str) -> Any:
+        own = tracer.listening and id(module) in prefixes
+        found = None
         try:
-            for prefix, module in modules.items():
-                hidden[id(module)] = prefix, {}
-                _hide(module, *hidden[id(module)], reads)
-            yield
+            found = missing(module, name)
         finally:
-            for module in modules.values():
-                for name, value in hidden.get(id(module), ("", {}))[1].items():
-                    module.__dict__.setdefault(name, value)
+            if own and found is None:  # it may become something later
+                reads.note(prefixes[id(module)] + name, None, own=True)
+        if own and id(found) in prefixes and isinstance(found, nn.Module):
+            reads.fetched[prefixes[id(found)][:-1]] = found
+        return found
+
+    with (
+        mock.patch.object(*MODULE_GETATTR, look_further),
+        mock.patch.object(nn.Module, "__getattribute__", read),
+        mock.patch.object(nn.Module, "__setattr__", _refusing(nn.Module.__setattr__, prefixes, tracer)),
+        mock.patch.object(nn.Module, "__delattr__", _refusing(nn.Module.__delattr__, prefixes, tracer)),
+    ):
+        yield
 
 
-def _hide(module: nn.Module, prefix: str, hidden: dict[str, Any], reads: Reads) -> None:
-    """Takes a module's attributes out of its sight; what is plain and cannot be hidden counts as read.
+def _refusing(write: Callable[..., None], prefixes: Mapping[int, str], tracer: "Listener") -> Any:
+    """``write`` for all but the traced code, which may assign what is there already, and nothing else."""
 
-    An attribute is in ``hidden`` before it is gone: another thread may ask for it at any time.
-    """
-    cls = type(module)
-    asks = cls.__getattr__ is nn.Module.__getattr__ and cls.__getattribute__ is object.__getattribute__
-    for name, value in list(module.__dict__.items()):
-        if name in _INTERNAL or isinstance(value, (Tensor, nn.Module)):
-            continue
-        if asks and not hasattr(cls, name):
-            hidden[name] = value
-            del module.__dict__[name]
-        elif isinstance(value, PLAIN) and not name.startswith("_"):
-            reads.note(prefix + name, value, own=True)
+    def guard(module: nn.Module, name: str, *value: Any) -> None:
+        if not tracer.listening or id(module) not in prefixes:
+            return write(module, name, *value)
+        now = object.__getattribute__(module, "__dict__").get(name, guard)
+        if value and same_value(value[0], now):
+            return None
+        raise TraceError(f"its forward assigns self.{prefixes[id(module)]}{name}")
+
+    return guard
 
 
-def _seen(value: Any, name: str, reads: Reads, listening: Callable[[], bool]) -> Any:
+class Listener(Protocol):
+    """What is needed of a tracer."""
+
+    @property
+    def listening(self) -> bool:
+        """Whether the traced code itself is running."""
+
+    @property
+    def here(self) -> bool:
+        """Whether this is the thread of the trace."""
+
+
+def _read(module: nn.Module, prefix: str, name: str, value: Any, reads: Reads, tracer: Listener) -> Any:
+    """What the traced code gets for an attribute that is there."""
+    if name[:2] == "__":
+        if name == "__dict__" and not _asked_by_library():
+            raise TraceError("its forward looks into the __dict__ of a module")
+        return value
+    if isinstance(value, (Tensor, nn.Module)):
+        return value
+    if name not in object.__getattribute__(module, "__dict__"):
+        held = getattr(type(module), name, None)
+        if isinstance(held, property) or callable(held):
+            if held is not getattr(nn.Module, name, None) and not _asked_by_library():
+                code = isinstance(held, property)  # which may be exchanged, too
+                reads.note(f"{prefix}@{name}" if code else prefix + name, held if code else value, own=True)
+            return value
+    return _seen(value, prefix + name, reads, tracer)
+
+
+def _asked_by_library() -> bool:
+    """Whether PyTorch's own Python reads the attribute, in the course of what the traced code has called."""
+    return is_library(sys._getframe(3).f_globals.get("__name__"))
+
+
+def _seen(value: Any, name: str, reads: Reads, tracer: Listener) -> Any:
     """What the traced code gets to see of a value that a module holds: a view of an object, else itself."""
     if draws_numbers(value):
         raise TraceError(f"its forward draws random numbers from self.{name}")
+    if is_iterator(value):
+        raise TraceError(
+            f"its forward takes from self.{name}, a {type(value).__name__}, which each call moves on"
+        )
     if isinstance(value, (Tensor, nn.Module, type)) or callable(value):
         view = None
     else:
-        view = _view(value, name, reads, listening)
+        view = _view(value, name, reads, tracer)
     if view is None:
         reads.note(name, value, own=True)
     return value if view is None else view
 
 
-def _view(value: Any, name: str, reads: Reads, listening: Callable[[], bool]) -> Any:
+def _view(value: Any, name: str, reads: Reads, tracer: Listener) -> Any:
     """A twin of an object that shares all it holds and notes what is read; ``None`` if it can have none."""
     cls = type(value)
     ordinary = type(cls) is type and isinstance(cls.__init_subclass__, types.BuiltinFunctionType)
@@ -158,15 +186,15 @@ def _view(value: Any, name: str, reads: Reads, listening: Callable[[], bool]) ->
         try:
             found = super(view, self).__getattribute__(attribute)  # type: ignore[arg-type]
         except AttributeError:
-            if listening():
+            if tracer.listening:
                 reads.note(f"{name}.{attribute}", None, own=True)
             raise
-        if not listening() or (attribute[:2] == "__" and attribute != "__dict__"):
+        if not tracer.listening or (attribute[:2] == "__" and attribute != "__dict__"):
             return found
         if attribute == "__dict__":
             reads.note(name, value, own=True)
             return found
-        return found if callable(found) else _seen(found, f"{name}.{attribute}", reads, listening)
+        return found if callable(found) else _seen(found, f"{name}.{attribute}", reads, tracer)
 
     def write(_self: Any, attribute: str, _: Any = None) -> None:
         raise TraceError(f"its forward assigns self.{name}.{attribute}")

@@ -19,17 +19,11 @@ from torch import Tensor, nn
 
 from surgeon._torch import FAKE_LOG, FakeTensorMode, pytree
 from surgeon._tracing.blame import is_internal
-from surgeon._tracing.example import (
-    generators_kept,
-    mode,
-    no_autocast_cache,
-    no_inference_mode,
-    tensors,
-    untouched,
-)
-from surgeon._tracing.fake import NESTED, held_open, storage, to_fake, twin
+from surgeon._tracing.fake import NESTED, storage, to_fake, twin
+from surgeon._tracing.nests import tensors
 from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.state import draws
+from surgeon._tracing.undisturbed import undisturbed
 from surgeon.errors import RecordError
 
 _INTERNAL = frozenset(nn.Module().__dict__)  # what PyTorch itself keeps on a module, buffers for one
@@ -52,6 +46,8 @@ class Call:
         biases: Other additions of an activation and a tensor (weight, mask, table).
         rewritten: After it returned, something wrote in place to what it took or gave, or may do so since
             that leaves the model.
+        reread: After it returned, something else reads what it took: a skip, or who called the model.
+        changed: Names of what it changed of itself, or below it, that is no tensor.
         made_at: For each tensor it got, in order, the step of the log that made what is in it.
     """
 
@@ -67,6 +63,8 @@ class Call:
     additions: int = 0
     biases: int = 0
     rewritten: bool = False
+    reread: bool = False
+    changed: tuple[str, ...] = ()
     made_at: list[int] = field(default_factory=list)
 
 
@@ -167,11 +165,8 @@ def _record(model: nn.Module, args: Any, kwargs: Any, *, training: bool, real: b
     log.real = real
     with ExitStack() as stack:
         before = draws()
-        for context in (untouched(model), mode(model, training), generators_kept(), no_autocast_cache()):
-            stack.enter_context(context)
-        stack.enter_context(held_open())
+        changed = stack.enter_context(undisturbed(model, training=training))
         stack.enter_context(quiet())
-        stack.enter_context(no_inference_mode())
         # As in training, where a forward may ask whether its input requires a gradient.
         stack.enter_context(torch.set_grad_enabled(training))
         stack.enter_context(_watch(model, log, calls))
@@ -187,8 +182,16 @@ def _record(model: nn.Module, args: Any, kwargs: Any, *, training: bool, real: b
             raise RecordError(
                 "its forward draws random numbers from Python's or NumPy's generator in training"
             )
+    last = {source: step.op for step in log.steps for source in step.sources}
+    for call in calls:
+        taken = [made for made in call.made_at if made >= 0]
+        call.reread = any(last.get(m, -1) >= call.last_op or log.steps[m].op < 0 for m in taken)
+    names = {module: f"{name}." if name else "" for name, module in model.named_modules()} if changed else {}
     for index, call in enumerate(calls):
         call.additions, call.biases = log.additions[index], log.biases[index]
+        if names:
+            prefix = names[call.module]
+            call.changed = tuple(one.removeprefix(prefix) for one in changed if one.startswith(prefix))
     return Recording(tuple(calls), sum(op.flops for op in log.ops), training, log, keeping)
 
 

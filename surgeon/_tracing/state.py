@@ -1,15 +1,21 @@
 """What decides which code runs, in a form that can be compared: the plain parts of values, random numbers."""
 
+import functools
 import random
 import sys
 import types
+from collections import deque
 from collections.abc import Hashable, Mapping
+from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from surgeon._tracing.library import is_library
+from surgeon.errors import TraceError
 
 CONSTANTS = (type(None), bool, str, Enum, torch.dtype, torch.device, torch.memory_format, torch.layout)
 PLAIN = (*CONSTANTS, int, float)
@@ -45,7 +51,11 @@ def state(value: Any) -> Any:
     A tensor counts by its rank, a module by its class, a function as itself.
     """
     made = type(value)
-    if made in _ATOMS or (made is tuple and _ATOMS.issuperset(map(type, value))):
+    if (
+        made in _ATOMS
+        or made is types.FunctionType
+        or (made is tuple and _ATOMS.issuperset(map(type, value)))
+    ):
         return value  # as most are: at once
     return _state(value, ())
 
@@ -64,20 +74,29 @@ def _state(value: Any, above: tuple[int, ...]) -> Any:
     return _parts(value, (*above, id(value)))
 
 
-def _parts(value: Any, above: tuple[int, ...]) -> Any:
+def _parts(value: Any, above: tuple[int, ...]) -> Any:  # noqa: PLR0911 - one for each make of value
     def each(items: Any) -> tuple[Any, ...]:
         found = tuple(items)
         # At once where there is nothing to take apart, as in a table of a thousand names.
         plain = _ATOMS.issuperset(map(type, found))
         return found if plain else tuple([_state(item, above) for item in found])
 
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, deque)):
         return type(value), each(value)
     if isinstance(value, Mapping):
         return type(value), each(value), each(value.values())
     if isinstance(value, (set, frozenset)):
         return type(value), frozenset(each(value))
-    held = None if callable(value) or isinstance(value, types.ModuleType) else held_by(value)
+    if isinstance(value, functools.partial):
+        return functools.partial, each((value.func, value.args, value.keywords))
+    if isinstance(value, ContextVar):
+        return value, each((value.get(None),))
+    if is_iterator(value):
+        raise TraceError(f"a {type(value).__name__} decides what runs, which each call moves on")
+    code = isinstance(value, (type, types.ModuleType)) or (
+        callable(value) and is_library(type(value).__module__)
+    )
+    held = {} if code else held_by(value)
     if held:
         return type(value), each(held), each(held.values())
     return _opaque(value)
@@ -99,6 +118,11 @@ def _numbers(value: Any) -> bytes:
         return b""
 
 
+def is_iterator(value: Any) -> bool:
+    """Whether values are taken from it, which then are gone."""
+    return hasattr(type(value), "__next__") and not isinstance(value, (nn.Module, Tensor))
+
+
 def draws_numbers(value: Any) -> bool:
     """Whether a value is a random number generator: what it draws, no state foretells."""
     known = isinstance(value, (random.Random, torch.Generator))
@@ -110,6 +134,14 @@ def draws() -> tuple[Hashable, ...]:
     numpy = sys.modules.get("numpy")
     state: tuple[Any, ...] = numpy.random.get_state(legacy=True) if numpy else ()
     return random.getstate(), *(part.tobytes() if hasattr(part, "tobytes") else part for part in state)
+
+
+def attribute(block: nn.Module, name: str) -> Any:
+    """The attribute of a dotted name (``"drop_path.drop_prob"``, of a class ``"@method"``); else ``None``."""
+    found: Any = block
+    for part in name.split("."):
+        found = getattr(type(found), part[1:], None) if part[0] == "@" else getattr(found, part, None)
+    return found
 
 
 def held_by(value: Any) -> dict[str, Any]:

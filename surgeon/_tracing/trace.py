@@ -8,19 +8,19 @@ from typing import Any
 from torch import fx, nn
 
 from surgeon._tracing.below import Below
-from surgeon._tracing.example import generators_kept, no_autocast_cache, untouched
 from surgeon._tracing.facts import Trace, drop_unused
 from surgeon._tracing.guards import guarded
-from surgeon._tracing.leftovers import held_elsewhere, kept
-from surgeon._tracing.mentions import Place, mentions
+from surgeon._tracing.key import Key
+from surgeon._tracing.mentions import Mentions, mentions
 from surgeon._tracing.oplog import OpLog
-from surgeon._tracing.reads import Reads, attribute
+from surgeon._tracing.reads import Reads
 from surgeon._tracing.record import Call
-from surgeon._tracing.state import state
+from surgeon._tracing.state import attribute, state
 from surgeon._tracing.tracer import BlockTracer, Capture
+from surgeon._tracing.undisturbed import undisturbed
 from surgeon.errors import TraceError
 
-_ONE_AT_A_TIME = threading.RLock()  # fx patches `nn.Module` itself, and puts back what it found there
+ONE_AT_A_TIME = threading.RLock()  # fx patches `nn.Module` itself, and puts back what it found there
 
 
 def trace(
@@ -30,6 +30,7 @@ def trace(
     log: OpLog,
     replays: Mapping[nn.Module, list[Call]] | None = None,
     below: Below | None = None,
+    forward: Any = None,
 ) -> Trace:
     """Traces ``block`` as called with ``args`` and ``kwargs``; the block is left as it was.
 
@@ -40,63 +41,89 @@ def trace(
         log: The operator log that knows which of them depend on a model input.
         replays: The recorded calls of its children in the same mode, whose results need no second run.
         below: The modules below it that are no plain leaves.
+        forward: The function that it runs, to be called with the block; ``None`` for that of its class.
 
     Raises:
         TraceError: The forward does something that a graph cannot hold, named in the message.
     """
-    if "forward" in block.__dict__:
+    if forward is None and "forward" in block.__dict__:
         raise TraceError("its forward was replaced on the instance")
     if isinstance(block, fx.GraphModule):
         raise TraceError(
             "torch.fx wrote its forward, and may write it anew; put the gates on the model it was made from"
         )
     _check_class(type(block))
-    before, reads = dict(block.__dict__), Reads()
-    with _ONE_AT_A_TIME, untouched(block), generators_kept(), no_autocast_cache():
-        below = below or Below()
+    forward, below = forward or plain_forward(block), below or Below()
+    reads, left = Reads(), list[str]()
+    with ONE_AT_A_TIME:
+        found = _mentioned(block, forward, below)
+        around = _around(block, found)
         tracer = BlockTracer(log, args, kwargs, replays or {}, reads, below)
-        named, places, classes = _mentioned(block, below)
-        around = _around(block, named, places)
-        with guarded(tracer, block), Capture(tracer):
-            try:
-                graph = tracer.trace(block)
-            except TraceError as error:
-                raise TraceError(f"{error}{_hooked(block) if error.__cause__ else ''}") from error
-        changed = [name for name, value in block.__dict__.items() if before.get(name, block) is not value]
-        left, elsewhere = kept(block), held_elsewhere(tracer.proxies)
-        moved = [name for name, value in _around(block, named, places).items() if [value] != [around[name]]]
-    if changed:
-        raise TraceError(f"its forward assigns self.{changed[0]}")
-    if left:
-        raise TraceError(f"its forward keeps a value in self.{left}")
-    if elsewhere:
-        raise TraceError(f"its forward keeps a value in a {elsewhere} that is not its own")
-    if moved:
-        raise TraceError(f"its forward changes {moved[0].partition(' ')[0]}, which is not its own")
-    for name in (*named, *(reads.fetched if classes else ())):
+        with undisturbed(block, beside=found.beside, left=left) as changed:
+            with guarded(tracer, block), Capture(tracer):
+                try:
+                    graph = tracer.trace_forward(block, forward)
+                except TraceError as error:
+                    raise TraceError(f"{error}{_hooked(block) if error.__cause__ else ''}") from error
+            moved = [name for name, value in _around(block, found).items() if [value] != [around[name]]]
+    _check_steady(found, tracer, changed, left, moved)
+    for name in (*found.attributes, *(reads.fetched if found.classes else ())):
         reads.note(name, attribute(block, name), own=True)
-    below = Below(below.opened, tracer.stood)
+    for path in below.opened:
+        reads.note(f"{path}.@forward", plain_forward(block.get_submodule(path)), own=True)
     reads.walked({str(node.target) for node in graph.nodes if node.op == "call_module"})
     drop_unused(graph, tracer.facts)
-    given = tracer.given.read
-    return Trace(graph, tracer.facts, tracer.exact, tracer.ambient, reads, below, given, places)
+    # The block's own mode is part of every key.
+    attributes = tuple(sorted(reads.own - {"training"}))
+    key = Key(tracer.exact, tracer.ambient, attributes, tracer.given.read, found.places)
+    return Trace(graph, tracer.facts, key, reads, Below(below.opened, tracer.stood))
 
 
-def _mentioned(block: nn.Module, below: Below) -> tuple[list[str], tuple[Place, ...], bool]:
-    """What the code of a block, and of what is traced through, mentions: attributes, places, classes."""
-    named, places, classes = list[str](), list[Place](), False
-    for path in ("", *sorted(below.opened)):
-        found = mentions(block.get_submodule(path))
-        named += [f"{path}.{name}" if path else name for name in found.attributes]
-        places += found.places
-        classes |= found.classes
-    return named, tuple(places), classes
+def plain_forward(block: nn.Module) -> Any:
+    """The forward of a block's class, without gates."""
+    return getattr(type(block), "_ungated", type(block)).forward
 
 
-def _around(block: nn.Module, named: list[str], places: tuple[Place, ...]) -> dict[str, Any]:
-    """What is in these attributes and places now, by a name for messages."""
-    found = {f"{place} ({number})": state(place.value()) for number, place in enumerate(places)}
-    return found | {f"self.{name}": state(attribute(block, name)) for name in named}
+def _check_steady(
+    found: Mentions, tracer: BlockTracer, changed: list[str], left: list[str], moved: list[str]
+) -> None:
+    """Refuses a forward that changes what it can reach, or reads what its children change meanwhile.
+
+    Raises:
+        TraceError: It does; the message names what.
+    """
+    for name in changed:
+        said = f"{name}, which is not its own" if name in found.beside else f"self.{name}"
+        raise TraceError(f"its forward changes {said}: a gated one would do so once and never again")
+    if moved:
+        raise TraceError(f"its forward changes {moved[0].partition(' ')[0]}, which is not its own")
+    if left:
+        raise TraceError(f"its forward keeps a value in {left[0]}")
+    for name in sorted(tracer.reads.own):
+        if any(
+            name == one or name.startswith((f"{one}.", f"{one}[")) or one.startswith(f"{name}.")
+            for one in tracer.unsteady
+        ):
+            raise TraceError(f"its forward reads self.{name}, which a layer changes while it runs")
+
+
+def _mentioned(block: nn.Module, forward: Any, below: Below) -> Mentions:
+    """What the code of a block, and of what is traced through, mentions."""
+    found = mentions(block, forward)
+    for path in sorted(below.opened):
+        child = block.get_submodule(path)
+        inner = mentions(child, plain_forward(child))
+        found.attributes += tuple(f"{path}.{name}" for name in inner.attributes)
+        found.places += inner.places
+        found.beside |= inner.beside
+        found.classes |= inner.classes
+    return found
+
+
+def _around(block: nn.Module, found: Mentions) -> dict[str, Any]:
+    """What is in the attributes and places that are mentioned now, by a name for messages."""
+    places = {f"{place} ({number})": state(place.value()) for number, place in enumerate(found.places)}
+    return places | {f"self.{name}": state(attribute(block, name)) for name in found.attributes}
 
 
 def _hooked(block: nn.Module) -> str:

@@ -29,16 +29,17 @@ from surgeon._text import first_line
 from surgeon._tracing.below import Below, StandIn
 from surgeon._tracing.blame import asks_numbers, is_internal
 from surgeon._tracing.canonical import canonical
-from surgeon._tracing.example import generators_kept, tensors
 from surgeon._tracing.facts import Fact
 from surgeon._tracing.fake import storage
 from surgeon._tracing.given import Given
-from surgeon._tracing.leftovers import contents, same_items
+from surgeon._tracing.holders import Holder, holders
+from surgeon._tracing.nests import tensors
 from surgeon._tracing.oplog import Op, OpLog
 from surgeon._tracing.proxy import ValueProxy, isinstance_, sees
-from surgeon._tracing.reads import Reads, attribute, noted
+from surgeon._tracing.reads import Reads, noted
 from surgeon._tracing.record import Call
-from surgeon._tracing.state import CONSTANTS, PLAIN, draws
+from surgeon._tracing.state import CONSTANTS, PLAIN, attribute, draws
+from surgeon._tracing.undisturbed import generators_kept, untouched
 from surgeon.errors import TraceError
 
 _DRAWS = "its forward draws random numbers from Python's or NumPy's generator"
@@ -65,7 +66,8 @@ class BlockTracer(fx.Tracer):
         super().__init__()
         self._below = below
         self.stood: dict[str, StandIn] = {}
-        self._reads = reads
+        self.unsteady: set[str] = set()  # what children change themselves, by dotted name
+        self.reads = reads
         self._replays = {module: list(calls) for module, calls in replays.items()}
         self.log, self.args, self.kwargs = log, args, kwargs
         self.facts: dict[fx.Node, Fact] = {}
@@ -77,16 +79,22 @@ class BlockTracer(fx.Tracer):
         self._state = _global_state()
 
     @property
+    def here(self) -> bool:
+        """Whether this is the thread of the trace; others meet the patches, too."""
+        return threading.get_ident() == self._thread
+
+    @property
     def listening(self) -> bool:
-        """Whether the traced code itself is running, and not another thread, which meets the patches too."""
-        return self._listening and threading.get_ident() == self._thread
+        """Whether the traced code itself is running."""
+        return self._listening and self.here
 
     @listening.setter
     def listening(self, on: bool) -> None:
         self._listening = on
 
-    def trace(self, root: Any, _concrete_args: Any = None) -> fx.Graph:
-        self.traced_func_name = "_ungated_forward" if hasattr(type(root), "_ungated_forward") else "forward"
+    def trace_forward(self, root: nn.Module, forward: Callable[..., Any]) -> fx.Graph:
+        """The graph of ``forward(root, ...)``."""
+        self.root, self._forward = root, forward
         return super().trace(root)
 
     def pin(self, proxy: ValueProxy) -> Any:
@@ -136,19 +144,19 @@ class BlockTracer(fx.Tracer):
         counted = node.target in (torch.chunk, "chunk") or any(isinstance(a, (list, tuple)) for a in given)
         return pieces and node.target is not list and not counted
 
-    def create_args_for_root(self, root_fn: Any, _is_module: bool, _concrete_args: Any = None) -> Any:
-        names = _argument_names(root_fn, self.args, self.kwargs)
+    def create_args_for_root(self, _root_fn: Any, _is_module: bool, _concrete_args: Any = None) -> Any:
+        names = _argument_names(self._forward, self.args, self.kwargs)
         values = [*self.args, *self.kwargs.values()]
         given = [self._placeholder(*one) for one in zip(range(len(names)), names, values, strict=True)]
         split = len(self.args)
         keywords = dict(zip(self.kwargs, given[split:], strict=True))
 
         def call() -> Any:
-            with noted(self.root, self._reads, lambda: self.listening):
+            with noted(self.root, self.reads, self):
                 drawn = draws()
                 self.listening, builtins.isinstance = True, sees
                 try:
-                    result = root_fn(self.root, *given[:split], **keywords)
+                    result = self._forward(self.root, *given[:split], **keywords)
                 except TraceError:
                     raise
                 except Exception as error:
@@ -239,7 +247,7 @@ class BlockTracer(fx.Tracer):
         if node.op == "get_attr":
             with self.deaf():
                 asks = bool(attribute(self.root, str(node.target)).requires_grad)
-            self._reads.note(f"{node.target}.requires_grad", asks, own=True)
+            self.reads.note(f"{node.target}.requires_grad", asks, own=True)
             return asks
         if not self.given.asked(node, "requires_grad"):
             raise TraceError("its forward asks whether a value of its own requires a gradient")
@@ -279,6 +287,7 @@ class BlockTracer(fx.Tracer):
         read = tensors((args, kwargs))
         recorded = self._recorded(node, read)
         if recorded is not None:
+            self.unsteady |= {f"{node.target}.{name}" for name in recorded.changed}
             self.facts[node] = Fact(
                 recorded.output,
                 frozenset(storage(t) for t in read),
@@ -298,9 +307,8 @@ class BlockTracer(fx.Tracer):
                 if asks_numbers(error):
                     raise TraceError(self._looks(node, self.log.ops[start:])) from error
                 raise
-        child = node.op == "call_module"
-        for given, items in held:  # later readers of it would not be known to depend on this node
-            if not same_items(contents(given, deep=not child), items):
+        for given, holder in held:  # later readers of it would not be known to depend on this node
+            if holder.changed():
                 raise TraceError(f"its forward changes a {type(given).__name__} that it was given")
         written = (t for t, version in zip(read, versions, strict=True) if t._version != version)
         self.facts[node] = Fact(
@@ -352,14 +360,16 @@ class BlockTracer(fx.Tracer):
 
     def _call_child(self, child: nn.Module, args: Any, kwargs: Any) -> Any:
         """Runs a child, whose random numbers are its own affair unless it hands them to the forward."""
-        drawn = draws()
-        with generators_kept():
+        drawn, changed = draws(), list[str]()
+        with generators_kept(), untouched(child, changed, attributes_only=True):
             value = child(*args, **kwargs)
             if not tensors(value) and draws() != drawn:
                 raise TraceError(_DRAWS)
+        path = self.path_of_module(child)
+        self.unsteady |= {f"{path}.{name}" for name in changed}
         return value
 
-    def _held(self, node: fx.Node) -> list[tuple[Any, list[Any]]]:
+    def _held(self, node: fx.Node) -> list[tuple[Any, Holder]]:
         """The nests and objects that a node gets and must not change, with what they hold; a child may."""
         if node.target in (getattr, operator.getitem, setattr):
             return []
@@ -367,7 +377,9 @@ class BlockTracer(fx.Tracer):
         kinds = (list, dict, set) if child else object
         given = (self.facts[n].value for n in node.all_input_nodes)
         nests = [v for v in given if isinstance(v, kinds) and not isinstance(v, (Tensor, *PLAIN))]
-        return [(nest, contents(nest, deep=not child)) for nest in nests]
+        if child:
+            return [(nest, Holder.of("", nest)) for nest in nests]
+        return [(nest, holder) for nest in nests for holder in holders({"": nest})]
 
 
 class Capture(TorchFunctionMode):

@@ -155,7 +155,7 @@ def _outputs(model: "nn.Module", subject: Subject) -> "list[Tensor]":
     import torch
 
     from surgeon._onnx.signature import signature
-    from surgeon._tracing.example import tensors
+    from surgeon._tracing.nests import tensors
 
     called = signature(model, subject.example)
     drawn = called.draw(2, torch.Generator().manual_seed(0))

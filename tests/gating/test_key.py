@@ -311,7 +311,7 @@ class Appends(Branch):
 
 
 def test_a_value_kept_outside_of_the_block_stops_a_trace() -> None:
-    assert "keeps a value in a dict that is not its own" in refused(Appends())
+    assert "changes SEEN, which is not its own" in refused(Appends())
 
 
 # --- modules ----------------------------------------------------------------------------------------

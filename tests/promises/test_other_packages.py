@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 import surgeon
 from surgeon._gating.gated import is_gated
-from surgeon._tracing.example import tensors
+from surgeon._tracing.nests import tensors
 
 RATE = 0.2
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import surgeon
-from surgeon._tracing.example import default_input, inputs, mode, untouched
+from surgeon._tracing.example import default_input, inputs
 from surgeon._tracing.record import record
+from surgeon._tracing.undisturbed import mode, untouched
 from surgeon.errors import RecordError
 
 aten = torch.ops.aten
@@ -155,9 +156,9 @@ def test_no_weight_is_read_and_no_arithmetic_is_done() -> None:
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(torch.nan)
-    start = time.perf_counter()
+    start = time.process_time()
     recording = record(model, (torch.zeros(64, 64, 224, 224),), {})  # two TFLOPs
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert recording.flops == 8 * 2 * 64 * 224 * 224 * 64 * 64 * 9
 
 

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -31,13 +32,13 @@ def elsewhere(network: nn.Module) -> Tensor:
 
 def test_another_thread_runs_on_while_a_block_is_traced() -> None:
     network = randomise(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.LayerNorm(4)))  # part of the block, too
-    expected, seen = elsewhere(network), []
+    expected, seen = elsewhere(network), SimpleQueue[Any]()
 
     def note() -> None:
         try:
-            seen.append(elsewhere(network))
+            seen.put(elsewhere(network))
         except Exception as error:  # noqa: BLE001 - whatever it is, the test shows it
-            seen.append(error)
+            seen.put(error)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         thread = threading.Thread(target=note)
@@ -47,8 +48,9 @@ def test_another_thread_runs_on_while_a_block_is_traced() -> None:
 
     block = Of(forward, f=nn.Sequential(network, nn.ReLU()))
     assert len(surgeon.find(block, example=INPUT)) == 1
-    assert len(seen) >= 2  # in the recording and in the trace
-    for value in seen:
+    assert seen.qsize() >= 2  # in the recording and in the trace
+    while not seen.empty():
+        value = seen.get()
         assert isinstance(value, Tensor), value
         assert torch.equal(value, expected)
 

@@ -1,0 +1,198 @@
+"""How a model is left as it was: what an analysis changes for a while, and what a forward leaves behind.
+
+A forward may store tensors on its module (LeViT caches its attention bias in evaluation) or in a list, an
+object, a variable of its file; it may give a weight other memory (``weight.data = ...``) or draw random
+numbers. What it leaves behind on fake tensors must not stay. `undisturbed` takes it back and tells what it
+was: a forward that changes what it can reach has no graph that could stand for it.
+"""
+
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon._tracing.fake import held_open
+from surgeon._tracing.holders import Holder, all_is, holders, same_value, stand_in
+from surgeon._tracing.outside import nothing_left_outside
+from surgeon._tracing.state import PLAIN, is_iterator
+
+
+@contextmanager
+def undisturbed(
+    model: nn.Module,
+    *,
+    training: bool | None = None,
+    beside: Mapping[str, Any] | None = None,
+    left: list[str] | None = None,
+) -> Iterator[list[str]]:
+    """Inside, ``model`` may run on fake tensors; afterwards it is as it was, and so is what it can reach.
+
+    Every gate stays open, inference mode is left, autocast remembers no cast, and the random number
+    generators of PyTorch, Python and NumPy are put back.
+
+    Args:
+        model: A model or a block.
+        training: The mode that every module is in meanwhile; ``None`` for its own.
+        beside: Other values, by name, to be put back as well.
+        left: A list for what has held a proxy in the files of the model, in words.
+
+    Yields:
+        A list that has, afterwards, the names of what was changed inside; what modules below a block changed
+        on themselves is among them.
+    """
+    changed: list[str] = []
+    with ExitStack() as stack:
+        stack.enter_context(no_inference_mode())
+        stack.enter_context(held_open())
+        stack.enter_context(generators_kept())
+        stack.enter_context(_no_autocast_cache())
+        stack.enter_context(untouched(model, changed, beside, left))
+        if training is not None:
+            stack.enter_context(mode(model, training))
+        yield changed
+
+
+@contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Sets every module's ``training`` flag inside the block and restores each one afterwards.
+
+    The flags are assigned directly: some models override ``train()`` with side effects.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = training
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Restores the state of PyTorch's, Python's and NumPy's global random number generators afterwards."""
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Keeps autocast from remembering casts of weights: real and fake ones must not meet in its cache."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+        torch.set_autocast_cache_enabled(enabled)
+
+
+@contextmanager
+def no_inference_mode() -> Iterator[None]:
+    """Leaves inference mode inside, whose tensors have no version counters; the grad mode stays as it is."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
+def untouched(
+    model: nn.Module,
+    changed: list[str] | None = None,
+    beside: Mapping[str, Any] | None = None,
+    left: list[str] | None = None,
+    *,
+    attributes_only: bool = False,
+) -> Iterator[None]:
+    """Puts back what modules, and the nests and objects that they reach, hold; ``changed`` gets their names.
+
+    Args:
+        model: A model or a block.
+        changed: A list for the names of what changed inside.
+        beside: Other values, by name, to be put back as well.
+        left: A list for what has held a proxy in the files of the model, in words.
+        attributes_only: Leave the memory of weights alone, and the variables of the model's files.
+    """
+    weights = () if attributes_only else (*model.parameters(), *model.buffers())
+    memory = [(t, t.data) for t in weights if not nn.parameter.is_lazy(t)]
+    before = [_Attributes(f"{name}." if name else "", module) for name, module in model.named_modules()]
+    roots = {
+        one.prefix + name: value for one in before for name, value in one.own.items() if _has(name, value)
+    }
+    reached = holders({**roots, **(beside or {})})
+    held: list[_Attributes | Holder] = [*before, *reached]
+    for one in held:
+        one.lend()
+    try:
+        with nullcontext() if attributes_only else nothing_left_outside(model, left):
+            yield
+    finally:
+        if changed is not None:
+            changed += [name for one in before for name in one.moved()]
+            changed += [holder.name for holder in reached if holder.changed()]
+        for one in held:
+            one.put_back()
+        for tensor, data in memory:
+            if not _same_memory(tensor, data):
+                tensor.data = data
+
+
+def _has(name: str, value: Any) -> bool:
+    """Whether an attribute may lead to more; what a gated block learns while one looks at it stays."""
+    return name != "_surgeon" and not isinstance(value, (Tensor, nn.Module, *PLAIN))
+
+
+class _Attributes:
+    """What one module holds itself."""
+
+    def __init__(self, prefix: str, module: nn.Module) -> None:
+        self.prefix, self.module = prefix, module
+        self.own = dict(module.__dict__)
+        self.lent = self.own
+
+    def lend(self) -> None:
+        taken = {name: value for name, value in self.own.items() if is_iterator(value)}
+        if taken:
+            lent = {name: stand_in(f"self.{self.prefix}{name}", value) for name, value in taken.items()}
+            self.lent = self.own | lent
+            self._set(dict(self.lent))
+
+    def moved(self) -> list[str]:
+        """The names of what is other now, come or gone."""
+        now = self.module.__dict__
+        names = [name for name in (*now, *(self.lent.keys() - now.keys())) if name != "_surgeon"]
+        return [
+            self.prefix + name
+            for name in names
+            if not same_value(now.get(name, names), self.lent.get(name, self))
+        ]
+
+    def put_back(self) -> None:
+        now = self.module.__dict__
+        if now.keys() != self.own.keys() or not all_is(list(now.values()), list(self.own.values())):
+            self._set(self.own)
+
+    def _set(self, attributes: dict[str, Any]) -> None:
+        # At one stroke: another thread that runs the module must never find it bare.
+        object.__setattr__(self.module, "__dict__", attributes)
+
+
+def _same_memory(tensor: Tensor, data: Tensor) -> bool:
+    try:
+        return tensor.is_set_to(data)
+    except (RuntimeError, NotImplementedError):  # without memory of its own: a subclass, a sparse tensor
+        return True
