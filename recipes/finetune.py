@@ -192,6 +192,8 @@ class Trainer:
         if gated and gates and gates.ramp_epochs:
             self.ramp = surgeon.Ramp(model, gates.drop_rate, steps=gates.ramp_epochs, shape=gates.ramp)
 
+        self.meter = surgeon.DepthMeter(model) if gated and gates else None
+
         # timm reads no_weight_decay and group_matcher off the model: gates leave its methods where they are.
         optimizer = create_optimizer_v2(
             model, plan.name, plan.lr, plan.weight_decay, plan.momentum, layer_decay=plan.layer_decay
@@ -252,9 +254,10 @@ class Trainer:
                 numbers = self.train_epoch(advance)
                 numbers["seconds"] = time.perf_counter() - started
                 numbers["images_per_second"] = numbers.pop("images") / numbers["seconds"]
+                depth = {"depth": self.meter.take()} if self.meter else {}
                 figures = self.evaluate(advance)
                 self.epoch += 1
-                self.record({**numbers, **figures})
+                self.record({**numbers, **figures, **depth})
         return figures
 
     def goes_on(self) -> bool:
@@ -340,13 +343,14 @@ class Trainer:
             advance()
         return {"loss": float(losses.avg), "top1": float(top1.avg), "top5": float(top5.avg)}
 
-    def record(self, figures: Metrics) -> None:
+    def record(self, figures: dict[str, Any]) -> None:
         """Writes the epoch's line and the state to go on from."""
         if self.log is None:
             return
         self.check_finite("loss on the held-out images", figures["loss"])
         self.log.write("epoch", self.epoch, self.step, **figures)
-        self.accelerator.log({f"epoch/{name}": value for name, value in figures.items()}, self.step)
+        told = {f"epoch/{name}": value for name, value in figures.items() if value is not None}
+        self.accelerator.log(told, self.step)
         self.display.line(epoch_line(self.epoch, self.epochs, figures))
         if figures["top1"] > self.best:
             self.best, self.best_epoch = figures["top1"], self.epoch

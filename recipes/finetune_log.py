@@ -137,7 +137,7 @@ class RunLog:
             kept = list(_sound(held, resumed_epoch or 0, self.path))
             write_text(self.path, "".join(f"{line}\n" for line in kept))
 
-    def write(self, kind: str, epoch: int, step: int, **numbers: float) -> None:
+    def write(self, kind: str, epoch: int, step: int, **numbers: float | None) -> None:
         """Adds one line."""
         if not self.active:
             return
@@ -185,7 +185,9 @@ def occupied(config: Config, *, fresh: bool, active: bool) -> Iterator[set[Path]
             if fresh:  # a state of the run before must not be taken for one of this
                 for name in _OWN:
                     (config.output / name).unlink(missing_ok=True)
-            before = set(config.output.rglob("*")) if fresh else set()
+            for draft in config.output.rglob(".*.draft"):  # of a run that was killed while it wrote
+                draft.unlink()
+            before = {path for path in config.output.rglob("*") if path.is_file()} if fresh else set()
             write_text(config.output / "config.yaml", dump_config(config))
             write_text(config.output / "env.json", json.dumps(environment(), indent=2) + "\n")
         yield before
@@ -264,8 +266,11 @@ def _sound(lines: list[bytes], last: int, path: Path) -> Iterator[str]:
     """
     for number, line in enumerate(lines, 1):
         try:
-            epoch = json.loads(line)["epoch"]
-            if isinstance(epoch, int) and epoch <= last:
-                yield line.decode("utf-8")
+            found = json.loads(line)
+            sound = isinstance(found["epoch"], int) and isinstance(found["kind"], str)
         except (ValueError, TypeError, KeyError):
+            sound = False
+        if sound and found["epoch"] <= last:
+            yield line.decode("utf-8")
+        elif not sound:
             print(f"{path}: line {number} is damaged and left out", file=sys.stderr)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from surgeon._column import column
     from surgeon._compile import compile  # noqa: A004 - as torch has it
     from surgeon._load import load
+    from surgeon._meter import DepthMeter
     from surgeon._onnx.export import export
     from surgeon._onnx.verify import verify
     from surgeon._plan import plan
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from surgeon._surgery import apply, find, set_drop_rate, status
 
 __all__ = [
+    "DepthMeter",
     "Ramp",
     "SurgeonError",
     "__version__",
@@ -54,6 +56,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DepthMeter": "_meter",
     "Ramp": "_ramp",
     "apply": "_surgery",
     "calibration": "_sample",

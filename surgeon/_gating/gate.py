@@ -172,6 +172,22 @@ class Columns:
 
 
 @dataclass(eq=False)
+class Tally:
+    """What one gate drew since it was last asked.
+
+    Attributes:
+        draws: How often it drew.
+        kept: The sum of the shares of rows that survived, 0 to 1 each; a tensor where a device holds them.
+    """
+
+    draws: int = 0
+    kept: float | Tensor = 0.0
+
+    def note(self, share: float | Tensor) -> None:
+        self.draws, self.kept = self.draws + 1, self.kept + share
+
+
+@dataclass(eq=False)
 class Gate:
     """A gate on one residual add. It holds no parameter and no buffer: a ``state_dict`` never shows it.
 
@@ -189,6 +205,7 @@ class Gate:
         gathers: Whether a compiled graph gathers rows if ``by_cost``; a graph asks this, not `room`.
         compiler: What `surgeon.compile` compiles its branch with; None: nothing.
         marked_as: While a fold looks on, the number that stands in the graph in place of the scale.
+        tally: What it drew, where a `DepthMeter` counts that.
     """
 
     decided: Decision
@@ -198,6 +215,7 @@ class Gate:
     settled: bool = False
     leftover: Leftover | None = None
     marked_as: int | None = field(default=None, init=False, repr=False)
+    tally: Tally | None = field(default=None, init=False, repr=False)
     types: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     choices: dict[tuple[str, float], bool] = field(default_factory=dict, init=False, repr=False)
     compiler: Compiler | None = field(default=None, init=False, repr=False)
@@ -299,6 +317,8 @@ class Gate:
             return (kept * (self.scale / keep)).to(branch.dtype)
         else:
             mask = branch.new_empty(shape).bernoulli_(self.survival)
+        if self.tally is not None:
+            self._note(mask.detach().float().mean())
         if self.scale == 1.0:
             return mask.div_(self.survival)
         return mask.mul_(self.correction())
@@ -309,8 +329,12 @@ class Gate:
             return True
         ranks = self.decided.ranks
         if ranks is not None and ranks.sync == "depth":
-            return ranks.runs(self)
-        return self._tosses(1)[0] < 1 - self.drop_rate
+            kept = ranks.runs(self)
+        else:
+            kept = self._tosses(1)[0] < 1 - self.drop_rate
+        if self.tally is not None:
+            self._note(float(kept))
+        return kept
 
     def survivors(self, count: int) -> int:
         """How many of ``count`` rows survive: ``p * count``, rounded up or down so that this is the mean.
@@ -322,11 +346,14 @@ class Gate:
             return count
         if self.decided.rounding == "fixed":
             nearest = (2 * self.room * count + PARTS) // (2 * PARTS)
-            return min(count, max(1 + self.branch.statistics, nearest))
-        toss = self._tosses(2)
-        kept = min(count, int((1 - self.drop_rate) * count + toss[0]))
-        if self.branch.statistics and kept == 1 < count:
-            kept = 2 if toss[1] < 0.5 else 0
+            kept = min(count, max(1 + self.branch.statistics, nearest))
+        else:
+            toss = self._tosses(2)
+            kept = min(count, int((1 - self.drop_rate) * count + toss[0]))
+            if self.branch.statistics and kept == 1 < count:
+                kept = 2 if toss[1] < 0.5 else 0
+        if self.tally is not None:
+            self._note(kept / count)
         return kept
 
     def most(self, count: int) -> int:
@@ -356,6 +383,11 @@ class Gate:
         if self.decided.ranks is None:
             return torch.rand(count, dtype=torch.float64, device="cpu")
         return self.decided.ranks.numbers(self, count)
+
+    def _note(self, share: float | Tensor) -> None:
+        """Tells the `DepthMeter`, but for what compilers and transforms run: nothing of theirs may get out."""
+        if self.tally is not None and not is_compiling() and not transformed():
+            self.tally.note(share)
 
     def _tosses(self, count: int) -> list[float]:
         # Compilers and transforms take no memory from outside that is written to.

@@ -15,8 +15,9 @@ import pytest
 import timm
 import torch
 import torchvision
-from pictures import sound
+from pictures import broken, clutter, odd, sound
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -345,3 +346,41 @@ def test_two_processes_train_with_one_coin_per_batch(small: str, tmp_path: Path)
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert [line["epoch"] for line in lines(tmp_path / "run") if line["kind"] == "epoch"] == [1, 2, 3]
+
+
+def test_an_odd_folder_end_to_end(recipe: ModuleType, small: str, flowers: Path, tmp_path: Path) -> None:
+    """The delivered accuracy again, by stock timm from the delivered folder alone, and by ONNX Runtime."""
+    import onnxruntime
+    from timm.data import create_transform, resolve_data_config
+
+    for name in ("daisy", "rose"):
+        odd(flowers / "train" / name)
+        broken(flowers / "train" / name)
+    clutter(flowers)
+    options = [*FOLDER, f"data.root={flowers}", "data.broken=skip", "deliver.onnx=true", "train.epochs=2"]
+    report = recipe.main(small, options)
+    assert report["samples"] == 4
+
+    model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
+    transform = create_transform(**resolve_data_config(model=model))
+    names = model.pretrained_cfg["label_names"]
+    session = onnxruntime.InferenceSession(str(tmp_path / "run" / "model.onnx"))
+    told = session.get_modelmeta().custom_metadata_map
+    with safe_open(tmp_path / "run" / "model.safetensors", "pt") as file:
+        noted = file.metadata()
+    assert names == json.loads(noted["classes"]) == json.loads(told["labels"]) == ["daisy", "rose"]
+    for key in ("input_size", "crop_pct", "mean", "std"):
+        assert json.loads(noted[key]) == json.loads(told[key])
+    assert noted["interpolation"] == told["interpolation"] == model.pretrained_cfg["interpolation"]
+    hits = ort = 0
+    for path in (flowers / "val").rglob("*.png"):
+        with Image.open(path) as image:
+            batch = transform(image.convert("RGB")).unsqueeze(0)
+        with torch.no_grad():
+            hits += names[int(model(batch).argmax())] == path.parent.name
+        (scores,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
+        ort += names[int(scores.argmax())] == path.parent.name
+    assert 25 * hits == pytest.approx(report["stock"]["top1"])
+    assert 25 * ort == pytest.approx(report["onnx"]["top1"])
+    written = {str(path) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert written == set(report["files"])
