@@ -385,7 +385,7 @@ class Gate:
         return self.decided.ranks.numbers(self, count)
 
     def _note(self, share: float | Tensor) -> None:
-        """Tells the `DepthMeter`, but for what compilers and transforms run: nothing of theirs may get out."""
+        """Tells the `DepthMeter`; nothing of what compilers and transforms run may get out."""
         if self.tally is not None and not is_compiling() and not transformed():
             self.tally.note(share)
 

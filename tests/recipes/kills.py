@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from surgeon import _recipes
@@ -40,6 +41,8 @@ def start(options: list[str], processes: int) -> list[int]:
             try:
                 RECIPE.main(sys.argv[1], options, quiet=True)
                 code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 os._exit(code)
