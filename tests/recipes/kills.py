@@ -41,7 +41,7 @@ def start(options: list[str], processes: int) -> list[int]:
             try:
                 RECIPE.main(sys.argv[1], options, quiet=True)
                 code = 0
-            except BaseException:
+            except BaseException:  # noqa: BLE001 - the process ends here
                 traceback.print_exc()
             finally:
                 sys.stdout.flush()
