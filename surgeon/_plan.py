@@ -207,6 +207,7 @@ def _decision(
         unit=settings.unit,
         scaling=settings.scaling,
         schedule=schedule_text(settings.schedule),
+        named=settings.schedule if isinstance(settings.schedule, str) else "",
         overrides=tuple((settings.overrides or {}).items()),
         by_cost=settings.skip == "auto" and settings.unit == "sample",
         unused=settings.unused,

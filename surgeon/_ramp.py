@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from surgeon._gating.gated import gates_of
-from surgeon._gating.schedule import NAMES
 from surgeon._surgery import set_drop_rate, strayed
 from surgeon._text import count
 from surgeon.errors import UsageError
@@ -74,11 +73,12 @@ class Ramp:
         for name, value in (("drop_rate", drop_rate), ("start", start)):
             if not 0 <= value < 1:
                 raise UsageError(f"{name} is {value}; give a rate in [0, 1)")
-        schedule = next((gate.decided.schedule for gate in gates_of(model)), NAMES[0])
-        if schedule not in NAMES:
-            raise UsageError(
-                f'the gates follow {schedule}; a ramp needs a named schedule; apply with schedule="linear"'
-            )
+        for gate in gates_of(model):
+            if not gate.decided.named:
+                raise UsageError(
+                    f"the gates follow {gate.decided.schedule}; a ramp needs a named schedule; "
+                    'apply with schedule="linear"'
+                )
         self.model, self.drop_rate, self.steps, self.shape, self.start = model, drop_rate, steps, shape, start
         self.count = 0
         self._check_end()
@@ -100,7 +100,7 @@ class Ramp:
 
     def _check_end(self) -> None:
         """Warns of an end at which the evaluation scales are not those of the paper's rule."""
-        end = self._rate_at(self.steps)
+        _, end = self.rate, self._rate_at(self.steps)  # both have to be rates
         if names := strayed(self.model, end):
             warnings.warn(
                 f"the ramp ends at the drop rate {end:g}, but under scaling='paper' evaluation goes on "

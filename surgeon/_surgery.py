@@ -16,7 +16,7 @@ from surgeon._gating.block import gate_block, ungate_block
 from surgeon._gating.gate import Decision, Paths, Rounding, Scaling, Unit, Unused, make_room
 from surgeon._gating.gated import Placed, grouped_gates, placed_gates
 from surgeon._gating.ranks import Sync
-from surgeon._gating.schedule import NAMES, Schedule, drop_rates
+from surgeon._gating.schedule import Schedule, drop_rates
 from surgeon._plain import check_plain, held_elsewhere
 from surgeon._plan import Prepared, Settings, prepared, replanned
 from surgeon._report import Plan, Status, gate_status, schedule_text
@@ -280,14 +280,13 @@ def _rescheduled(
 ) -> tuple[list[float], Decision]:
     """The drop rates of gates that one schedule counts, and what is decided of them from now on."""
     decided = group[0].gate.decided
-    schedule: Schedule = decided.schedule
-    final = 0.0
+    schedule: Schedule
     if not isinstance(rate, float | numbers.Real):
-        schedule = rate
-    elif schedule in NAMES:
-        final = float(rate)
+        schedule, final = rate, 0.0
+    elif decided.named:
+        schedule, final = decided.named, float(rate)
     else:
-        raise UsageError(f"the gates follow {schedule}; give a sequence of drop rates or a callable")
+        raise UsageError(f"the gates follow {decided.schedule}; give a sequence of drop rates or a callable")
     over = dict(decided.overrides if overrides is None else overrides)
     blocks, names = [one.block_name for one in group], [one.name for one in group]
     rates = drop_rates(schedule, final, blocks, names, over, [one.gate.branch.depth for one in group])

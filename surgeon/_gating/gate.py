@@ -65,7 +65,8 @@ class Decision:
     Attributes:
         unit: What one coin decides: each sample of the batch, or the mini-batch.
         scaling: Where the correction goes.
-        schedule: The schedule in words; its name, if it has one.
+        schedule: The present schedule in words; its name, if it has one.
+        named: The named schedule by which a final drop rate counts, the latest; ``""`` if none was given.
         overrides: Pattern and drop rate, as given.
         by_cost: A branch is left uncomputed only where the arithmetic saved outweighs handling rows.
         unused: What the parameters of a branch that did not run at all get: zero gradients, none, or zero
@@ -82,6 +83,7 @@ class Decision:
     unit: Unit = "sample"
     scaling: Scaling = "inverted"
     schedule: str = "linear"
+    named: str = ""
     overrides: tuple[tuple[str, float], ...] = ()
     by_cost: bool = False
     unused: Unused = "auto"

@@ -264,7 +264,18 @@ def test_set_drop_rate_follows_the_schedule_of_the_gates() -> None:
     assert rates_of(surgeon.set_drop_rate(model, lambda l, count: l / count / 10)) == [
         l / 4 / 10 for l in (1, 2, 3, 4)
     ]
+    assert surgeon.status(model).schedule == "callable <lambda>"
     assert rates_of(surgeon.set_drop_rate(model, 0)) == [0.0] * 4
+    assert surgeon.status(model).schedule == "linear"
+
+
+def test_overrides_stay_on_top_of_a_new_schedule_until_they_are_dropped() -> None:
+    model = surgeon.apply(chain(3), drop_rate=0.3, overrides={"1*": 0.9}, example=X)
+    assert rates_of(surgeon.set_drop_rate(model, [0.1, 0.1, 0.1])) == [0.1, 0.9, 0.1]
+    assert surgeon.status(model).schedule == "explicit rates"
+    assert rates_of(surgeon.set_drop_rate(model, lambda l, _: l / 10)) == pytest.approx([0.1, 0.9, 0.3])
+    assert rates_of(surgeon.set_drop_rate(model, 0.6, overrides={})) == pytest.approx([0.2, 0.4, 0.6])
+    assert rates_of(surgeon.set_drop_rate(model, 0.3)) == pytest.approx([0.1, 0.2, 0.3])
 
 
 @pytest.mark.parametrize("scaling", ["inverted", "paper"])

@@ -5,6 +5,7 @@ has happened since `apply`: `load(save(model))` evaluates as the model did.
 """
 
 import copy
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -246,3 +247,21 @@ def test_a_shallow_copy_of_a_block_is_no_second_gate() -> None:
     model.blocks.append(copy.copy(model.blocks[0]))
     names = [placed.name for placed in placed_gates(model)]
     assert len(names) == len(set(names)) == 5
+
+
+@pytest.mark.parametrize("scaling", ["paper", "paper, kept"])
+@pytest.mark.parametrize("seed", range(6))
+def test_moves_upon_moves(seed: int, scaling: str, tmp_path: Path) -> None:
+    """Blocks drawn with replacement, twice, and built in or cut: load(save(m)) is the identity."""
+    draw = random.Random(seed)  # noqa: S311 - no secret
+    model: Any = surgeon.apply(randomise(Net(5)).double(), drop_rate=0.6, example=X, **SCALINGS[scaling])
+    for _ in range(2):
+        picked(*draw.choices(range(len(model.blocks)), k=draw.randint(1, 6)))(model)
+    model = draw.choice([lambda m: m, Detector, lambda m: m.blocks, nn.Sequential])(model).eval()
+    expected, kind = model(X), draw.choice(["pt", "safetensors"])
+    path = saved(model, tmp_path / f"model.{kind}")
+    plain = stock(model)
+    surgeon.load(plain, path, example=X)
+    assert torch.allclose(plain(X), expected, rtol=1e-10, atol=1e-12)
+    assert not surgeon.load(model, path, example=X).converted
+    assert torch.equal(model(X), expected)
