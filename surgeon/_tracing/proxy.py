@@ -4,6 +4,7 @@ Python asks it for a length, a truth value, its items or its class, and gets wha
 answer. Whoever asks for a number *pins* it: the trace then holds for that number only.
 """
 
+import math
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -90,6 +91,18 @@ class ValueProxy(fx.Proxy):
 
     def __float__(self) -> float:
         return float(self.tracer.answer(self, float))
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self, digits), {})
+
+    def __floor__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.floor, (self,), {})
+
+    def __ceil__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.ceil, (self,), {})
+
+    def __trunc__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.trunc, (self,), {})
 
     def __hash__(self) -> int:
         # A size that is the key of a cache would stay there, with what was traced for it.

@@ -1,5 +1,6 @@
 """Traces of one block: sizes stay symbolic, control flow sees values, writes and storage are known."""
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -90,6 +91,8 @@ def test_control_flow_on_sizes_is_exact(pins: Callable[[Tensor], Any]) -> None:
         lambda x: x is None,
         lambda x: hasattr(x, "shape"),
         lambda x: x.shape[0] + 1,
+        lambda x: (round(x.shape[0] * 1.5), round(x.shape[0] / 3, 1)),
+        lambda x: (math.floor(x.shape[0] / 2), math.ceil(x.shape[0] / 2), math.trunc(x.shape[0] / 2)),
     ],
 )
 def test_ranks_types_and_arithmetic_are_not(free: Callable[[Tensor], Any]) -> None:
