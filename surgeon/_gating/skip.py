@@ -180,11 +180,7 @@ def _whole(
     lifted: Lifted, shortcut: Tensor, onto: str, block: nn.Module, inputs: Sequence[Any], factor: float
 ) -> Tensor:
     result = lifted.run(block, *inputs)
-    if factor == 1.0:
-        return combine(shortcut, result, onto)
-    if not onto and result.is_floating_point():  # in one pass; only a mask promises timm's bits
-        return torch.add(shortcut, result, alpha=factor)
-    return combine(shortcut, result * factor, onto)
+    return combine(shortcut, result if factor == 1.0 else result * factor, onto)
 
 
 # --- rows ---------------------------------------------------------------------
