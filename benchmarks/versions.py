@@ -1,11 +1,12 @@
 """What surgeon does with one version of PyTorch: eight models, seven features, pass or the reason why not.
 
-    python -m benchmarks.versions            # tries what is installed here, and writes the page anew
-    python -m benchmarks.versions --page     # writes the page alone
+    python -m benchmarks.versions                              # tries what is installed here
+    python -m benchmarks.versions --models timm:resnet10t      # with some of the models
+    python -m benchmarks.versions --page                       # writes the page alone
 
-A row per environment is kept in ``docs/versions.jsonl``; a later run in an environment of the same versions
-takes the place of the earlier one. Weights are random, images are noise of 2 x 3 x 64 x 64 (or what the model
-is made for).
+A row per environment is kept in ``docs/versions.jsonl`` and the page written from all of them, after each
+model; what is tried again in an environment of the same versions takes the place of what was. Weights are
+random, images are noise of 2 x 3 x 64 x 64 (or what the model is made for).
 """
 
 import argparse
@@ -41,8 +42,8 @@ FEATURES = ("find", "train, sample", "train, batch", "evaluate", "save and load"
 PACKAGES = ("torchvision", "timm", "numpy", "safetensors", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 _HEAD = """# Versions
 
-Written by `python -m benchmarks.versions` from what it ran, never by hand. A cell tells whether all {count}
-models pass: {models}.
+Written by `python -m benchmarks.versions` from what it ran, never by hand. A cell tells whether all
+{count} models pass, or how many of those that were tried: {models}.
 
 *find*: at least one residual add. *train*: two steps of SGD, for each unit. *evaluate*: bit-equal to the
 model without gates. *save and load*: bit-equal. *fold*: the paper's scaling in the weights, to {close:g}.
@@ -117,27 +118,23 @@ def _output(model: nn.Module, image: Tensor) -> Tensor:
     return found
 
 
-def measure(models: dict[str, int]) -> dict[str, Any]:
-    """The row of this environment."""
-    row: dict[str, Any] = {"torch": torch.__version__.split("+")[0], "python": platform.python_version()}
-    row |= {name: _installed(name) for name in PACKAGES}
-    row["results"] = {}
-    # The exporter reads the source of its operators at each call, half of its time; once will do.
-    registry = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
-    registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
-    for model, size in models.items():
-        results = row["results"][model] = {}
-        start = time.process_time()
-        with tempfile.TemporaryDirectory() as folder:
-            for feature, attempt in _attempts(model, size, Path(folder)):
-                try:
-                    results[feature] = {"pass": True, "found": attempt()}
-                except Exception as error:  # noqa: BLE001 - whatever it is, it is the result
-                    why = next(iter(str(error).splitlines()), "")
-                    results[feature] = {"pass": False, "why": f"{type(error).__name__}: {why}"}
-        failed = [f"{feature}: {result['why']}" for feature, result in results.items() if not result["pass"]]
-        print(f"{model} {time.process_time() - start:.0f} s {'; '.join(failed) or 'all pass'}", flush=True)
-    return row
+def environment() -> dict[str, Any]:
+    """The versions that are installed here."""
+    row = {"torch": torch.__version__.split("+")[0], "python": platform.python_version()}
+    return {**row, **{name: _installed(name) for name in PACKAGES}, "results": {}}
+
+
+def measure(model: str) -> dict[str, Any]:
+    """What came of each feature."""
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for feature, attempt in _attempts(model, MODELS[model], Path(folder)):
+            try:
+                results[feature] = {"pass": True, "found": attempt()}
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is the result
+                why = next(iter(str(error).splitlines()), "")
+                results[feature] = {"pass": False, "why": f"{type(error).__name__}: {why}"}
+    return results
 
 
 def _installed(name: str) -> str:
@@ -157,20 +154,22 @@ def page(rows: list[dict[str, Any]]) -> str:
         lines.append(f"| {row['torch']} | {row['python']} | {' | '.join(cells)} |")
     lines += ["", "With these packages beside it:", "", f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
     lines += [f"| {' | '.join(row[name] for name in names)} |" for row in rows]
-    failures = [
-        f"- PyTorch {row['torch']}, {model}, {feature}: {result['why']}"
-        for row in rows
-        for model, results in row["results"].items()
-        for feature, result in results.items()
-        if not result["pass"]
-    ]
-    lines += ["", "## What fails, and why", "", *(failures or ["Nothing."]), ""]
+    failures: dict[str, list[str]] = {}
+    for row in rows:
+        for model, results in row["results"].items():
+            for feature, result in results.items():
+                if not result["pass"]:
+                    why = f"PyTorch {row['torch']}, {feature}: {result['why']}"
+                    failures.setdefault(why, []).append(model)
+    told = [f"- {why} ({', '.join(models)})" for why, models in failures.items()]
+    lines += ["", "## What fails, and why", "", *(told or ["Nothing."]), ""]
     return "\n".join(lines)
 
 
 def _cell(row: dict[str, Any], feature: str) -> str:
     results = [results[feature]["pass"] for results in row["results"].values()]
-    return "pass" if all(results) else f"{sum(results)} of {len(results)}"
+    passed = "pass" if all(results) else "fail" if not any(results) else f"{sum(results)} pass"
+    return passed if all(results) and len(results) == len(MODELS) else f"{passed} ({len(results)} tried)"
 
 
 def _key(row: dict[str, Any]) -> tuple[list[int], list[int]]:
@@ -180,15 +179,28 @@ def _key(row: dict[str, Any]) -> tuple[list[int], list[int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--page", action="store_true", help="write the page alone")
-    parser.add_argument("--models", help="some of the models, separated by commas; no row is kept")
+    parser.add_argument("--models", default=",".join(MODELS), help="some of the models, separated by commas")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    # The exporter reads the source of its operators at each call, half of its time; once will do.
+    registry = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+    registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
+    for model in () if options.page else options.models.split(","):
+        start, results = time.process_time(), measure(model)
+        failed = [f"{feature}: {result['why']}" for feature, result in results.items() if not result["pass"]]
+        print(f"{model} {time.process_time() - start:.0f} s {'; '.join(failed) or 'all pass'}", flush=True)
+        write(model, results)
+    write()
+
+
+def write(model: str | None = None, results: dict[str, Any] | None = None) -> None:
+    """Puts results into this environment's row, and writes the page."""
     rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-    if options.models:
-        measure({name: MODELS[name] for name in options.models.split(",")})
-        return
-    if not options.page:
-        new = measure(MODELS)
+    if model:
+        new = environment()
+        for row in rows:
+            new["results"] |= row["results"] if _key(row) == _key(new) else {}
+        new["results"][model] = results
         rows = [row for row in rows if _key(row) != _key(new)] + [new]
     rows.sort(key=_key)
     ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
