@@ -90,7 +90,8 @@ class Text(nn.Module):
     def __init__(self, **config: Any) -> None:
         super().__init__()
         self.config = SimpleNamespace(**config)
-        self.embed, self.body = nn.Embedding(16, 4).double(), nn.Linear(4, 4).double()
+        self.embed = nn.Embedding(16, 4).double()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).double()
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
