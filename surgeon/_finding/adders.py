@@ -8,8 +8,9 @@ path runs shows inside of `fractal` alone.
 from collections import Counter
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from surgeon._finding.below import hooked
 from surgeon._finding.opgraph import operators
 from surgeon._finding.residual import additions
 from surgeon._tracing.nests import tensors
@@ -45,11 +46,11 @@ def _handing_out(recording: Recording) -> dict[int, int]:
         counts = Counter(place for source in set(step.sources) for place in makers.get(source, ()))
         for place in (place for place, count in counts.items() if count > 1):
             between = _between(recording, place, step.owner)
-            if between and not any(_hooked(calls[one].module) for one in between):
+            if between and not any(hooked(calls[one].module) for one in between):
                 found |= {one: calls[one].parent for one in between}
     for call in calls:  # what it takes its values from, if that is a list of one, say
         nest = isinstance(call.output, list | tuple) and bool(recording.children(call))
-        if call.parent in found and nest and not _hooked(call.module):
+        if call.parent in found and nest and not hooked(call.module):
             found[call.place] = call.parent
     return found
 
@@ -67,7 +68,7 @@ def _adds(recording: Recording, call: Call) -> bool:
     if not call.additions or recording.children(call) or len(tensors((call.args, call.kwargs))) < 2:
         return False
     ops = recording.log.ops[call.first_op : call.last_op]
-    if any(op.flops for op in ops) or _hooked(call.module):
+    if any(op.flops for op in ops) or hooked(call.module):
         return False
     if all(is_linear(op) and not op.weighted for op in ops) and _of_one_shape(call):
         return True  # a mean of a stack, say
@@ -79,7 +80,3 @@ def _of_one_shape(call: Call) -> bool:
     """Whether a call gave one tensor of the shape that all its arguments have."""
     given = tensors((call.args, call.kwargs))
     return isinstance(call.output, Tensor) and all(t.shape == call.output.shape for t in given)
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)

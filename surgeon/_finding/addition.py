@@ -18,6 +18,7 @@ class Addition:
         shortcut, branch: Its two sides; left and right as written with an empty kind.
         drops: The nodes of stochastic depth already on the branch: calls of parameter-free modules, or
             multiplications, that scale whole rows at random.
+        was: The code that the graph alone would give it, where the recording told more.
         region: The nodes that run for the branch alone; empty if its result is also used elsewhere.
     """
 
@@ -30,3 +31,4 @@ class Addition:
     drops: tuple[fx.Node, ...] = ()
     region: tuple[fx.Node, ...] = ()
     flops: int = 0
+    was: str = ""

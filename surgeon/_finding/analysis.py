@@ -6,6 +6,7 @@ Nothing here changes the model; `surgeon._surgery` acts on what comes out.
 import operator
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +15,8 @@ from torch import fx, nn
 
 from surgeon._finding.adders import adders
 from surgeon._finding.addition import Addition
-from surgeon._finding.below import below
+from surgeon._finding.below import below, hand_out_both
+from surgeon._finding.callers import Callers
 from surgeon._finding.choice import Choice
 from surgeon._finding.concats import concatenating, concats
 from surgeon._finding.drops import mask_nodes
@@ -23,12 +25,10 @@ from surgeon._finding.flow import Flow
 from surgeon._finding.joins import joins, own_parts
 from surgeon._finding.opgraph import adds_constant, count_sums, operators
 from surgeon._finding.paths import side
-from surgeon._finding.residual import additions, arguments_of, nest, projected, steps_along, within
+from surgeon._finding.residual import additions, nest, steps_along, within
 from surgeon._tracing.alike import likeness
 from surgeon._tracing.facts import is_size
-from surgeon._tracing.nests import tensors
-from surgeon._tracing.operators import projects
-from surgeon._tracing.oplog import OpLog, layout
+from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.reads import Reads
 from surgeon._tracing.record import Call, Recording, record
 from surgeon._tracing.state import kind
@@ -48,6 +48,7 @@ class Block:
         module: The block.
         call: The call in the recording with the most additions, the first of these.
         flow: Its traced forward.
+        order: Its place among the blocks: the call by which it runs.
         others: Its calls in other ways, such as with another flag, and their traces.
         found: The additions to gate, in order.
         residuals: The same as `Residual`.
@@ -60,6 +61,7 @@ class Block:
     found: list[Addition] = field(default_factory=list)
     residuals: list[Residual] = field(default_factory=list)
     others: list[tuple[Call, Flow]] = field(default_factory=list)
+    order: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,8 @@ def analyse(
         for call in recording.calls:
             scan.visit(call)
     scan.choice.check()
-    return Analysis(recording, tuple(scan.blocks), tuple(scan.refused))
+    blocks = sorted(scan.blocks, key=lambda block: block.order)
+    return Analysis(recording, tuple(blocks), tuple(scan.refused))
 
 
 @dataclass(slots=True)
@@ -132,6 +135,7 @@ class _Scan:
         self.seen: set[nn.Module] = set()
         self.nested: set[nn.Module] = set()
         self.adders = adders(recording)
+        self.callers = Callers(recording, self.adders)
         self.sums = [call.additions for call in recording.calls]
         for place, caller in self.adders.items():
             self.sums[caller] += self.sums[place]
@@ -140,6 +144,7 @@ class _Scan:
         self.kinds = Counter(type(module) for module in adding)
         self.calls = {call.module: call for call in self._by_sums()}
         self.cats = concatenating(recording) if choice.asks_for("concat") else set[int]()
+        self.first_run = {call.module: call.place for call in reversed(recording.calls)}
         self.steps: dict[nn.Module, int] = {}
         self.traced: dict[Hashable, list[_Traced]] = {}
 
@@ -173,7 +178,7 @@ class _Scan:
         except TraceError as error:
             self._untraced(call, error)
             return
-        block = Block(name, module, call, traced.flow, others=others)
+        block = Block(name, module, call, traced.flow, others=others, order=self.first_run[module])
         found = self._told_by_caller(block, traced.additions)
         for addition in nest(block.flow, found, lambda node: self._steps_in(module, node)):
             self._sort(block, addition)
@@ -243,6 +248,13 @@ class _Scan:
                 raise
             flow = Flow(trace(call.module, *arguments, replays, replace(leaves, opened=frozenset())))
         traced = _Traced(flow, additions(flow))
+        while more := hand_out_both(self.recording, call, flow, traced.additions):
+            leaves = replace(leaves, opened=leaves.opened | more)
+            with suppress(TraceError):
+                flow = Flow(trace(call.module, *arguments, replays, leaves))
+            if flow is traced.flow:
+                break
+            traced = _Traced(flow, additions(flow))
         if any(drop.op != "call_module" for addition in traced.additions for drop in addition.drops):
             self._check_drops(call, arguments, traced)
         return traced
@@ -291,7 +303,7 @@ class _Scan:
         elif code is not None:
             self.refused.append(Refusal(name, block.name, kind, code, REASONS[code]))
         else:
-            self.refused.append(Refusal(name, block.name, kind, "excluded", "left out by include or exclude"))
+            self.refused.append(Refusal(name, block.name, kind, "excluded", REASONS["excluded"]))
 
     def _sort_concats(self, block: Block) -> None:
         """Like `_sort`, of new features; a block in which sums carry gates has none on them."""
@@ -310,35 +322,25 @@ class _Scan:
                 self.refused.append(Refusal(name, block.name, kind, code, REASONS[code]))
 
     def _told_by_caller(self, block: Block, found: list[Addition]) -> list[Addition]:
-        """The same additions; where two arguments meet, the caller knows whether one is a shortcut."""
-        return [self._handed_in(block, a) if a.code == "no-shortcut" and a.kind else a for a in found]
+        """The same additions; of two values from elsewhere the recording knows how one was made."""
+        told = []
+        for addition in found:
+            answer = self.callers.told(block.call, block.flow, addition, {one.module for one in self.blocks})
+            if answer is not None and answer.inside:
+                self._ungate(answer.inside)
+            if answer is not None and answer.order >= 0:
+                block.order = answer.order
+            told.append(addition if answer is None else answer.addition)
+        return told
 
-    def _handed_in(self, block: Block, addition: Addition) -> Addition:
-        """An addition of a block's argument to what the block computes from other arguments.
-
-        That argument is the other one, or the other was computed from it: ``"identity"``. It was computed
-        from the other by what a projection may hold: ``"projection"``. No residual add may lie between the
-        two: a long skip over some, as decoders of segmentation have it, is no step of a stream.
-        """
-        log, given = self.recording.log, tensors((block.call.args, block.call.kwargs))
-        values = [(made, layout(t)) for made, t in zip(block.call.made_at, given, strict=True)]
-        shortcuts, sources = (
-            {values[place] for place in places if values[place][0] >= 0}  # constants have no maker to compare
-            for places in arguments_of(block.flow, addition)
-        )
-        ends = [(a, b) for a, _ in shortcuts for b, _ in sources]
-        over = [step for a, b in ends for step in log.between(a, b)]
-        if over or shortcuts & sources:
-            gated = {found.module for found in self.blocks}
-            owners = {
-                self.adders.get(step.owner, step.owner) for step in over if step.adds and step.owner >= 0
-            }
-            adding = {self.recording.calls[owner].module for owner in owners}
-            return replace(addition, code=None if gated.isdisjoint(adding) else "long-skip")
-        before = [step for a, b in ends for step in log.between(b, a)]
-        plain = all(projects(log.ops[step.op]) and not step.adds for step in before)
-        told = projected(block.flow, addition) if before and plain else None
-        return told or addition
+    def _ungate(self, modules: AbstractSet[nn.Module]) -> None:
+        """Takes back the residual adds of some blocks, which lie inside the branch of another one."""
+        for block in [block for block in self.blocks if block.module in modules]:
+            self.blocks.remove(block)
+            for one in block.residuals:
+                self.refused.append(
+                    Refusal(one.name, block.name, one.block_type, "nested", REASONS["nested"])
+                )
 
     def _mark_nested(self, block: Block, addition: Addition) -> None:
         """Everything that runs inside this branch is no residual add of its own; paths of joins hold such."""
@@ -417,7 +419,7 @@ def _describe(block: Block, addition: Addition, name: str) -> Residual:
         else ""
         if addition.kind == "mean"
         else _modules(side(flow, addition.shortcut, addition.branch)) or addition.shortcut.name,
-        branch=_modules(work),
+        branch=_modules(work) or addition.branch.name,
         flops=addition.flops,
         replaces=tuple(prefix + str(node.target) for node in drops),
         paths=len(paths),

@@ -6,6 +6,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
+from surgeon._finding.addition import Addition
+from surgeon._finding.flow import Flow
 from surgeon._tracing.below import Below, StandIn
 from surgeon._tracing.nests import tensors
 from surgeon._tracing.operators import drops_rows
@@ -28,6 +30,32 @@ def below(recording: Recording, call: Call, adders: Container[int]) -> Below:
         todo += children
     opened = frozenset(adding | _holding_drops(recording, call, paths))
     return Below(opened, _stand_ins(recording, call, paths) if recording.log.real else {})
+
+
+def hand_out_both(recording: Recording, call: Call, flow: Flow, found: Sequence[Addition]) -> frozenset[str]:
+    """The children that give both sides of a sum of their caller's, such as ``(y, preactivation)``.
+
+    Only a trace through such a child shows what the one is of the other. One with sums of its own is none.
+    """
+    plain = {
+        one.module
+        for one in recording.below(call)
+        if not one.additions and not one.wrote and not hooked(one.module)
+    }
+    opened: set[str] = set()
+    for addition in found:
+        if addition.code in (None, "bias") or not addition.shortcut:
+            continue
+        for node in flow.sources(addition.shortcut) & flow.sources(addition.branch):
+            if node.op != "call_module" or len(tensors(flow.fact(node).value)) < 2:
+                continue
+            parts = [
+                {n for n in flow.sources(s, itself=True) if node in n.all_input_nodes}
+                for s in (addition.shortcut, addition.branch)
+            ]
+            if parts[0] != parts[1] and call.module.get_submodule(str(node.target)) in plain:
+                opened.add(str(node.target))
+    return frozenset(opened)
 
 
 def _holding_drops(recording: Recording, call: Call, paths: Mapping[nn.Module, str]) -> set[str]:
@@ -56,6 +84,11 @@ def _ops_in_training(recording: Recording, call: Call) -> Sequence[Op]:
     with suppress(Exception), torch.no_grad(), generators_kept(), log.fake, log:
         call.module(*args, **kwargs)
     return log.ops[start:]
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a trace through a module would pass hooks by."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def _stand_ins(recording: Recording, call: Call, paths: Mapping[nn.Module, str]) -> dict[str, StandIn]:

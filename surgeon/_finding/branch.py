@@ -5,7 +5,7 @@ without for once; it is a mistake where the sum rounds a value, is an activation
 position encoding, the next state of a recurrence or the fusion of two levels of a pyramid.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import fx
@@ -44,7 +44,44 @@ def unfit(flow: Flow, addition: Addition) -> str | None:
         return "position"
     if addition.kind == "projection":
         return _no_partner(flow, addition, work)
-    return _linear(ops)
+    return None if _is_step(flow, addition, ops) else _linear(ops)
+
+
+def _is_step(flow: Flow, addition: Addition, ops: Sequence[Op]) -> bool:
+    """Whether a linear branch beside a raw identity is the layer of a residual layer: an activation follows.
+
+    Several linear paths from one value are one layer in training's dress, and are merged for deployment.
+    """
+    if addition.shortcut.target in ADDS or not any(map(is_layer, ops)):
+        return False
+    work = side(flow, addition.branch, addition.shortcut)
+    merges = any(node.target in ADDS and _same_source(flow, node) for node in work)
+    return not merges and _is_activated(flow, addition.node)
+
+
+def _same_source(flow: Flow, node: fx.Node) -> bool:
+    """Whether both sides of a sum are made of one value that depends on an input."""
+    left, right = (flow.sources(n, itself=True) for n in node.args if isinstance(n, fx.Node))
+    return any(flow.fact(n).active for n in left & right)
+
+
+def _is_activated(flow: Flow, node: fx.Node) -> bool:
+    """Whether an activation alone reads a sum, as it is or normalised."""
+
+    def activates(reader: fx.Node) -> bool:
+        if reader.op == "output" or reader.target in ADDS:
+            return False
+        ops = ops_of(flow, [reader])
+        last = next((op for op in ops if not is_linear(op)), None)
+        if any(map(is_layer, ops)) or not ops:
+            return False
+        if last is None:
+            return _is_activated(flow, reader)
+        return last.active == 1 and not is_softmax(last) and shape == flow.fact(reader).value.shape
+
+    shape = flow.fact(node).value.shape
+    readers = [reader for reader in flow.users(node) if flow.feeds(node, reader) or reader.op == "output"]
+    return bool(readers) and all(map(activates, readers))
 
 
 def _linear(ops: Sequence[Op]) -> str | None:
@@ -77,7 +114,7 @@ def _learns(flow: Flow, addition: Addition) -> bool:
     while todo:
         node = todo.pop()
         value = flow.fact(node).value
-        if node in seen or node.target in _DETACHES:
+        if node in seen or node.target in _DETACHES or getattr(node.target, "mode", True) is False:
             continue
         seen.add(node)
         if not any(t.is_floating_point() or t.is_complex() for t in tensors(value)):
@@ -102,7 +139,7 @@ def _merges(flow: Flow, addition: Addition, work: Sequence[fx.Node]) -> bool:
     return (
         shallow
         or noisy
-        or resized == [False, True]
+        or resized[0] != resized[1]
         or _repeats(flow, own, work)
         or _reads_stream(flow, work, addition.region)
     )
@@ -110,8 +147,10 @@ def _merges(flow: Flow, addition: Addition, work: Sequence[fx.Node]) -> bool:
 
 def _resizes(flow: Flow, node: fx.Node, end: fx.Node) -> bool:
     """Whether a node does nothing but make images larger, and ``end`` depends on nothing but by way of it."""
-    ops = flow.fact(node).ops
-    if not any(enlarges(op) for op in ops) or any(is_layer(op) for op in ops):
+    ops, made = flow.fact(node).ops, tensors(flow.fact(node).value)
+    read = [t for source in node.all_input_nodes for t in tensors(flow.fact(source).value)]
+    grows = bool(read) and bool(made) and made[0].numel() > max(t.numel() for t in read)
+    if not grows or not any(map(enlarges, ops)) or any(map(is_layer, ops)):
         return False
     given = [n for n in flow.sources(end) if n.op == "placeholder" and flow.fact(n).active]
     return not around(flow, given, end, node)
@@ -119,17 +158,21 @@ def _resizes(flow: Flow, node: fx.Node, end: fx.Node) -> bool:
 
 def _repeats(flow: Flow, one: Iterable[fx.Node], other: Iterable[fx.Node]) -> bool:
     """Whether two sides run the same weights, as the steps of a recurrence do."""
-    weights = [
-        {
-            str(held.target)
-            for node in nodes
-            for held in ([node] if node.op == "call_module" else node.all_input_nodes)
-            if held.op == "get_attr"
-            or (held.op == "call_module" and any(op.weighted for op in flow.fact(held).ops))
-        }
-        for nodes in (one, other)
-    ]
+    weights = [{weight for node in nodes for weight in _weights(flow, node)} for nodes in (one, other)]
     return bool(weights[0] & weights[1])
+
+
+def _weights(flow: Flow, node: fx.Node) -> Iterator[str]:
+    """The weights that a node itself runs with: a child's, the block's, or what those alone make."""
+    if node.op == "call_module":
+        if any(op.weighted for op in flow.fact(node).ops):
+            yield str(node.target)
+        return
+    for held in node.all_input_nodes:
+        if held.op == "get_attr":
+            yield str(held.target)
+        elif not flow.fact(held).active and any(op.weighted for op in flow.fact(held).ops):
+            yield held.name
 
 
 def _reads_stream(flow: Flow, work: Sequence[fx.Node], region: Collection[fx.Node]) -> bool:

@@ -69,8 +69,9 @@ class Choice:
         """
         if self._match("exclude", name, block, block_type):
             return None
-        if code is None:
-            return addition if not self.include or self._match("include", name, block, block_type) else None
+        if code is None and (not self.include or self._match("include", name, block, block_type)):
+            return addition
+        code = code or addition.was
         for pattern in self._asking(name, code, block, block_type):
             found = self._meant(flow, addition, code, pattern)
             if isinstance(found, Addition):

@@ -72,6 +72,8 @@ class _Builder:
         target: Any = op.func
         if step.owner == self.call.place:
             target = _SPELT.get(op.family, op.func) if op.family else op.func
+            if op.family is Family.DIFFERENCES and op.active > 1:
+                target = operator.add  # its sign is no matter here
             if op.family is Family.FUSED and len(read) == 3:
                 on = any(self.facts[n].active for n in read[1:])
                 fused = operator.mul if "addcmul" in op.func._schema.name else operator.truediv

@@ -16,8 +16,11 @@ PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 
 
 def side(flow: Flow, one: fx.Node, other: fx.Node) -> list[fx.Node]:
-    """The nodes that ``one`` needs and ``other`` does not, in order."""
-    mine = flow.ancestors(one, itself=True) - flow.ancestors(other, itself=True)
+    """The nodes whose numbers ``one`` is made of and ``other`` is not, in order.
+
+    What only lends its shape is on no side: ``x[..., : y.shape[-1]]`` is made of ``x`` alone.
+    """
+    mine = flow.sources(one, itself=True) - flow.sources(other, itself=True)
     return [n for n in flow.order if n in mine and n.op != "placeholder"]
 
 
@@ -26,7 +29,7 @@ def ops_of(flow: Flow, nodes: Iterable[fx.Node]) -> list[Op]:
 
 
 def is_addition(flow: Flow, node: fx.Node) -> bool:
-    if node.target not in ADDS:
+    if getattr(node.target, "plain", node.target) not in ADDS:
         return False
     value = flow.fact(node).value
     operands = [a for a in node.args if isinstance(a, fx.Node) and isinstance(flow.fact(a).value, Tensor)]

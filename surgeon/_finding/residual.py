@@ -28,6 +28,7 @@ from surgeon._finding.findings import REASONS
 from surgeon._finding.flow import Flow
 from surgeon._finding.joins import joined
 from surgeon._finding.paths import (
+    ADDS,
     PRODUCTS,
     around,
     carries,
@@ -38,8 +39,9 @@ from surgeon._finding.paths import (
     stems,
     writes_to,
 )
+from surgeon._tracing.canonical import SPELT
 from surgeon._tracing.nests import tensors
-from surgeon._tracing.operators import projects
+from surgeon._tracing.operators import is_layer, projects
 
 
 def additions(flow: Flow, *, regions: bool = True) -> list[Addition]:
@@ -50,7 +52,9 @@ def additions(flow: Flow, *, regions: bool = True) -> list[Addition]:
         regions: Whether to tell which nodes run for each branch alone.
     """
     nodes = [node for node in flow.order if is_addition(flow, node)]
-    found = [_classify(flow, node, i, regions) for i, node in enumerate(nodes)]
+    # Those written with a plus come first, and are named as if there were no others.
+    ordinals = {node: i for i, node in enumerate(sorted(nodes, key=lambda node: SPELT in node.meta))}
+    found = [_classify(flow, node, ordinals[node], regions) for node in nodes]
     merged = _merged(flow, nodes)
     found = [replace(a, code="fusion") if a.code is None and a.node in merged else a for a in found]
     return joined(flow, found)
@@ -79,6 +83,8 @@ def nest(flow: Flow, found: Sequence[Addition], steps_in: Callable[[fx.Node], in
             addition.code is None and not addition.drops and _is_long(flow, addition, found[:place], steps_in)
         ):
             addition = replace(addition, code="long-skip")
+        if addition.code is None and addition.kind != "mean" and _lends_position(flow, addition, found):
+            addition = replace(addition, code="position")
         if addition.code is None and addition.kind != "mean":
             inside.update(within(flow, addition))
         nested.append(addition)
@@ -97,13 +103,30 @@ def within(flow: Flow, addition: Addition) -> list[fx.Node]:
 
 def alone(flow: Flow, addition: Addition) -> list[fx.Node]:
     """What a branch needs, and neither its shortcut nor any result of the block but through the sum."""
+    elsewhere = _needed_without(flow, addition)
+    return [n for n in side(flow, addition.branch, addition.shortcut) if n not in elsewhere]
+
+
+def _needed_without(flow: Flow, addition: Addition) -> set[fx.Node]:
+    """What the results of the block are made of but by way of a sum."""
     elsewhere, todo = {flow.order[-1]}, [flow.order[-1]]
     while todo:
         node = todo.pop()
         new = [n for n in flow.read_by(node) if n is not addition.node and n not in elsewhere]
         elsewhere.update(new)
         todo.extend(new)
-    return [n for n in side(flow, addition.branch, addition.shortcut) if n not in elsewhere]
+    return elsewhere
+
+
+def _lends_position(flow: Flow, addition: Addition, found: Sequence[Addition]) -> bool:
+    """Whether a sum is read by another branch alone, while its own "branch" goes on without it.
+
+    Then that is the stream, and what is added to it is a position or a condition.
+    """
+    if addition.drops or addition.branch not in _needed_without(flow, addition):
+        return False
+    others = (other for other in found if other.node is not addition.node and other.code is None)
+    return any(addition.node in alone(flow, other) for other in others)
 
 
 def _starts(flow: Flow, addition: Addition) -> list[fx.Node]:
@@ -119,7 +142,10 @@ def _is_long(
     flow: Flow, addition: Addition, before: Sequence[Addition], steps_in: Callable[[fx.Node], int]
 ) -> bool:
     """Whether a branch runs through two or more residual adds, each going on from the one before."""
-    starts, nodes = _starts(flow, addition), within(flow, addition)
+    starts = _starts(flow, addition)
+    # Also what another reader takes as well, as the next one of stacked hourglasses does.
+    work = side(flow, addition.branch, addition.shortcut)
+    nodes = [n for n in work if not starts or any(flow.feeds(start, n) for start in starts)]
     return steps_along(flow, starts, addition.branch, nodes, before, steps_in) > 1
 
 
@@ -169,7 +195,7 @@ def told(flow: Flow, addition: Addition, kind: str) -> Addition | str:
     problem = _misshapen(flow, addition.node, shortcut, branch)
     if problem is not None:
         return REASONS[problem]
-    return _described(flow, replace(addition, code=None, kind=kind, shortcut=shortcut, branch=branch))
+    return described(flow, replace(addition, code=None, kind=kind, shortcut=shortcut, branch=branch))
 
 
 def projected(flow: Flow, addition: Addition) -> Addition | None:
@@ -185,10 +211,10 @@ def projected(flow: Flow, addition: Addition) -> Addition | None:
 def meant(flow: Flow, addition: Addition | None, kind: str, shortcut: str | None) -> Addition | None:
     """The addition with the sides that a gate of ``kind`` has; ``None`` if it has no such sides.
 
-    ``shortcut`` says which operand was the shortcut before. It counts where only stochastic depth, which a
-    trace of the evaluating block does not show, had told the branch.
+    ``shortcut`` says which operand was the shortcut before. It counts where what the trace does not show had
+    told the branch: stochastic depth, in a trace of the evaluating block, or the block's caller.
     """
-    if addition is not None and addition.code == "linear" and not addition.kind and shortcut:
+    if addition is not None and addition.code in ("linear", "no-shortcut") and not addition.kind and shortcut:
         kind = shortcut
     if addition is None or kind not in ("left", "right"):
         return addition if addition is not None and addition.kind else None
@@ -196,7 +222,7 @@ def meant(flow: Flow, addition: Addition | None, kind: str, shortcut: str | None
     return found if isinstance(found, Addition) else None
 
 
-def _described(flow: Flow, addition: Addition, regions: bool = True) -> Addition:
+def described(flow: Flow, addition: Addition, regions: bool = True) -> Addition:
     """The same with what belongs to its branch."""
     work = side(flow, addition.branch, addition.shortcut)
     return replace(
@@ -220,20 +246,27 @@ def _merged(flow: Flow, nodes: list[fx.Node]) -> set[fx.Node]:
 
 def _classify(flow: Flow, node: fx.Node, ordinal: int, regions: bool) -> Addition:
     left, right = (operand for operand in node.args if isinstance(operand, fx.Node))
+    if node.target not in ADDS:  # in a region of its own, where no gradient is kept
+        return Addition(node, ordinal, "detached", "", left, right)
     kind, shortcut, branch, code = _sides(flow, left, right)
     refusal = code if not kind else _misshapen(flow, node, shortcut, branch)
     if refusal is not None:
         return Addition(node, ordinal, refusal, "", shortcut, branch)
-    found = _described(flow, Addition(node, ordinal, code, kind, shortcut, branch), regions)
+    found = described(flow, Addition(node, ordinal, code, kind, shortcut, branch), regions)
     # Stochastic depth that is there says that its author took this for a branch.
     return found if code or found.drops else replace(found, code=unfit(flow, found))
 
 
 def _misshapen(flow: Flow, node: fx.Node, shortcut: fx.Node, branch: fx.Node) -> str | None:
-    shape = flow.fact(node).value.shape
-    if not flow.fact(shortcut).value.shape == flow.fact(branch).value.shape == shape:
+    shape, part = flow.fact(node).value.shape, flow.fact(branch).value.shape
+    if flow.fact(shortcut).value.shape != shape or (part != shape and not _spreads(part, shape)):
         return "broadcast"
-    return "aliased" if _seen_elsewhere(flow, node) else None
+    return "aliased" if writes_to(node) is branch and _seen_elsewhere(flow, node) else None
+
+
+def _spreads(part: torch.Size, whole: torch.Size) -> bool:
+    """Whether a branch gives each sample something of its own that is the same for all its places."""
+    return len(part) == len(whole) > 1 and part[0] == whole[0]
 
 
 _Sides = tuple[str, fx.Node, fx.Node, str | None]
@@ -293,11 +326,28 @@ def _projection(flow: Flow, left: fx.Node, right: fx.Node) -> _Sides:
         # A pre-activation projection has its norm and activation before its one layer.
         most, least = layers(flow, left, right), layers(flow, right, left)
         plain = [most[1] <= 1 < least[0], least[1] <= 1 < most[0]]
+    if not any(plain):
+        plain = [_shallow_path(flow, left, right), _shallow_path(flow, right, left)]
     if not any(plain):  # what is mixed at random is a branch
         plain = [not mixes(flow, work) for work in sides]
     if plain[0] == plain[1]:
         return "", left, right, "fusion"
     return ("projection", left, right, None) if plain[0] else ("projection", right, left, None)
+
+
+def _shallow_path(flow: Flow, one: fx.Node, other: fx.Node) -> bool:
+    """Whether ``one`` is a projection of two layers with an activation between them, ``other`` a deeper path.
+
+    Both end in a layer: where an activation comes last, two features are merged.
+    """
+    counts, ends = [], []
+    for nodes in (side(flow, one, other), side(flow, other, one)):
+        ops = ops_of(flow, nodes)
+        counts.append((sum(map(is_layer, ops)), sum(not projects(op) for op in ops)))
+        last = next((op for op in reversed(ops) if is_layer(op) or not projects(op)), None)
+        ends.append(last is not None and is_layer(last))
+    (depth, activations), (deeper, more) = counts
+    return all(ends) and depth <= 2 < deeper and activations <= 1 < more
 
 
 def _modulates(flow: Flow, product: fx.Node, shift: fx.Node) -> bool:

@@ -195,7 +195,8 @@ class Gating:
             return self._features(flow)
         if not self.marks:
             found, marks = located(flow)
-            self.marks = tuple([marks[gate.branch.ordinal] for gate in self.gates])
+            by_ordinal = {mark.ordinal: mark for mark in marks}
+            self.marks = tuple([by_ordinal[gate.branch.ordinal] for gate in self.gates])
             plain = [a.ordinal for a in found if a.code is None]
             self.complete = plain == [gate.branch.ordinal for gate in self.gates]
         chosen: dict[int, Addition] = {}

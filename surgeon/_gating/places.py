@@ -46,10 +46,10 @@ def located(flow: Flow) -> tuple[list[Addition], list[Mark]]:
     if "located" not in flow.shared:
         found = additions(flow)
         known = [(_sides(flow, a.node), a.code) for a in found]
-        sides = [s for s, _ in known]
+        sides, count = [s for s, _ in known], len(found)
         marks = [
-            Mark(*one, known[:i].count(one), sides[:i].count(one[0]), sides.count(one[0]), i, len(found))
-            for i, one in enumerate(known)
+            Mark(*one, known[:i].count(one), sides[:i].count(one[0]), sides.count(one[0]), a.ordinal, count)
+            for i, (a, one) in enumerate(zip(found, known, strict=True))
         ]
         flow.shared["located"] = found, marks
     located: tuple[list[Addition], list[Mark]] = flow.shared["located"]
@@ -84,8 +84,10 @@ def _again(
     if there is not None:
         return there
     # Its branch runs more or less than it did: the one in its place, if it runs some of that.
-    place = mark.ordinal if len(found) == mark.count else len(found)
-    return found[place] if place < len(found) and _akin(known[place].sides, mark.sides) else None
+    if len(found) != mark.count:
+        return None
+    same_place = ((a, m) for a, m in zip(found, known, strict=True) if m.ordinal == mark.ordinal)
+    return next((a for a, m in same_place if _akin(m.sides, mark.sides)), None)
 
 
 def _akin(sides: _Sides, others: _Sides) -> bool:

@@ -82,6 +82,7 @@ def _prepare_block(
     shared = block.call.rewritten or block.call.reread
     gating = Gating(block.name, chosen, shared, _kept(block, recording))
     for gate, addition in zip(chosen, block.found, strict=True):
+        gating.sides[gate.branch.ordinal] = "left" if addition.node.args[0] is addition.shortcut else "right"
         if gate.branch.skips and (kept := _kept_by_layers(block, addition, recording)):
             _note(gate, skips=False, note=f"computed also when dropped: it keeps a value in {kept}")
     args, kwargs, log = recording.arguments(block.call)

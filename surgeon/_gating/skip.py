@@ -220,6 +220,7 @@ def _worth_hooks(whole: Tensor) -> bool:
 
 
 def _put_back(into: Tensor, result: Tensor, rows: Tensor, factor: float, onto: str) -> Tensor:
+    result = result.expand(len(rows), *into.shape[1:])  # one place of a sample may stand for all of them
     if onto == "shortcut":
         return into.index_add_(0, rows, result.to(into.dtype), alpha=factor)
     if into.dtype != result.dtype:

@@ -119,6 +119,10 @@ def _forms(addition: Addition, by_rows: bool) -> tuple[Callable[..., Tensor], Ca
 
 def unliftable(flow: Flow, addition: Addition) -> str:
     """Why the branch cannot move into a function of its own; ``""`` if it can."""
+    if addition.branch.op == "placeholder" or (
+        addition.region and not any(flow.fact(node).ops for node in addition.region)
+    ):
+        return "its branch runs in the block before, which gives the stream as well"
     if not addition.region:
         return "the branch result is also used elsewhere in the block"
     inside, end = set(addition.region), flow.position(addition.node)

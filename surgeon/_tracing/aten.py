@@ -158,6 +158,18 @@ def form_only(func: Any) -> bool:
     return family(func) in _MAKERS and not func._schema.is_mutable and bool(given) and given[0].name == "self"
 
 
+_ADDERS = {
+    *("sub", "rsub", "lerp", "addmm", "addmv", "addbmm", "baddbmm"),
+    *("index_add", "scatter_add", "foreach_add"),
+}
+
+
+@functools.cache
+def may_add(func: Any) -> bool:
+    """Whether an operator that is no addition by name adds one thing to its first tensor all the same."""
+    return named(func._schema.name) in _ADDERS
+
+
 def spatial(schema: str) -> int:
     """Over how many dimensions an operator's windows go by its name; 0 if it has none."""
     return next((int(d) for d in "123" if f"{d}d" in schema), 0)

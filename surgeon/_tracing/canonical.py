@@ -1,10 +1,11 @@
 """One spelling for every addition: while a block is traced, its additions become ``a + b`` of two operands.
 
-``torch.add(a, b, alpha=k)`` becomes ``a + b * k``; ``addcmul(a, t, u, value=k)`` becomes ``a + t * u * k``
-(``addcdiv`` likewise); ``torch.stack([a, b, ...]).sum(dim)`` over the stacked dimension becomes the chain
-``a + b + ...``, its mean that chain over its length. In-place spellings stay in place. The rest of surgeon
-then knows one form only. The values are the same to rounding; evaluation under the default scaling runs the
-block's own forward in any case.
+``torch.add(a, b, alpha=k)`` becomes ``a + b * k``, and ``a - b`` of two tensors that depend on an input
+``a + b * -1``; ``addcmul(a, t, u, value=k)`` becomes ``a + t * u * k`` (``addcdiv`` likewise, and ``addmm``
+and its like where ``a`` depends on an input); ``torch.stack([a, b, ...]).sum(dim)`` over the stacked
+dimension becomes the chain ``a + b + ...``, its mean that chain over its length. In-place spellings stay in
+place. The rest of surgeon then knows one form only. The values are the same to rounding; evaluation under the
+default scaling runs the block's own forward in any case.
 """
 
 import operator
@@ -12,18 +13,27 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+
+SPELT = "spelt"
+"""Where the ``meta`` of an addition's node says that it was written as something else, ``"-"``."""
 
 Emit = Callable[..., Any]
 
 _ADD = {torch.add: False, "add": False, "add_": True}
-_FUSED = {
-    torch.addcmul: (operator.mul, False),
-    "addcmul": (operator.mul, False),
+_FUSED: dict[Any, Any] = {
+    **dict.fromkeys((torch.addcmul, "addcmul"), (operator.mul, False)),
+    **dict.fromkeys((torch.addcdiv, "addcdiv"), (operator.truediv, False)),
     "addcmul_": (operator.mul, True),
-    torch.addcdiv: (operator.truediv, False),
-    "addcdiv": (operator.truediv, False),
     "addcdiv_": (operator.truediv, True),
+}
+_SUBTRACTS: dict[Any, bool] = {
+    **dict.fromkeys((operator.sub, torch.sub, torch.subtract, "sub", "subtract"), False),
+    **dict.fromkeys((operator.isub, "sub_", "subtract_"), True),
+}
+_PRODUCTS: dict[Any, bool] = {
+    **dict.fromkeys((torch.addmm, torch.addmv, torch.baddbmm, "addmm", "addmv", "baddbmm"), False),
+    **dict.fromkeys(("addmm_", "addmv_", "baddbmm_"), True),
 }
 _REDUCES = {torch.sum: False, "sum": False, torch.mean: True, "mean": True}
 _NAMES = ("input", "other")
@@ -38,12 +48,19 @@ def canonical(emit: Emit, target: Any, args: tuple[Any, ...], kwargs: dict[str, 
         args: Its positional arguments, proxies among them.
         kwargs: Its keyword arguments.
     """
-    if target in _ADD and "out" not in kwargs:
-        return _add(emit, _ADD[target], args, dict(kwargs))
-    if target in _FUSED and "out" not in kwargs:
-        return _fused(emit, *_FUSED[target], args, dict(kwargs))
     if target in _REDUCES:
         return _sum_of_stack(emit, _REDUCES[target], args, kwargs)
+    if "out" in kwargs:
+        return None
+    if target is torch.rsub:
+        return _subtract(emit, False, args[1::-1], dict(kwargs))
+    tables: tuple[tuple[dict[Any, Any], Callable[..., Any]], ...] = (
+        *((_ADD, _add), (_SUBTRACTS, _subtract)),
+        *((_FUSED, _fused), (_PRODUCTS, _added_product)),
+    )
+    for table, rewrite in tables:
+        if target in table:
+            return rewrite(emit, table[target], args, dict(kwargs))
     return None
 
 
@@ -55,10 +72,37 @@ def _add(emit: Emit, in_place: bool, args: tuple[Any, ...], kwargs: dict[str, An
     return _sum(emit, in_place, operands[0], _times(emit, operands[1], alpha))
 
 
+def _subtract(emit: Emit, in_place: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    alpha = kwargs.pop("alpha", 1)
+    operands = [*args, *(kwargs[name] for name in _NAMES[len(args) :] if name in kwargs)]
+    if len(operands) != 2 or not all(map(_features, operands)):
+        return None
+    total = _sum(emit, in_place, operands[0], _times(emit, operands[1], -1 * alpha))
+    total.node.meta[SPELT] = "-"
+    return total
+
+
+def _added_product(emit: Emit, in_place: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``beta * a + alpha * (t @ u)``; a bias that depends on no input is a part of its layer."""
+    beta, alpha = kwargs.pop("beta", 1), kwargs.pop("alpha", 1)
+    operands = [*args, *kwargs.values()]
+    if len(operands) != 3 or not _features(operands[0]) or (in_place and beta != 1):
+        return None
+    product = emit(operator.matmul, (operands[1], operands[2]))
+    return _sum(emit, in_place, _times(emit, operands[0], beta), _times(emit, product, alpha))
+
+
+def _features(value: Any) -> bool:
+    """Whether a value is a tensor of numbers that depends on an input of the model."""
+    tensor = value.__dict__.get("value") if isinstance(value, fx.Proxy) else None
+    plain = isinstance(tensor, Tensor) and tensor.is_floating_point()
+    return plain and bool(value.tracer.facts[value.node].active)
+
+
 def _fused(
-    emit: Emit, op: Callable[..., Any], in_place: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    emit: Emit, how: tuple[Callable[..., Any], bool], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    value = kwargs.pop("value", 1)
+    (op, in_place), value = how, kwargs.pop("value", 1)
     operands = [*args, *kwargs.values()]
     if len(operands) != 3:
         return None

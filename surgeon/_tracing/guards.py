@@ -1,15 +1,18 @@
 """What a graph cannot hold is noticed while a block is traced, and what the forward asks of torch is noted.
 
 Grad and autocast regions, gradient checkpoints and `torch.autograd.Function` act outside of the calls that fx
-sees. Inside `guarded` their entry points answer to the tracer: a region of its own stops the trace, an
-autograd function becomes a leaf, and so does a function that keeps its results (`functools.lru_cache`); a
-tensor factory becomes a node whatever its sizes are, a question about the ambient mode makes the trace hold
-for that mode only.
+sees. Inside `guarded` their entry points answer to the tracer: what runs in a grad region of its own is put
+down so (`under`), an autocast region stops the trace; an autograd function becomes a leaf by whatever name it
+is applied, and so do a checkpointed child or method and a function that keeps its results
+(`functools.lru_cache`); a tensor factory becomes a node whatever its sizes are, a question about the ambient
+mode makes the trace hold for that mode only. Modules that the forward makes are noted.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
 
@@ -28,17 +31,27 @@ class Listener(Protocol):
 
     listening: bool
     ambient: bool
+    grad_modes: list[bool]
+    made: list[nn.Module]
+
+    @property
+    def grad_mode(self) -> bool: ...
+
+    def stealthy(self) -> bool: ...
+
+    def deaf(self) -> AbstractContextManager[None]: ...
+
+    def checkpointed(self, function: Any, args: Any, kwargs: Any, options: Any) -> Any: ...
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any: ...
 
 
 _REGIONS = (
     (torch.amp.autocast_mode.autocast, "autocast"),
-    (torch.no_grad, "grad mode"),
-    (torch.enable_grad, "grad mode"),
-    (torch.set_grad_enabled, "grad mode"),
-    (torch.inference_mode, "grad mode"),
+    (torch.inference_mode, "inference mode"),
 )
+_GRAD_REGIONS = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled)
+_UNBOUND = ("add", "add_", "sub", "sub_")  # torch.Tensor.add(a, b) takes no proxy
 # Their C parsers refuse a proxy as a size before any override of theirs is asked.
 _FACTORIES = (
     *(
@@ -68,11 +81,15 @@ def guarded(tracer: Listener, block: nn.Module) -> Iterator[None]:
     """Inside, the forward of ``block`` cannot slip a region or a function past the tracer.
 
     Raises:
-        TraceError: From within, when the forward opens a grad or autocast region or a checkpoint.
+        TraceError: From within, when the forward opens an autocast region, say, or checkpoints a function
+            of its own.
     """
     with ExitStack() as stack:
         for cls, what in _REGIONS:
             stack.enter_context(mock.patch.object(cls, "__enter__", _refusing(tracer, cls.__enter__, what)))
+        for region in _GRAD_REGIONS:
+            stack.enter_context(mock.patch.object(region, "__enter__", _entering(tracer, region.__enter__)))
+            stack.enter_context(mock.patch.object(region, "__exit__", _leaving(tracer, region.__exit__)))
         for name in _QUESTIONS:
             stack.enter_context(mock.patch.object(torch, name, _noting(tracer, getattr(torch, name))))
         asks = _stopping(tracer, torch.is_inference_mode_enabled, "its forward asks for the inference mode")
@@ -81,10 +98,14 @@ def guarded(tracer: Listener, block: nn.Module) -> Iterator[None]:
         )  # no trace runs in it
         for name in _FACTORIES:
             stack.enter_context(mock.patch.object(torch, name, _factory(tracer, getattr(torch, name))))
-        stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", _leaf(tracer)))
+        functions = type(torch.autograd.Function)
+        stack.enter_context(mock.patch.object(functions, "__getattribute__", _looking_up(tracer)))
+        stack.enter_context(mock.patch.object(nn.Module, "__init__", _making(tracer)))
+        for name in _UNBOUND:
+            stack.enter_context(mock.patch.object(Tensor, name, _unbound(tracer, name)))
         for owner, name in CHECKPOINTS:
-            stopped = _stopping(tracer, getattr(owner, name), "its forward calls torch.utils.checkpoint")
-            stack.enter_context(mock.patch.object(owner, name, stopped))
+            seen = _checkpointing if name == "_checkpoint_impl" else _stopped_checkpoint
+            stack.enter_context(mock.patch.object(owner, name, seen(tracer, getattr(owner, name))))
         stack.enter_context(mock.patch.object(torch.jit.ScriptFunction, "__call__", _scripted(tracer)))
         for function, put in cached_functions(block):
             put(_cached(tracer, function))
@@ -95,10 +116,66 @@ def guarded(tracer: Listener, block: nn.Module) -> Iterator[None]:
 def _refusing(tracer: Listener, enter: Callable[[Any], Any], what: str) -> Callable[[Any], Any]:
     def guard(region: Any) -> Any:
         if tracer.listening:
-            raise TraceError(f"part of its forward runs under its own {what}")
+            raise TraceError(f"part of its forward runs under its own {what}{line()}")
         return enter(region)
 
     return guard
+
+
+def _entering(tracer: Listener, enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def guard(region: Any) -> Any:
+        if tracer.listening:
+            tracer.grad_modes.append({torch.no_grad: False, torch.enable_grad: True}.get(type(region), False))
+            if isinstance(region, torch.set_grad_enabled):
+                tracer.grad_modes[-1] = bool(region.mode)
+        with tracer.deaf():
+            return enter(region)
+
+    return guard
+
+
+def _leaving(tracer: Listener, leave: Callable[..., Any]) -> Callable[..., Any]:
+    def guard(region: Any, *error: Any) -> Any:
+        if tracer.listening and tracer.grad_modes:
+            tracer.grad_modes.pop()
+        with tracer.deaf():
+            return leave(region, *error)
+
+    return guard
+
+
+@functools.cache
+def under(target: Any, mode: bool) -> Any:
+    """A function, or a tensor's method, that runs with gradients on or off whatever is on around it.
+
+    Its ``plain`` is ``target``, its ``mode`` is ``mode``.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.set_grad_enabled(mode):
+            return called(target, args, kwargs)
+
+    name = target if isinstance(target, str) else getattr(target, "__name__", "call")
+    call.__name__ = call.__qualname__ = f"{name.strip('_')}_{'with' if mode else 'without'}_grad"
+    call.plain, call.mode = target, mode  # type: ignore[attr-defined]
+    return call
+
+
+def called(target: Any, args: Any, kwargs: Any) -> Any:
+    """Calls a function, or by its name a method of the first argument."""
+    if isinstance(target, str):
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    return target(*args, **kwargs)
+
+
+def line() -> str:
+    """Where in the user's own code the trace is, `` (model.py:12)``; ``""`` if that cannot be told."""
+    frame = sys._getframe()
+    own = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), str(Path(mock.__file__).parent))
+    found: Any = frame
+    while found is not None and found.f_code.co_filename.startswith(own):
+        found = found.f_back
+    return f" ({Path(found.f_code.co_filename).name}:{found.f_lineno})" if found is not None else ""
 
 
 def _noting(tracer: Listener, question: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,15 +204,74 @@ def _stopping(tracer: Listener, function: Callable[..., Any], why: str) -> Calla
     return guard
 
 
-def _leaf(tracer: Listener) -> Any:
-    original = torch.autograd.Function.__dict__["apply"]
+def _looking_up(tracer: Listener) -> Callable[[Any, str], Any]:
+    """Makes leaves of autograd functions, whose ``apply`` asks their class for ``forward``.
 
-    def guard(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if not tracer.listening or not any(isinstance(a, fx.Proxy) for a in args):
-            return original.__get__(None, cls)(*args, **kwargs)
-        return tracer.create_proxy("call_function", _caller(cls), args, kwargs)
+    ``op = MyFunction.apply`` may be bound to any name anywhere, so that another ``apply`` would not be met.
+    """
 
-    return classmethod(guard)
+    def look(cls: Any, name: str) -> Any:
+        found = type.__getattribute__(cls, name)
+        if name != "forward" or not tracer.listening or not tracer.stealthy():
+            return found
+
+        def forward(*args: Any) -> Any:
+            given = args[1:] if args and isinstance(args[0], cls._backward_cls) else args
+            if not tracer.listening or not any(isinstance(a, fx.Proxy) for a in given):
+                return found(*args)
+            with tracer.deaf(), torch.set_grad_enabled(tracer.grad_mode):
+                return tracer.create_proxy("call_function", _caller(cls), given, {})
+
+        return forward
+
+    return look
+
+
+def _making(tracer: Listener) -> Callable[..., None]:
+    init = nn.Module.__init__
+
+    def guard(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        init(module, *args, **kwargs)
+        if tracer.listening:
+            tracer.made.append(module)
+
+    return guard
+
+
+def _unbound(tracer: Listener, name: str) -> Any:
+    original = getattr(Tensor, name)
+
+    @functools.wraps(original)
+    def guard(*args: Any, **kwargs: Any) -> Any:
+        if tracer.listening and args and isinstance(args[0], fx.Proxy):
+            return tracer.create_proxy("call_method", name, args, kwargs)
+        return original(*args, **kwargs)
+
+    guard.is_method = True  # type: ignore[attr-defined]
+    return guard
+
+
+def _checkpointing(tracer: Listener, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    def guard(function: Any, args: Any, kwargs: Any, **options: Any) -> Any:
+        if tracer.listening:
+            return tracer.checkpointed(function, args, kwargs, options)
+        return checkpoint(function, args, kwargs, **options)
+
+    return guard
+
+
+def _stopped_checkpoint(tracer: Listener, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    def guard(*args: Any, **kwargs: Any) -> Any:
+        if tracer.listening:
+            raise TraceError(f"its forward calls torch.utils.checkpoint{line()}")
+        return checkpoint(*args, **kwargs)
+
+    return guard
+
+
+def checkpointed(function: Callable[..., Any], options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """``torch.utils.checkpoint.checkpoint(function, *args, **options, **kwargs)``."""
+    return torch.utils.checkpoint.checkpoint(function, *args, **options, **kwargs)
 
 
 def _cached(tracer: Listener, function: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
 from surgeon._torch import FakeTensor, FakeTensorMode, TorchDispatchMode
-from surgeon._tracing.aten import Family, family, form_only
+from surgeon._tracing.aten import Family, family, form_only, may_add
 from surgeon._tracing.fake import Shadows, storage
 from surgeon._tracing.nests import mapped, tensors
 
@@ -25,7 +25,7 @@ class Op:
     Attributes:
         func: The operator's overload.
         active: How many of its tensor arguments depend on a model input.
-        weighted: Whether a Parameter is among its arguments.
+        weighted: Whether a Parameter, or what is computed from Parameters alone, is among its arguments.
         depthwise: Whether it is a convolution with one input channel per group.
         random: Elements drawn from a random number generator, 0 if none.
         flops: Floating-point operations by PyTorch's own formulas.
@@ -193,7 +193,10 @@ class OpLog(TorchDispatchMode):
         written = tensors(out)
         terms = self._terms(family(func), args, read)
         adds = terms > 1 and bool(active) and _numbers(written[0])
-        if adds:
+        if may_add(func):
+            adds = self._adds_features(args)
+            self.additions[self.stack[-1]] += adds
+        elif adds:
             adds = active > 1 or any(a & b for a, b in itertools.combinations(bits, 2)) or len(read) == 1
             (self.additions if adds else self.biases)[self.stack[-1]] += terms - 1
         self.touched.update([storage(t) for t in read])
@@ -205,8 +208,14 @@ class OpLog(TorchDispatchMode):
             if family(func) is Family.STACKS and active > 1:
                 dim = (args[1] if len(args) > 1 else 0) % written[0].ndim
                 self._stacks[len(self.steps) - 1] = dim, len(read), self.stack[-1]
-        self.ops.append(self._op(func, args, kwargs, out, read, active))
+        weighted = any(b and not b & self._inputs for b in bits)
+        self.ops.append(_op(func, args, kwargs, out, read, active, weighted))
         return out
+
+    def _adds_features(self, args: Any) -> bool:
+        """Whether the first tensor and another one depend on an input of the model."""
+        first, *others = [t for t in tensors(args) if _numbers(t)]
+        return self.active(first) and any(map(self.active, others))
 
     def _terms(self, kind: Family | None, args: Any, read: list[Tensor]) -> int:
         """How many tensors the operator adds up: two, or those that were stacked just before; else 0."""
@@ -218,14 +227,13 @@ class OpLog(TorchDispatchMode):
         over = any(d % read[0].ndim == dim for d in args[1])
         return count if over and owner == self.stack[-1] else 0
 
-    def _op(self, func: Any, args: Any, kwargs: Any, out: Any, read: list[Tensor], active: int) -> Op:
-        packet = func.overloadpacket
-        made = tensors(out)
-        random = made[0].numel() if torch.Tag.nondeterministic_seeded in func.tags and made else 0
-        flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
-        depthwise = family(func) is Family.CONVOLUTIONS and args[1].shape[1] == 1 and args[0].shape[1] > 1
-        weighted = any(storage(t) in self._weights for t in read)
-        given = {storage(t) for t in read}
-        new = [t for t in made if t.is_floating_point() and not func.is_view and storage(t) not in given]
-        size = sum(t.nbytes for t in new)
-        return Op(func, active, weighted, depthwise, random, int(flops), size)
+
+def _op(func: Any, args: Any, kwargs: Any, out: Any, read: list[Tensor], active: int, weighted: bool) -> Op:
+    packet = func.overloadpacket
+    made = tensors(out)
+    random = made[0].numel() if torch.Tag.nondeterministic_seeded in func.tags and made else 0
+    flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
+    depthwise = family(func) is Family.CONVOLUTIONS and args[1].shape[1] == 1 and args[0].shape[1] > 1
+    given = {storage(t) for t in read}
+    new = [t for t in made if t.is_floating_point() and not func.is_view and storage(t) not in given]
+    return Op(func, active, weighted, depthwise, random, int(flops), sum(t.nbytes for t in new))

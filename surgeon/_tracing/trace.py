@@ -65,6 +65,7 @@ def trace(
                     graph = tracer.trace_forward(block, forward)
                 except TraceError as error:
                     raise TraceError(f"{error}{_hooked(block) if error.__cause__ else ''}") from error
+            tracer.made.clear()
             moved = [name for name, value in _around(block, found).items() if [value] != [around[name]]]
     _check_steady(found, tracer, changed, left, moved)
     for name in (*found.attributes, *(reads.fetched if found.classes else ())):

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import noop_context_fn
 
 from surgeon._text import first_line
 from surgeon._tracing.below import Below, StandIn
@@ -32,6 +33,7 @@ from surgeon._tracing.canonical import canonical
 from surgeon._tracing.facts import Fact
 from surgeon._tracing.fake import storage
 from surgeon._tracing.given import Given
+from surgeon._tracing.guards import called, checkpointed, line, under
 from surgeon._tracing.holders import Holder, holders
 from surgeon._tracing.nests import tensors
 from surgeon._tracing.oplog import Op, OpLog
@@ -77,6 +79,8 @@ class BlockTracer(fx.Tracer):
         self.proxies: dict[fx.Node, ValueProxy] = {}
         self._listening, self._thread = False, threading.get_ident()
         self._state = _global_state()
+        self.grad_modes: list[bool] = []  # of the grad regions that the forward is in
+        self.made: list[nn.Module] = []  # by the forward
 
     @property
     def here(self) -> bool:
@@ -189,8 +193,8 @@ class BlockTracer(fx.Tracer):
         return self.proxies[node]
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Node:
-        if _global_state() != self._state:
-            raise TraceError("part of its forward runs under its own autocast or grad mode")
+        if _global_state() != (self.grad_mode, *self._state[1:]):
+            raise TraceError(f"part of its forward runs under its own autocast or grad mode{line()}")
         return super().create_node(kind, target, args, kwargs, *rest, **more)
 
     def create_arg(self, a: Any) -> Any:
@@ -225,6 +229,7 @@ class BlockTracer(fx.Tracer):
             return self._emit(kind, target, args, kwargs)
 
     def _emit(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        kind, target = self._in_grad_mode(kind, target, args)
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
         try:
             value = self._execute(node)
@@ -240,6 +245,43 @@ class BlockTracer(fx.Tracer):
             self.given.decides(node)
             return None
         return self._wrap(node, value)
+
+    def stealthy(self) -> bool:
+        """Whether gradients are off that the forward has not turned off itself."""
+        with self.deaf():
+            return not torch.is_grad_enabled() and (self.grad_mode or not self._state[0])
+
+    @property
+    def grad_mode(self) -> bool:
+        """Whether gradients are on where the forward is."""
+        return self.grad_modes[-1] if self.grad_modes else self._state[0]
+
+    def _in_grad_mode(self, kind: str, target: Any, args: Any) -> tuple[str, Any]:
+        """What is to be called in the grad region that the forward is in, if any."""
+        picks = target is getattr or (target is operator.getitem and not _is_tensor(args[0]))
+        if picks or kind == "get_attr" or not self.grad_modes:
+            return kind, target
+        if kind == "call_module":
+            raise TraceError(f"its forward calls {target} under its own grad mode{line()}")
+        return "call_function", under(target, self.grad_modes[-1])
+
+    def checkpointed(self, function: Any, args: Any, kwargs: Any, options: Any) -> Any:
+        """A checkpointed child of the block, or a method of its or a child's, as a leaf."""
+        owner = getattr(function, "__self__", function)
+        try:
+            path = self.path_of_module(owner) if owner is not self.root else ""
+        except NameError:
+            path = None
+        name = getattr(function, "__name__", "") if owner is not function else ""
+        if path is None or (name and getattr(owner, name, None) != function):
+            raise TraceError(f"its forward gives torch.utils.checkpoint a function of its own{line()}")
+        given = {key: value for key, value in options.items() if isinstance(value, PLAIN)}
+        if options.get("context_fn", noop_context_fn) is not noop_context_fn:
+            raise TraceError(f"its forward gives torch.utils.checkpoint contexts of its own{line()}")
+        with self.deaf():
+            held = self.create_node("get_attr", ".".join(filter(None, (path, name))), (), {})
+            self._wrap(held, self._execute(held))
+            return self._emit("call_function", checkpointed, (self.proxy_of(held), given, *args), kwargs)
 
     def requires_grad(self, proxy: ValueProxy) -> bool:
         """Whether a tensor that was there before the forward requires a gradient; noted."""
@@ -270,7 +312,12 @@ class BlockTracer(fx.Tracer):
         try:
             path = self.path_of_module(m)
         except NameError:
-            raise TraceError(f"its forward calls a {type(m).__name__} that is not its submodule") from None
+            if any(m is one for one in self.made) and not any(m.state_dict(keep_vars=True)):
+                return forward(*args, **kwargs)
+            kept = " and has weights" if any(True for _ in m.parameters()) else ""
+            raise TraceError(
+                f"its forward calls a {type(m).__name__} that is not its submodule{kept}{line()}"
+            ) from None
         if path in self._below.opened:
             return forward(*args, **kwargs)
         return self.create_proxy("call_module", path, args, kwargs)
@@ -347,8 +394,10 @@ class BlockTracer(fx.Tracer):
         return call if same and not shared and not call.wrote and tensors(call.output) else None
 
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.target is checkpointed:
+            return args[0](*args[2:], **kwargs)
         if node.op == "call_function":
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return called(getattr(node.target, "plain", node.target), args, kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         if node.op == "call_module":
@@ -394,7 +443,7 @@ class Capture(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if not self.tracer.listening or name in ("__get__", "__set__"):
             return func(*args, **kwargs)
-        if isinstance(func, _METHODS) and not name.startswith("__"):
+        if (isinstance(func, _METHODS) or hasattr(func, "is_method")) and not name.startswith("__"):
             return self.tracer.create_proxy("call_method", name, args, kwargs)
         return self.tracer.create_proxy("call_function", _operator(func, name), args, kwargs)
 
