@@ -43,7 +43,10 @@ def _handing_out(recording: Recording) -> dict[int, int]:
     for step in log.steps if makers else ():
         if step.op < 0 or not (step.adds or log.ops[step.op].func.overloadpacket is torch.ops.aten.stack):
             continue
-        counts = Counter(place for source in set(step.sources) for place in makers.get(source, ()))
+        made = set(step.sources)
+        if any(log.between(a, b) for a in made for b in made if a in makers and b in makers):
+            continue  # a stream and what was made of it, which are no paths side by side
+        counts = Counter(place for source in made for place in makers.get(source, ()))
         for place in (place for place, count in counts.items() if count > 1):
             between = _between(recording, place, step.owner)
             if between and not any(hooked(calls[one].module) for one in between):
