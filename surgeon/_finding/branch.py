@@ -61,8 +61,8 @@ def _is_step(flow: Flow, addition: Addition, ops: Sequence[Op]) -> bool:
 
 def _same_source(flow: Flow, node: fx.Node) -> bool:
     """Whether both sides of a sum are made of one value that depends on an input."""
-    left, right = (flow.sources(n, itself=True) for n in node.args if isinstance(n, fx.Node))
-    return any(flow.fact(n).active for n in left & right)
+    sides = [flow.sources(n, itself=True) for n in node.args if isinstance(n, fx.Node)]
+    return len(sides) > 1 and any(flow.fact(n).active for n in set.intersection(*sides))
 
 
 def _is_activated(flow: Flow, node: fx.Node) -> bool:

@@ -276,7 +276,7 @@ def spoken(call: OpCall) -> str:
     if family_of(call.name) is Family.BATCH_NORMS:
         return "batch_norm"
     name = named(call.name)
-    name = _SPOKEN.get(name, name.removeprefix("native_").rpartition(".")[2])
+    name = _SPOKEN.get(name, name.removeprefix("native_"))
     if name == "hardtanh" and (call.arguments["min_val"], call.arguments["max_val"]) == (0, 6):
         name = "relu6"
     return name

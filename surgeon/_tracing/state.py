@@ -66,12 +66,17 @@ def _state(value: Any, above: tuple[int, ...]) -> Any:
     if isinstance(value, Tensor):
         return Tensor, value.ndim
     if isinstance(value, nn.Module):
-        return type(value)
+        return _own_class(value)
     if id(value) in above:
         return "again", above.index(id(value))
     if isinstance(value, types.MethodType):
-        return value.__func__, type(value.__self__)
+        return value.__func__, _own_class(value.__self__)
     return _parts(value, (*above, id(value)))
+
+
+def _own_class(value: Any) -> type:
+    """The class of an object, gated or not."""
+    return getattr(type(value), "_ungated", type(value))
 
 
 def _parts(value: Any, above: tuple[int, ...]) -> Any:  # noqa: PLR0911 - one for each make of value
