@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 import surgeon
 from surgeon._folding.planning import plan_gates
+from surgeon._gating.block import settle_class
 from surgeon._gating.gate import Gate
 from surgeon._gating.gated import gated_blocks, gates_of, is_gated, placed_gates
 from surgeon._tracing.example import inputs
@@ -121,7 +122,7 @@ def _folds(model: nn.Module, given: Any) -> dict[str, Any]:
 def _folded(model: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     """What folding the gates of a model does."""
     gates, gated = gates_of(model), outputs(model, args, kwargs)
-    with _scaled(gates, [1.0] * len(gates)):
+    with _scaled(model, gates, [1.0] * len(gates)):
         moved = _error(outputs(model, args, kwargs), gated)
     with _frozen(model):
         moves = _moves(model, args, kwargs)
@@ -191,9 +192,8 @@ def _dead(model: nn.Module, args: Any, kwargs: Any) -> list[str]:
     """The gates on which the evaluating output does not depend: the derivative by their scale is zero."""
     model.eval()
     gates = gates_of(model)
-    with _scaled(
-        gates, [0.5] * len(gates)
-    ):  # a way of running that is traced when it comes: with plain numbers
+    # A way of running that is traced when it comes: with plain numbers.
+    with _scaled(model, gates, [0.5] * len(gates)):
         outputs(model, args, kwargs)
     _, slopes = _slopes(model, args, kwargs, [0.5] * len(gates))
     return [one.name for one, slope in zip(placed_gates(model), slopes, strict=True) if not slope]
@@ -211,7 +211,7 @@ def _slopes(model: nn.Module, args: Any, kwargs: Any, at: Sequence[float]) -> tu
     """A typical size of `_probe` for outputs as large as the model's, and its derivatives by the scales."""
     gates = gates_of(model)
     scales = [torch.tensor(scale, dtype=torch.float64, requires_grad=True) for scale in at]
-    with _scaled(gates, scales):
+    with _scaled(model, gates, scales):
         probe, size = _probe(model, args, kwargs)
         gradients = torch.autograd.grad(probe, scales, allow_unused=True)
     return size, [0.0 if g is None else float(g) for g in gradients]
@@ -243,7 +243,7 @@ def _unreached(
     blocks = [(block, gating) for _, block, gating in gated_blocks(model) if asking & set(gating.gates)]
     hooks = [block.register_forward_pre_hook(note, with_kwargs=True, prepend=True) for block, _ in blocks]
     try:
-        with _scaled(off, [0.0] * len(off)):
+        with _scaled(model, off, [0.0] * len(off)):
             probe, _ = _probe(model, args, kwargs)
         wanted = [t for block, _ in blocks for t in taken.get(id(block), ())]
         found = torch.autograd.grad(probe, wanted, allow_unused=True)
@@ -269,16 +269,21 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _scaled(gates: Sequence[Gate], scales: Sequence[Any]) -> Iterator[None]:
+def _scaled(model: nn.Module, gates: Sequence[Gate], scales: Sequence[Any]) -> Iterator[None]:
     """Inside, the branches of ``gates`` are multiplied by ``scales`` in evaluation."""
+
+    def put(numbers: Sequence[Any]) -> None:
+        for gate, scale in zip(gates, numbers, strict=True):
+            gate.scale = scale
+        for _, block, _ in gated_blocks(model):
+            settle_class(block)  # without a scale it evaluates as the class that it had
+
     before = [gate.scale for gate in gates]
     try:
-        for gate, scale in zip(gates, scales, strict=True):
-            gate.scale = scale
+        put(scales)
         yield
     finally:
-        for gate, scale in zip(gates, before, strict=True):
-            gate.scale = scale
+        put(before)
 
 
 def _probe(model: nn.Module, args: Any, kwargs: Any) -> tuple[Tensor, float]:

@@ -36,7 +36,7 @@ def unfit(flow: Flow, addition: Addition) -> str | None:
     work = side(flow, addition.branch, addition.shortcut)
     ops = ops_of(flow, work)
     weighted = [op for op in ops if op.weighted]
-    if not _learns(flow, addition):
+    if not _learns(flow, addition) or _is_cut(flow, addition.node):
         return "detached"
     if _is_measure(flow, addition.node) or all(is_pointwise(op) for op in ops):
         return "arithmetic"
@@ -107,6 +107,29 @@ def _is_measure(flow: Flow, node: fx.Node) -> bool:
     return value.ndim == 0 or (value.ndim == 1 and bool(given) and all(t.ndim > 1 for t in given))
 
 
+def _is_cut(flow: Flow, node: fx.Node) -> bool:
+    """Whether every way on from a sum is cut off from gradients, as that of a correction is.
+
+    ``(codes - z).detach()`` is no step, whatever its two sides are made of.
+    """
+    todo, seen, cut = [node], set[fx.Node](), False
+    while todo:
+        for reader in flow.users(todo.pop()):
+            if reader.op == "output":
+                return False
+            if _stops(reader):
+                cut = True
+            elif reader not in seen:
+                seen.add(reader)
+                todo.append(reader)
+    return cut
+
+
+def _stops(node: fx.Node) -> bool:
+    """Whether no gradient passes a node, because the forward says so."""
+    return node.target in _DETACHES or getattr(node.target, "mode", True) is False
+
+
 def _learns(flow: Flow, addition: Addition) -> bool:
     """Whether a gradient that comes to the sum goes on into its branch."""
     inside = set(side(flow, addition.branch, addition.shortcut))
@@ -114,7 +137,7 @@ def _learns(flow: Flow, addition: Addition) -> bool:
     while todo:
         node = todo.pop()
         value = flow.fact(node).value
-        if node in seen or node.target in _DETACHES or getattr(node.target, "mode", True) is False:
+        if node in seen or _stops(node):
             continue
         seen.add(node)
         if not any(t.is_floating_point() or t.is_complex() for t in tensors(value)):

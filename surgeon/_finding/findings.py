@@ -13,7 +13,7 @@ REASONS = {
     "bias": "adds a weight, mask or table that depends on no input",
     "concat": "puts new features beside those that they were computed from; include=['concat'] gates such",
     "detached": "adds what no gradient flows through: it corrects a value and learns nothing",
-    "broadcast": "its shortcut is spread over the branch, or its branch over the samples",
+    "broadcast": "its shortcut is spread over the branch, its branch over the samples, or a path over others",
     "excluded": "left out by include or exclude",
     "form": "is made inside one operator (lerp, index_add) or in a form that cannot take a gate: write a + b",
     "fusion": "merges two branches with activations of their own; neither side is a shortcut",

@@ -63,8 +63,9 @@ def additions(flow: Flow, *, regions: bool = True) -> list[Addition]:
 def nest(flow: Flow, found: Sequence[Addition], steps_in: Callable[[fx.Node], int]) -> list[Addition]:
     """The same additions, but of those inside one another only one is left, from the outside in.
 
-    Inside the branch of a residual add all others are refused. But where two or more of them follow on one
-    another from its shortcut to its end, they are the steps of the stream and it is a long skip over them.
+    Inside the branch of a residual add all others are refused, as nested where no better reason is known. But
+    where two or more of them follow on one another from its shortcut to its end, they are the steps of the
+    stream and it is a long skip over them.
 
     Args:
         flow: The graph.
@@ -75,7 +76,7 @@ def nest(flow: Flow, found: Sequence[Addition], steps_in: Callable[[fx.Node], in
     nested: list[Addition] = []
     for place in reversed(range(len(found))):
         addition = found[place]
-        if addition.node in inside and addition.code != "bias":
+        if addition.node in inside and addition.code not in ("bias", "detached"):
             addition = replace(addition, code="nested")
         elif addition.kind == "mean":
             pass  # joins and residual adds on its paths are dropped each by itself, too

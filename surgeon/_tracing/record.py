@@ -160,6 +160,23 @@ def _doubled(tensor: Tensor) -> Tensor:
     return torch.cat([tensor, tensor]) if tensor.ndim > 1 and tensor.shape[0] == 1 else tensor
 
 
+def _apart(tree: Any) -> Any:
+    """The arguments with a copy for each tensor that another argument is, too.
+
+    An example may use one tensor twice; what is computed from one argument is not computed from the other.
+    """
+    seen = set[int]()
+
+    def own(tensor: Tensor) -> Tensor:
+        if id(tensor) in seen:
+            with torch.no_grad():
+                return tensor.clone()
+        seen.add(id(tensor))
+        return tensor
+
+    return pytree.tree_map_only(Tensor, own, tree)
+
+
 def _record(model: nn.Module, args: Any, kwargs: Any, *, training: bool, real: bool) -> Recording:
     log, calls = OpLog(FakeTensorMode(allow_non_fake_inputs=True)), list[Call]()
     log.real = real
@@ -170,7 +187,8 @@ def _record(model: nn.Module, args: Any, kwargs: Any, *, training: bool, real: b
         # As in training, where a forward may ask whether its input requires a gradient.
         stack.enter_context(torch.set_grad_enabled(training))
         stack.enter_context(_watch(model, log, calls))
-        given = twin((args, kwargs)) if real else to_fake(log.fake, (args, kwargs))
+        apart = _apart((args, kwargs))
+        given = twin(apart) if real else to_fake(log.fake, apart)
         twin(given, log.root)
         if not real:
             stack.enter_context(log.fake)

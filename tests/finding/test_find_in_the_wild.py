@@ -125,7 +125,7 @@ FOUND: dict[str, tuple[Callable[..., Any], dict[str, Any], int, tuple[Tensor, ..
     ),
     "a checkpointed child": (lambda m, x: x + checkpoint(m.f, x, use_reentrant=False), {"f": mlp()}, 1, (X,)),
     "a checkpointed method": (
-        lambda m, x: x + checkpoint(m.f.forward, x, use_reentrant=True),
+        lambda m, x: x + checkpoint(m.f.forward, x, use_reentrant=False),
         {"f": mlp()},
         1,
         (X,),
@@ -305,9 +305,9 @@ def test_open_gates_change_nothing(name: str) -> None:
 class Next(nn.Module):
     """Adds what the block before made of the stream (add, norm, mixer)."""
 
-    def __init__(self, mixer: nn.Module) -> None:
+    def __init__(self, mixer: nn.Module, norm: nn.Module) -> None:
         super().__init__()
-        self.norm, self.mixer = nn.LayerNorm(8), mixer
+        self.norm, self.mixer = norm, mixer
 
     def forward(self, hidden: Tensor, stream: Tensor | None = None) -> tuple[Tensor, Tensor]:
         stream = hidden if stream is None else hidden + stream
@@ -322,13 +322,26 @@ def chain(m: Any, x: Tensor) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize(("mixer", "gates"), [(mlp, 3), (lambda: nn.Linear(8, 8), 0)])
-def test_a_sum_made_by_the_next_block(mixer: Callable[[], nn.Module], gates: int) -> None:
+def layer() -> nn.Module:
+    return nn.Linear(8, 8)
+
+
+def norm() -> nn.Module:
+    return nn.LayerNorm(8)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "norm", "gates"), [(mlp, norm, 3), (layer, norm, 3), (layer, nn.Identity, 0)]
+)
+def test_a_sum_made_by_the_next_block(
+    mixer: Callable[[], nn.Module], norm: Callable[[], nn.Module], gates: int
+) -> None:
+    """Like ``x + layer(norm(x))`` in one block: a layer is a linear path, one behind a norm is a step."""
     model = Of(
         chain,
         stem=nn.Linear(8, 8),
         head=nn.Linear(8, 3),
-        blocks=nn.ModuleList(Next(mixer()) for _ in range(3)),
+        blocks=nn.ModuleList(Next(mixer(), norm()) for _ in range(3)),
     )
     found = surgeon.find(model, X)
     assert [r.name for r in found] == ["blocks.1.add", "blocks.2.add", "add"][:gates]
@@ -337,7 +350,10 @@ def test_a_sum_made_by_the_next_block(mixer: Callable[[], nn.Module], gates: int
 @pytest.mark.parametrize("unit", ["batch", "sample"])
 def test_its_gate_drops_the_block_before(unit: Any) -> None:
     model = Of(
-        chain, stem=nn.Linear(8, 8), head=nn.Linear(8, 3), blocks=nn.ModuleList(Next(mlp()) for _ in range(3))
+        chain,
+        stem=nn.Linear(8, 8),
+        head=nn.Linear(8, 3),
+        blocks=nn.ModuleList(Next(mlp(), norm()) for _ in range(3)),
     )
     surgeon.apply(model, "uniform", drop_rate=0.5, unit=unit, example=X)
     names = ["blocks.1.add", "blocks.2.add", "add"]

@@ -205,5 +205,5 @@ def test_a_branch(case: str) -> None:
 def test_the_user_has_the_last_word() -> None:
     """What is refused for its branch comes in by name."""
     model, example, _ = NONE["rounded"]
-    [refused] = surgeon.find(model, example).refused
-    assert [r.kind for r in surgeon.find(model, example, include=[refused.name])] == ["identity"]
+    assert "add" in {r.name for r in surgeon.find(model, example).refused}
+    assert [r.kind for r in surgeon.find(model, example, include=["add"])] == ["identity"]
