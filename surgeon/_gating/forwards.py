@@ -22,7 +22,7 @@ from surgeon._gating.ways import Arguments, forms
 from surgeon._torch import FakeTensorMode, global_forward_hooks, pytree
 from surgeon._tracing.below import Below
 from surgeon._tracing.facts import Trace
-from surgeon._tracing.fake import to_fake
+from surgeon._tracing.fake import held, to_fake
 from surgeon._tracing.key import Key
 from surgeon._tracing.nests import tensors
 from surgeon._tracing.oplog import OpLog
@@ -279,7 +279,8 @@ def _function(block: nn.Module, held: Any) -> Any:
 
 def _hooked(block: nn.Module) -> bool:
     """Whether hooks get the result of a block that may drop, which must not be the shortcut itself then."""
-    return block.training and bool(block._forward_hooks or global_forward_hooks)
+    hooked = block.training and bool(block._forward_hooks or global_forward_hooks)
+    return hooked and not held.open  # a recording's own hooks look on while nothing drops
 
 
 def _weights(block: nn.Module, found: Trace) -> frozenset[str]:

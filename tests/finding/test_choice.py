@@ -44,7 +44,7 @@ class Table(Branch):
 
 class Spread(Branch):
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.f(x).mean(1, keepdim=True)
+        return x + self.f(x).mean(0, keepdim=True)
 
 
 class Assigns(Branch):
@@ -121,9 +121,13 @@ CANNOT: list[tuple[Callable[[], nn.Module], str, str]] = [
     (Merge, "0.add", r"either side of the sum may be the shortcut.*'0.add:left' or '0.add:right'"),
     (Merge, "fusion", r"either side of the sum may be the shortcut.*'fusion:left'"),
     (lambda: Table(3, 4), "0.add:right", "its right side depends on no input, so it is no shortcut"),
-    (lambda: Table(4), "0.add", "asks for 0.add: the two sides differ in shape"),
-    (Spread, "0.add", "differ in shape.*expand the smaller side"),
-    (Spread, "broadcast", "asks for 0.add: the two sides differ in shape"),
+    (
+        lambda: Table(4),
+        "0.add",
+        "asks for 0.add: its shortcut is spread over the branch",
+    ),
+    (Spread, "0.add", "its branch over the samples.*expand the smaller side"),
+    (Spread, "broadcast", "asks for 0.add: its shortcut is spread over the branch"),
     (Assigns, "0.add", "the block could not be traced: its forward assigns self.last; what the reason names"),
     (Assigns, "untraceable", "asks for 0.add"),
     (Merge, "gating:left", "matches no residual add"),

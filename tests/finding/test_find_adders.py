@@ -92,12 +92,16 @@ def test_where_values_decide_and_only_a_real_run_can_be_recorded() -> None:
 
 
 def test_one_with_hooks_stays_a_call() -> None:
-    """A trace through it would pass them by; so would the gated block."""
-    made = model("plain", False)
-    made[0].add.register_forward_hook(lambda *_: None)
+    """A trace through it would pass them by; the sum is its own then, of two values that it only gets."""
+    made, seen = model("plain", False), list[Any]()
+    made[0].add.register_forward_hook(lambda *_: seen.append(1))
     found = surgeon.find(made, X)
-    assert [r.name for r in found] == ["1.add"]
-    assert [(r.name, r.code) for r in found.refused] == [("0.add.add", "no-shortcut")]
+    assert [r.name for r in found] == ["0.add.add", "1.add"] and not found.refused
+    surgeon.apply(made, "uniform", unit="batch", drop_rate=0.5, example=X)
+    seen.clear()
+    with coins(lambda name: name != "0.add.add"):
+        expected = X + 2 * made[1].f(X)
+        assert same(made.train()(X), expected) and seen
 
 
 def test_what_two_branches_give_is_no_residual_add() -> None:
