@@ -410,12 +410,12 @@ class BlockTracer(fx.Tracer):
     def _call_child(self, child: nn.Module, args: Any, kwargs: Any) -> Any:
         """Runs a child, whose random numbers are its own affair unless it hands them to the forward."""
         drawn, changed = draws(), list[str]()
-        with generators_kept(), untouched(child, changed, attributes_only=True):
+        # A hook on the child may change what the block holds; that is no doing of the forward's either.
+        with generators_kept(), untouched(self.root, changed, attributes_only=True):
             value = child(*args, **kwargs)
             if not tensors(value) and draws() != drawn:
                 raise TraceError(_DRAWS)
-        path = self.path_of_module(child)
-        self.unsteady |= {f"{path}.{name}" for name in changed}
+        self.unsteady |= set(changed)
         return value
 
     def _held(self, node: fx.Node) -> list[tuple[Any, Holder]]:
