@@ -119,8 +119,9 @@ def _forms(addition: Addition, by_rows: bool) -> tuple[Callable[..., Tensor], Ca
 
 def unliftable(flow: Flow, addition: Addition) -> str:
     """Why the branch cannot move into a function of its own; ``""`` if it can."""
+    work = side(flow, addition.branch, addition.shortcut)
     if addition.branch.op == "placeholder" or (
-        addition.region and not any(flow.fact(node).ops for node in addition.region)
+        addition.region and not any(flow.fact(node).ops for node in (*addition.region, *work))
     ):
         return "its branch runs in the block before, which gives the stream as well"
     if not addition.region:
@@ -130,7 +131,6 @@ def unliftable(flow: Flow, addition: Addition) -> str:
         for other in flow.order[flow.position(node) : end]:
             if other not in inside and flow.fact(other).writes & flow.fact(node).reads:
                 return f"{other.name} writes in place to what the branch reads"
-    work = side(flow, addition.branch, addition.shortcut)
     if any(flow.fact(node).flops for node in work) and not any(flow.fact(node).flops for node in inside):
         return "what the layers of the branch give is also used elsewhere in the block"
     return ""

@@ -87,7 +87,7 @@ def test_where_no_other_batch_runs_the_status_says_what_is_assumed(skip: bool) -
     said = "its samples are taken to lie along the first dimension of [16, 2, 4]"
     for gate in surgeon.status(model).gates:
         assert gate.note.endswith(said)
-        assert gate.branch.note.startswith("computed also when dropped") == skip
+        assert gate.note.startswith("computed also when dropped") == skip
 
 
 class Recurrent(nn.Module):
