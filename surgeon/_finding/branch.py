@@ -8,11 +8,12 @@ position encoding, the next state of a recurrence or the fusion of two levels of
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from surgeon._finding.addition import Addition
 from surgeon._finding.flow import Flow
 from surgeon._finding.paths import ADDS, around, ops_of, side
+from surgeon._tracing.canonical import SPELT
 from surgeon._tracing.nests import tensors
 from surgeon._tracing.operators import (
     enlarges,
@@ -38,7 +39,9 @@ def unfit(flow: Flow, addition: Addition) -> str | None:
     weighted = [op for op in ops if op.weighted]
     if not _learns(flow, addition) or _is_cut(flow, addition.node):
         return "detached"
-    if _is_measure(flow, addition.node) or all(is_pointwise(op) for op in ops):
+    if _is_measure(flow, addition.node) or _is_distance(flow, addition.node):
+        return "arithmetic"
+    if all(is_pointwise(op) for op in ops):
         return "arithmetic"
     if weighted and all(op.depthwise for op in weighted):
         return "position"
@@ -128,6 +131,21 @@ def _is_cut(flow: Flow, node: fx.Node) -> bool:
 def _stops(node: fx.Node) -> bool:
     """Whether no gradient passes a node, because the forward says so."""
     return node.target in _DETACHES or getattr(node.target, "mode", True) is False
+
+
+def _is_distance(flow: Flow, node: fx.Node) -> bool:
+    """Whether a difference is only measured: no weights read it, and no features are left."""
+    todo, seen, measured = [node] if SPELT in node.meta else [], set[fx.Node](), False
+    while todo:
+        for reader in flow.users(todo.pop()):
+            if reader.op == "output" or any(op.weighted for op in flow.fact(reader).ops):
+                return False
+            if isinstance(flow.fact(reader).value, Tensor) and _is_measure(flow, reader):
+                measured = True
+            elif reader not in seen:
+                seen.add(reader)
+                todo.append(reader)
+    return measured
 
 
 def _learns(flow: Flow, addition: Addition) -> bool:

@@ -36,10 +36,22 @@ def of_rows(m: Any, x: Tensor) -> Tensor:
     return m.c(m.b(hidden).relu()).square().mean(-1) + m.d(hidden).mean(-1)
 
 
+def without_gradient(m: Any, x: Tensor) -> Tensor:
+    z = m.a(x)
+    with torch.no_grad():
+        change = m.codes[torch.cdist(z, m.codes).argmin(-1)] - z
+    return m.b(z + change)
+
+
 def quantised(m: Any, x: Tensor) -> Tensor:
     z = m.a(x)
     codes = m.codes[torch.cdist(z, m.codes).argmin(-1)]
     return m.b(z + (codes - z).detach())
+
+
+def distance(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    z = m.a(x)
+    return m.b(z), (m.c(z).relu() - z.detach()).square().mean()
 
 
 def straight_through(m: Any, x: Tensor) -> Tensor:
@@ -95,6 +107,12 @@ NONE: dict[str, tuple[nn.Module, tuple[Tensor, ...], set[str]]] = {
     "nearest code": (Of(quantised, **layers("a", "b"), codes=torch.randn(5, 8)), (ROWS,), {"detached"}),
     "rounded": (
         Of(lambda m, x: m.b((z := m.a(x)) + (z.round() - z).detach()), **layers("a", "b")),
+        (ROWS,),
+        {"detached"},
+    ),
+    "a loss of its own": (Of(distance, **layers("a", "b", "c")), (ROWS,), {"arithmetic"}),
+    "without a gradient": (
+        Of(without_gradient, **layers("a", "b"), codes=torch.randn(5, 8)),
         (ROWS,),
         {"detached"},
     ),
@@ -156,6 +174,11 @@ RESIDUAL: dict[str, tuple[nn.Module, tuple[Tensor, ...], str]] = {
         Of(lambda m, x: m.a(x) + (0.5 * m.b(x)).exp(), **layers("a", "b")),
         (ROWS,),
         "projection",
+    ),
+    "a difference that a layer reads": (
+        Of(lambda m, x: m.b((z := m.a(x)) - m.c(z).relu()).square().mean(-1, keepdim=True), **layers(*"abc")),
+        (ROWS,),
+        "identity",
     ),
     "a correction that learns": (
         Of(lambda m, x: m.b((z := m.a(x)) + m.c(z).round() - z.detach()), **layers("a", "b", "c")),
