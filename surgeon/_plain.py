@@ -63,19 +63,26 @@ def held_elsewhere(model: nn.Module) -> list[str]:
             "evaluates with the scales of its gates, and not the stock base that they are saved for. "
             "Deliver the folded network with its adapters merged"
         )
-    names = [name for name, _ in model.named_parameters()]
     averages = tuple(cls for package, *kinds in _AVERAGES for cls in _classes(package, kinds))
     for one in [one for one in gc.get_objects() if issubclass(type(one), averages)]:
-        if (
-            type(one.module) in type(model).__mro__[:3]
-            and [n for n, _ in one.module.named_parameters()] == names
-        ):
+        if _is_copy(one.module, model):
             kind = type(one).__name__
             found.append(
                 f"a {kind} holds a copy of such a {type(model).__name__} without gates: fed with weights "
                 "that scaling='paper' trains, it evaluates without their scales. Make it after surgeon.apply"
             )
     return found
+
+
+def _is_copy(other: nn.Module, model: nn.Module) -> bool:
+    """Whether ``other`` is a copy of ``model`` without gates: the same class, names and numbers."""
+    if type(other) not in type(model).__mro__[:3] or any("_surgeon" in vars(m) for m in other.modules()):
+        return False
+    own, others = dict(model.named_parameters()), dict(other.named_parameters())
+    return own.keys() == others.keys() and all(
+        own[n].shape == p.shape and own[n].device == p.device and torch.equal(own[n], p)
+        for n, p in others.items()
+    )
 
 
 def _from(package: str, *names: str) -> Callable[[nn.Module], bool]:
