@@ -236,4 +236,12 @@ def _op(func: Any, args: Any, kwargs: Any, out: Any, read: list[Tensor], active:
     depthwise = family(func) is Family.CONVOLUTIONS and args[1].shape[1] == 1 and args[0].shape[1] > 1
     given = {storage(t) for t in read}
     new = [t for t in made if t.is_floating_point() and not func.is_view and storage(t) not in given]
-    return Op(func, active, weighted, depthwise, random, int(flops), sum(t.nbytes for t in new))
+    return Op(
+        func,
+        active,
+        weighted,
+        depthwise,
+        random,
+        int(flops),
+        sum(t.numel() * t.element_size() for t in new if t.layout is torch.strided),
+    )

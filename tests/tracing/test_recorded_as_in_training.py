@@ -61,7 +61,11 @@ CHECKPOINTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 def test_what_needs_a_gradient_in_training_needs_one_in_the_recording(
     body: Callable[[Any, Tensor], Tensor],
 ) -> None:
-    assert "torch.utils.checkpoint" in refusal(body)
+    findings = surgeon.find(between(body), X)
+    told = [r.code for r in findings.refused if r.block == "1"]
+    # A checkpoint around the branch takes a gate; one around the sum is named.
+    assert [r.name for r in findings] == ["1.add", "2.add"] or told == ["untraceable"]
+    assert not told or "torch.utils.checkpoint" in refusal(body)
 
 
 def test_the_other_way_than_the_checkpoint_is_gated() -> None:
@@ -167,7 +171,6 @@ def test_a_nested_tensor_is_named(layout: torch.layout) -> None:
         (torch.utils.checkpoint, "_checkpoint_impl"),
         (_symbolic_trace, "_orig_module_getattr"),
         (torch, "is_autocast_enabled"),
-        (torch.autograd.Function, "apply"),
         (recording, "storage"),
     ],
 )

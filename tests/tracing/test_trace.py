@@ -119,8 +119,8 @@ def test_none_flags_and_words_are_seen_by_the_forward() -> None:
     made = block(forward)
     assert targets(traced(made, X)) == ["f", operator.add]
     assert targets(traced(made, X, X)) == ["f", operator.mul, operator.add]
-    assert targets(traced(made, X, None, "b", True)) == ["f", "sin", operator.sub]
-    assert targets(traced(made, x=X, flip=True)) == ["f", operator.sub]
+    assert targets(traced(made, X, None, "b", True)) == ["f", "sin", operator.mul, operator.add]  # x + -1 * y
+    assert targets(traced(made, x=X, flip=True)) == ["f", operator.mul, operator.add]
     assert [n.target for n in traced(made, mask=X, x=X).graph.nodes if n.op == "placeholder"] == ["mask", "x"]
 
 
