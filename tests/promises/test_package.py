@@ -43,24 +43,6 @@ def fresh_python(code: str, *paths: Path) -> str:
     return done.stdout
 
 
-def test_no_folder_imports_one_further_on() -> None:
-    """The order of docs/design.md; "" is what lies flat in the package."""
-    order = ["_tracing", "_finding", "_gating", "_folding", "", "_pruning", "_onnx", "cli"]
-    flat = ("errors", "_version", "_files", "_needs", "_plain", "_text", "_torch")
-    for_all = {f"surgeon.{room}" for room in flat}
-    seen = set()
-    for path in (ROOT / "surgeon").rglob("*.py"):
-        folder = path.relative_to(ROOT / "surgeon").parent.name
-        for node in ast.walk(ast.parse(path.read_text())):
-            module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
-            if not module.startswith("surgeon.") or module in for_all or path.name.startswith("__"):
-                continue
-            there = module.split(".")[1] if (ROOT / "surgeon" / module.split(".")[1]).is_dir() else ""
-            seen.add((folder, there))
-            assert order.index(there) <= order.index(folder), f"{path.relative_to(ROOT)} imports {module}"
-    assert ("_onnx", "") in seen and ("_gating", "_tracing") in seen
-
-
 def test_import_is_light() -> None:
     code = "import json, sys, surgeon; print(json.dumps(sorted(sys.modules)))"
     loaded = set(json.loads(fresh_python(code, ROOT)))

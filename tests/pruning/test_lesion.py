@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from collections.abc import Collection
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch.nn import functional
 import surgeon
 from surgeon._depth import depth_law, interval, path_lengths, poisson_binomial
 from surgeon._pruning.choose import choose
+from surgeon._pruning.picture import draw
 from surgeon._pruning.score import Worth
 from surgeon.errors import UsageError
 
@@ -92,6 +94,22 @@ def test_several_at_once_and_the_printed_table() -> None:
     )
     with pytest.raises(UsageError, match="counts has 5; the network has 5 branches, so give 1 to 4"):
         surgeon.lesion(MODEL, BATCHES, counts=[5], example=BATCHES[0][0])
+
+
+def test_the_picture_has_a_bar_for_each_branch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    save = figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+    found = surgeon.lesion(MODEL, BATCHES, counts=[1, 3], draws=2, example=BATCHES[0][0])
+    assert draw(found, tmp_path / "harm.png", "a net").read_bytes().startswith(b"\x89PNG")
+    alone, together = drawn[0].axes
+    heights = [bar.get_height() for bar in alone.patches]
+    assert heights == [one.worth.accuracy for one in found] and alone.get_title("left") == "a net"
+    chosen = together.get_lines()[0].get_ydata()
+    assert list(chosen) == [found.full.accuracy, *(row.worth.accuracy for row in found.curve)]
+    draw(surgeon.lesion(MODEL, BATCHES, example=BATCHES[0][0]), tmp_path / "alone.png", "")
+    assert len(drawn[1].axes) == 1  # nothing was deleted together
 
 
 def test_deletions_that_interact_are_measured_together() -> None:
