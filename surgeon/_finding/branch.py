@@ -74,15 +74,14 @@ def _is_activated(flow: Flow, node: fx.Node) -> bool:
     def activates(reader: fx.Node) -> bool:
         if reader.op == "output" or reader.target in ADDS:
             return False
-        ops = ops_of(flow, [reader])
-        last = next((op for op in ops if not is_linear(op)), None)
+        value, ops = flow.fact(reader).value, ops_of(flow, [reader])
         if any(map(is_layer, ops)) or not ops:
             return False
-        if last is None:
-            return _is_activated(flow, reader)
-        return last.active == 1 and not is_softmax(last) and shape == flow.fact(reader).value.shape
+        if not isinstance(value, Tensor) or value.shape != flow.fact(node).value.shape:
+            return False  # parts of the sum go different ways
+        last = next((op for op in ops if not is_linear(op)), None)
+        return _is_activated(flow, reader) if last is None else last.active == 1 and not is_softmax(last)
 
-    shape = flow.fact(node).value.shape
     readers = [reader for reader in flow.users(node) if flow.feeds(node, reader) or reader.op == "output"]
     return bool(readers) and all(map(activates, readers))
 
