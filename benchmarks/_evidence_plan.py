@@ -137,7 +137,7 @@ CONTROLS = [
 
 
 def plan() -> Iterator[Run]:
-    """Every run, those first whose table is wanted first; seeds one after another, so that pairs are whole."""
+    """Every run, those first whose table is wanted first; seed by seed, so that pairs are whole."""
     yield from _tuned(range(AFTER_SEEDS))
     yield from (Run("control", setting, 0) for setting in CONTROLS)
     for seed in range(AFTER_SEEDS):

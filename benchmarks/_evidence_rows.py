@@ -28,12 +28,12 @@ def read(path: Path) -> list[Row]:
             key(row), row["torch"], row["settings"]
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(
-                f"{path}, line {number} of {len(lines)} is no whole row ({error}), as where a run was stopped while "
-                "it wrote; take the line out, and its run is done again"
+                f"{path}, line {number} of {len(lines)} is no whole row ({error}), as where a run was "
+                "stopped while it wrote; take the line out, and its run is done again"
             ) from error
         if rows and row["torch"] != rows[0]["torch"]:
             raise UsageError(
-                f"{path}, line {number} was made with torch {row['torch']} and line 1 with {rows[0]['torch']}: "
+                f"{path}: line {number} was made with torch {row['torch']}, line 1 with {rows[0]['torch']}; "
                 "their differences would not be the gates'; give one of them a file of its own (--rows)"
             )
         if key(row) in map(key, rows):
@@ -55,16 +55,16 @@ def missing(plan: Sequence[Run], rows: Sequence[Row], path: Path) -> list[Run]:
     """
     if rows and rows[0]["torch"] != torch.__version__:
         raise UsageError(
-            f"{path} was made with torch {rows[0]['torch']} and this is {torch.__version__}: their differences would "
-            "not be the gates'; continue with that version or with another file (--rows)"
+            f"{path} was made with torch {rows[0]['torch']} and this is {torch.__version__}; their "
+            "differences would not be the gates': continue with that version or with another file (--rows)"
         )
     there = {key(row): row for row in rows}
     for run in plan:
         row = there.get(run.key)
         if row is not None and row["settings"] != run.setting.hash:
             raise UsageError(
-                f"{path} has a row of {run} with other settings ({row['settings']}, now {run.setting.hash}); take it "
-                "out, or write to another file (--rows)"
+                f"{path} has a row of {run} with other settings ({row['settings']}, now {run.setting.hash}); "
+                "take it out, or write to another file (--rows)"
             )
     return [run for run in plan if run.key not in there]
 

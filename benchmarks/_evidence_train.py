@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from benchmarks._evidence_sources import Images, Sources
 from surgeon._recipes import models
 
 Row = dict[str, Any]
+Network = Callable[[Setting, int], nn.Module]
 HELD = 50_000  # training images of Fashion-MNIST from here on are for choices, and in no training set
 CURVE = 500  # test images of the curve by epoch
 
@@ -84,10 +86,10 @@ def channels(x: Tensor) -> Tensor:
     return x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
-def build(setting: Setting, seed: int, classes: int, sources: Sources) -> nn.Module:
+def build(setting: Setting, seed: int, classes: int, sources: Sources, network: Network) -> nn.Module:
     """The network as its training finds it, without gates; the head's weights are the seed's."""
     if setting.start is not None:
-        model, _ = fit(setting.start, 0, sources)
+        model = network(setting.start, 0)
         torch.manual_seed(seed)
         model.fc = nn.Linear(64, classes)
     elif setting.net == "lite0":
@@ -102,10 +104,10 @@ def build(setting: Setting, seed: int, classes: int, sources: Sources) -> nn.Mod
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def fit(setting: Setting, seed: int, sources: Sources) -> tuple[nn.Module, Row]:
-    """Trains; the network with its gates, and what the run gave."""
+def fit(setting: Setting, seed: int, sources: Sources, network: Network) -> tuple[nn.Module, Row]:
+    """Trains; the network with its gates, and what the run gave. `network` gives what it starts from."""
     data = prepare(setting, seed, sources)
-    model = build(setting, seed, data.classes, sources)
+    model = build(setting, seed, data.classes, sources, network)
     return model, train(model, setting, seed, data)
 
 
@@ -166,7 +168,9 @@ def _optimizer(model: nn.Module, setting: Setting, steps: int) -> tuple[torch.op
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
-def batches(train: tuple[Tensor, Tensor], size: int, order: torch.Generator) -> Any:
+def batches(
+    train: tuple[Tensor, Tensor], size: int, order: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
     """An epoch's batches, mirrored at random; what is left over is a batch unless it is one image alone."""
     x, y = train
     for rows in torch.randperm(len(y), generator=order).split(size):
@@ -194,9 +198,9 @@ def worth(logits: Tensor, y: Tensor) -> Row:
 
 
 class Gradients:
-    """Mean magnitude of the gradient of each block's first convolution, by epoch, over the steps that had one.
+    """Mean magnitude of the gradient of each block's first convolution (Huang et al. 2016, figure 7).
 
-    Huang et al. 2016, figure 7.
+    By epoch, over the steps that had one.
     """
 
     def __init__(self, model: nn.Module) -> None:

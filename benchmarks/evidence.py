@@ -5,8 +5,8 @@
     python -m benchmarks.evidence ... --only deep,map   # these parts alone
     python -m benchmarks.evidence --page                # the page and its pictures anew, from the rows
 
-docs/evidence_plan.md says what is run and how it is decided; `benchmarks/_evidence_sources.py` what fetches the
-files. A run that was stopped goes on where it was.
+docs/evidence_plan.md says what is run and how it is decided; `benchmarks/_evidence_sources.py` what fetches
+the files. A run that was stopped goes on where it was.
 """
 
 import time
@@ -16,18 +16,12 @@ import click
 import torch
 
 from benchmarks import _evidence_rows as table
-from benchmarks._evidence_plan import Run, plan
+from benchmarks._evidence_after import Trained, carry_out
+from benchmarks._evidence_plan import plan
 from benchmarks._evidence_sources import Sources
-from benchmarks._evidence_train import fit
 from surgeon.errors import SurgeonError
 
 DOCS = Path(__file__).parents[1] / "docs"
-
-
-def carry_out(run: Run, sources: Sources, cache: Path) -> table.Row:
-    """What one run gives."""
-    model, found = fit(run.setting, run.seed, sources)
-    return found
 
 
 def _file(name: str, help_: str) -> "click.decorators.FC":
@@ -69,13 +63,13 @@ def _run(found, rows, cache, quick, only, minutes, paths) -> None:
         names = only.split(",")
         wanted = [run for run in wanted if run.setting.part in names or run.kind in names]
     sources = Sources({name.replace("_", "-"): path for name, path in paths.items() if path})
-    start = time.monotonic()
+    trained, start = Trained(sources, cache), time.monotonic()
     left = table.missing(wanted, found, rows)
     for number, run in enumerate(left, 1):
         if minutes is not None and time.monotonic() - start > 60 * minutes:
             click.echo(f"{len(left) - number + 1} runs are left", err=True)
             return
-        row = table.head(run) | carry_out(run, sources, cache)
+        row = table.head(run) | carry_out(run, trained)
         table.append(rows, row)
         seen = f"accuracy {row['test']['accuracy']:.3f}" if "test" in row else ""
         click.echo(f"{number}/{len(left)} {run}: {seen}, {row.get('seconds', 0)} s", err=True)
