@@ -82,9 +82,11 @@ def _look_around(function: types.FunctionType, found: Mentions) -> None:
                 places[id(holder), path] = place
             elif not isinstance(inner, (type, types.ModuleType)):
                 found.beside[said] = inner
+    for name in ("__defaults__", "__kwdefaults__"):
+        if not _is_constant(value := getattr(function, name)):
+            places[id(function), (name,)] = Place(function, (name,))
+            found.beside[f"a default of {function.__name__}"] = value
     found.places = tuple(places.values())
-    if function.__defaults__ or function.__kwdefaults__:
-        found.beside[f"a default of {function.__name__}"] = (function.__defaults__, function.__kwdefaults__)
 
 
 def _named(function: types.FunctionType, names: Collection[str]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -190,6 +192,12 @@ def _holds_settings(value: Any) -> bool:
         return False
     ordinary = issubclass(cls, _NAMESPACES) or not is_library(cls.__module__)
     return ordinary and hasattr(value, "__dict__")
+
+
+def _is_constant(defaults: Any) -> bool:
+    """Whether defaults of arguments can hold nothing else later."""
+    values = defaults.values() if isinstance(defaults, dict) else defaults or ()
+    return all(isinstance(value, (*PLAIN, type)) for value in values)
 
 
 def _is_plain(value: Any, depth: int = _DEEP) -> bool:
