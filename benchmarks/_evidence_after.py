@@ -19,7 +19,7 @@ from benchmarks._evidence_sources import Sources
 from benchmarks._evidence_train import Data, Row, answers, batches, build, channels, fit, prepare, worth
 from surgeon._sample import Samples
 
-COUNTS = (3, 7, 10, 13)  # of ResNet-56's 27 branches
+SHARES = (0.1, 0.25, 0.375, 0.5)  # of the branches, deleted together
 DRAWS = 8
 _ROUNDS = 12
 
@@ -79,8 +79,9 @@ def lesion(setting: Setting, seed: int, trained: Trained) -> Row:
     data = prepare(replace(setting, test=1000), seed, trained.sources)
     full, tests = surgeon.fold(model).eval(), data.tests["test"]
     held = [(channels(data.held[0]), data.held[1])]
-    found = surgeon.lesion(full, held, counts=COUNTS, draws=1, candidates=4, seed=seed)
-    names = [one.name for one in found.single]
+    names = [one.name for one in surgeon.find(full, held[0][0][:2]) if one.kind in ("identity", "projection")]
+    counts = [round(share * len(names)) for share in SHARES]
+    found = surgeon.lesion(full, held, counts=counts, draws=1, candidates=4, seed=seed)
     depths = []
     for one in found.curve:
         chosen = surgeon.prune(full, one.chosen)

@@ -87,10 +87,10 @@ def _batch(rate: float) -> dict[str, Any]:
 KEPT = _batch(0.5) | {"keep_eval": True}
 NONE = "none"
 
-_FASHION = Setting("fashion", NONE, "lite0", "fashion", 64, 300, 6, 32, "adamw", 0.001)
-_EMOJI = replace(_FASHION, part="emoji", data="emoji", images=480)
-_DEEP = Setting("deep", NONE, "resnet56", "fashion", 14, 1000, 12, 64, "sgd", 0.05)
-_FIRST = replace(_DEEP, part="first", images=5000, epochs=4, classes=(0, 1, 2, 3, 4))
+_FASHION = Setting("fashion", NONE, "lite0", "fashion", 48, 300, 5, 32, "adamw", 0.001)
+_EMOJI = replace(_FASHION, part="emoji", data="emoji", images=400)
+_DEEP = Setting("deep", NONE, "resnet56", "fashion", 14, 600, 10, 64, "sgd", 0.05)
+_FIRST = replace(_DEEP, part="first", images=3000, epochs=4, classes=(0, 1, 2, 3, 4))
 _AGAIN = replace(_DEEP, part="again", images=200, rate=0.02, classes=(5, 6, 7, 8, 9), start=_FIRST)
 _SMALL = {str(rate): _linear(rate) for rate in (0.1, 0.2, 0.4)}
 _TUNED = {NONE: None, **{f"linear {rate}": gates for rate, gates in _SMALL.items()}, "paper 0.5": KEPT}
@@ -112,7 +112,6 @@ MAP = [
         arm=f"resnet{depth}, {rate}",
         net=f"resnet{depth}",
         images=500,
-        epochs=10,
         gates=_batch(rate) if rate else None,
     )
     for depth in (20, 32, 44)
@@ -131,7 +130,7 @@ RAMPS = [
 CONTROLS = [
     replace(DEEP[0], part="control", arm="never drawn", images=200, epochs=2, gates=_linear(0.0)),
     replace(FASHION[0], part="control", arm="lite0, never drawn", images=100, epochs=1, gates=_linear(0.0)),
-    replace(DEEP[0], part="control", arm="shuffled labels", images=500, epochs=10, shuffled=True),
+    replace(DEEP[0], part="control", arm="shuffled labels", images=300, epochs=6, shuffled=True),
     replace(DEEP[1], part="control", arm="repeated", images=200, epochs=2),
 ]
 

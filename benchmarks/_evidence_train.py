@@ -20,7 +20,7 @@ from surgeon._recipes import models
 Row = dict[str, Any]
 Network = Callable[[Setting, int], nn.Module]
 HELD = 50_000  # training images of Fashion-MNIST from here on are for choices, and in no training set
-CURVE = 500  # test images of the curve by epoch
+CURVE = 300  # test images of the curve by epoch
 
 
 @dataclass(frozen=True)

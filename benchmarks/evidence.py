@@ -19,7 +19,7 @@ from benchmarks import _evidence_rows as table
 from benchmarks._evidence_after import Trained, carry_out
 from benchmarks._evidence_plan import plan
 from benchmarks._evidence_sources import Sources
-from surgeon.errors import SurgeonError
+from surgeon.errors import SurgeonError, UsageError
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -60,8 +60,10 @@ def _run(found, rows, cache, quick, only, minutes, paths) -> None:
     torch.use_deterministic_algorithms(True)
     wanted = [run for run in plan() if run.quick or not quick]
     if only:
-        names = only.split(",")
-        wanted = [run for run in wanted if run.setting.part in names or run.kind in names]
+        for name in (names := only.split(",")):
+            if not any(name in run.key[:2] for run in wanted):
+                raise UsageError(f"no part or kind is named {name}; see docs/evidence_plan.md")
+        wanted = [run for run in wanted if {run.setting.part, run.kind} & set(names)]
     sources = Sources({name.replace("_", "-"): path for name, path in paths.items() if path})
     trained, start = Trained(sources, cache), time.monotonic()
     left = table.missing(wanted, found, rows)
