@@ -22,6 +22,7 @@ from surgeon._sample import Samples
 SHARES = (0.1, 0.25, 0.375, 0.5)  # of the branches, deleted together
 DRAWS = 8
 _ROUNDS = 12
+_KEPT = {("first", NONE), *((one.part, one.arm) for one in DEEP[:2])}
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Trained:
     def fit(self, setting: Setting, seed: int) -> tuple[nn.Module, Row]:
         """Trains, and keeps the network where others build on it."""
         model, found = fit(setting, seed, self.sources, self.network)
-        if setting in DEEP[:2] or setting.part == "first":
+        if (setting.part, setting.arm) in _KEPT:
             self.cache.mkdir(parents=True, exist_ok=True)
             part = self._path(setting, seed).with_suffix(".part")
             torch.save(model.state_dict(), part)
@@ -77,7 +78,8 @@ def lesion(setting: Setting, seed: int, trained: Trained) -> Row:
     """
     model = trained.network(setting, seed)
     data = prepare(replace(setting, test=1000), seed, trained.sources)
-    full, tests = surgeon.fold(model).eval(), data.tests["test"]
+    full = (model if setting.gates is None else surgeon.fold(model)).eval()
+    tests = data.tests["test"]
     held = [(channels(data.held[0]), data.held[1])]
     names = [one.name for one in surgeon.find(full, held[0][0][:2]) if one.kind in ("identity", "projection")]
     counts = [round(share * len(names)) for share in SHARES]

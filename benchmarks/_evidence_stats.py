@@ -1,7 +1,7 @@
 """Paired differences between arms: bootstrap intervals, McNemar's test, the smallest effect to be seen."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,19 +49,28 @@ class Paired:
         return up if self.mean > 0 else down
 
 
-def paired(rows: Sequence[Row], base: Sequence[Row], name: str = "test", what: str = "accuracy") -> Paired:
-    """Compares two arms on one test set, by the seeds that both have.
+def paired(
+    rows: Sequence[Row], base: Sequence[Row], name: str = "test", what: str = "accuracy"
+) -> Paired | None:
+    """Compares two arms on one test set, by the seeds that both have; None where there is no such seed.
 
     `base` is arm none.
     """
-    other = {row["seed"]: row for row in base}
-    pairs = [(row[name], other[row["seed"]][name]) for row in rows if row["seed"] in other]
+    other = {row["seed"]: row[name] for row in base}
+    pairs = [(row[name], other[row["seed"]]) for row in rows if row["seed"] in other]
+    if not pairs:
+        return None
     differences = tuple(a[what] - b[what] for a, b in pairs)
-    low, high = interval(differences)
     only = sum(int((right(a) & ~right(b)).sum()) for a, b in pairs)
     only_none = sum(int((right(b) & ~right(a)).sum()) for a, b in pairs)
     p = stats.binomtest(only, only + only_none).pvalue if only + only_none else 1.0
-    return Paired(differences, low, high, only, only_none, float(p))
+    return Paired(differences, *interval(differences), only, only_none, float(p))
+
+
+def compared(values: Mapping[int, float], base: Mapping[int, float]) -> Paired | None:
+    """The same for one number for each seed."""
+    differences = tuple(value - base[seed] for seed, value in values.items() if seed in base)
+    return Paired(differences, *interval(differences)) if differences else None
 
 
 def right(measured: Row) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 import torch
 
+from benchmarks import _evidence_page as page
 from benchmarks import _evidence_rows as table
 from benchmarks._evidence_after import Trained, carry_out
 from benchmarks._evidence_plan import plan
@@ -49,6 +50,7 @@ def main(
         found = table.read(rows)
         if not pages:
             _run(found, rows, cache, quick, only, minutes, paths)
+        page.write(table.read(rows), rows.parent)
     except SurgeonError as error:
         raise click.ClickException(str(error)) from error
 
