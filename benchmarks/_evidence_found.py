@@ -20,7 +20,7 @@ PARTS = {
     "deep": ("deep", "ResNet-56 from random weights, 600 images of Fashion-MNIST at 14 px"),
     "again": ("again", "ResNet-56 trained on classes 0 to 4, then 200 images of classes 5 to 9"),
 }
-SETS = {"test": "", "other": ", in another style"}
+SETS = {"test": "", "other": ", other style"}
 DEPTHS = {NONE: "without gates", "batch 0.5": "with gates"}
 
 
@@ -124,8 +124,8 @@ def _shorter(found: Found) -> Iterator[str]:
     for words, both in shown:
         if words in ("each one alone, mean", f"{last}, at once", f"{last}, distilled"):
             verdict = both.verdict("having trained with gates helps", "having trained with gates harms")
-            pairs = len(both.differences)
-            yield f"**Branches deleted ({words})**: {verdict}. Accuracy {points(both)} points over {pairs} pairs."
+            said = f"Accuracy {points(both)} points over {len(both.differences)} pairs."
+            yield f"**Branches deleted ({words})**: {verdict}. {said}"
 
 
 def _controls(found: Found) -> Iterator[str]:

@@ -23,8 +23,11 @@ def write(rows: Sequence[Row], folder: Path) -> None:
 
 def _draw(found: Found, folder: Path) -> Iterator[tuple[str, str]]:
     """Draws what there are rows for; name and Markdown of each picture."""
-    if differences := {f"{part}{SETS[name]}: {arm}": one for part, arm, name, one in found.compared()}:
-        pictures.forest(differences, folder / "evidence.png")
+    parts: dict[str, dict[str, Paired]] = {}
+    for part, arm, name, one in found.compared():
+        parts.setdefault(part + SETS[name], {})[arm] = one
+    if parts:
+        pictures.forest(parts, folder / "evidence.png")
         yield "evidence", "Differences of accuracy to arm none, with intervals"
     if deep := found.arms("deep"):
         pictures.curves(deep, folder / "evidence_curves.png")

@@ -27,24 +27,24 @@ _STYLE = {
 }
 
 
-def forest(found: Mapping[str, Paired], path: Path) -> None:
+def forest(parts: Mapping[str, Mapping[str, Paired]], path: Path) -> None:
     """Differences to arm none in points: every pair a dot, the mean a bar, its interval a line."""
+    lines = [line for part, arms in parts.items() for line in ((part, None), *arms.items())]
     with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(5.5, 0.9 + 0.34 * len(found)), layout="constrained")
-        for y, one in enumerate(found.values()):
-            axes.plot([100 * one.low, 100 * one.high], [y, y], color=_COLOURS[1], linewidth=2)
-            axes.plot(100 * one.mean, y, "|", color=_COLOURS[1], markersize=14, markeredgewidth=3)
-            axes.plot(
-                [100 * d for d in one.differences],
-                [y] * len(one.differences),
-                "o",
-                color="#999999",
-                markersize=4,
-            )
+        figure, axes = plt.subplots(figsize=(5.5, 0.9 + 0.27 * len(lines)), layout="constrained")
+        for y, (_, one) in enumerate(lines):
+            if one is not None:
+                dots = [100 * d for d in one.differences]
+                axes.plot([100 * one.low, 100 * one.high], [y, y], color=_COLOURS[1], linewidth=2)
+                axes.plot(100 * one.mean, y, "|", color=_COLOURS[1], markersize=13, markeredgewidth=3)
+                axes.plot(dots, [y] * len(dots), "o", color="#777777", markersize=4)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(found)), list(found), fontsize=10)
-        axes.invert_yaxis()
-        axes.set_xlabel("points of accuracy against none")
+        axes.set_yticks(range(len(lines)), [name for name, _ in lines], fontsize=10)
+        for label, (_, one) in zip(axes.get_yticklabels(), lines, strict=True):
+            label.set_fontweight("bold" if one is None else "normal")
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(lines) - 0.5, -0.5)
+        axes.set_xlabel("accuracy minus none's, points")
         _save(figure, path)
 
 
@@ -100,7 +100,7 @@ def shorter(arms: Mapping[str, Sequence[Row]], path: Path) -> None:
     """Accuracy by the share of branches that is left: at once, at random, after an epoch, distilled."""
     ways = {"at once": "-o", "at random": ":", "after an epoch": "--", "distilled": "-."}
     with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(5.5, 4.6), layout="constrained")
+        figure, axes = plt.subplots(figsize=(5.5, 5.6), layout="constrained")
         for (arm, rows), colour in zip(arms.items(), _COLOURS, strict=False):
             branches = len(rows[0]["alone"])
             left = [100, *(100 * (1 - one["deleted"] / branches) for one in rows[0]["depths"])]
@@ -112,7 +112,7 @@ def shorter(arms: Mapping[str, Sequence[Row]], path: Path) -> None:
                 )
         axes.invert_xaxis()
         axes.set(xlabel="branches left, %", ylabel="test accuracy, %")
-        axes.legend(fontsize=9, loc="lower left")
+        figure.legend(fontsize=10, loc="outside lower center", ncols=2)
         _save(figure, path)
 
 

@@ -43,8 +43,19 @@ class Paired:
         return smallest(len(self.differences), float(np.std(self.differences, ddof=1)))
 
     def verdict(self, up: str = "helps", down: str = "harms") -> str:
-        """In words, by whether the interval leaves zero out; two pairs are too few for any."""
-        if len(self.differences) < 3 or self.low <= 0 <= self.high:
+        """In words: a difference is seen where the interval and Student's both leave zero out.
+
+        With few pairs the bootstrap alone does so too often: with three, whenever all have one sign.
+        """
+        n, spread = (
+            len(self.differences),
+            float(np.std(self.differences, ddof=1)) if self.differences[1:] else 0,
+        )
+        if (
+            n < 3
+            or self.low <= 0 <= self.high
+            or abs(self.mean) <= stats.t.ppf(0.975, n - 1) * spread / n**0.5
+        ):
             return "no difference seen"
         return up if self.mean > 0 else down
 
