@@ -21,6 +21,7 @@ PARTS = {
     "again": ("again", "ResNet-56 trained on classes 0 to 4, then 200 images of classes 5 to 9"),
 }
 SETS = {"test": "", "other": ", other style"}
+HALF = 14  # of ResNet-56's 27 branches
 DEPTHS = {NONE: "without gates", "batch 0.5": "with gates"}
 
 
@@ -98,6 +99,29 @@ def points(one: Paired) -> str:
 def findings(found: Found) -> list[str]:
     """One plain sentence each, also where gates do nothing or harm."""
     return [*_accuracy(found), *_steps(found), *_shorter(found), *_controls(found)]
+
+
+def headlines(found: Found) -> list[str]:
+    """At most three: what gates did to a fine-tune, to a step's time, to a network with branches deleted."""
+    lines = []
+    for part, arm, name, one in found.compared():
+        if (part, arm, name) == ("fashion", "linear 0.2", "test") and len(one.differences) > 2:
+            lines.append(
+                f"Fine-tuning {PARTS[part][1]}: accuracy {points(one)} points with gates (linear 0.2, "
+                f"{len(one.differences)} pairs; {one.verdict()})."
+            )
+    if step := found.steps().get("batch 0.5"):
+        lines.append(
+            f"A training step of ResNet-56, half dropped at the end: {step['ratio']:.2f} of the time."
+        )
+    for words, none, gated, both in found.shorter():
+        if both and len(both.differences) > 2 and words == f"{HALF}, at once":
+            kept = [f"{statistics.fmean(one):.0%}" for one in (gated, none)]
+            lines.append(
+                f"{HALF} of its 27 branches deleted, without training: accuracy {kept[0]} if it was trained "
+                f"with gates, {kept[1]} if without ({len(both.differences)} pairs; {both.verdict()})."
+            )
+    return lines
 
 
 def _accuracy(found: Found) -> Iterator[str]:

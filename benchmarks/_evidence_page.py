@@ -7,18 +7,31 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _evidence_pictures as pictures
-from benchmarks._evidence_found import DEPTHS, PARTS, SETS, Found, findings, points
+from benchmarks._evidence_found import DEPTHS, PARTS, SETS, Found, findings, headlines, points
 from benchmarks._evidence_plan import NONE, plan
 from benchmarks._evidence_stats import Paired, paired
 
 Row = dict[str, Any]
+_BLOCK = "<!-- evidence: written by `python -m benchmarks.evidence` -->"
+_END = "<!-- /evidence -->"
 
 
 def write(rows: Sequence[Row], folder: Path) -> None:
-    """Writes evidence.md and its pictures into a folder."""
+    """Writes evidence.md and its pictures into a folder, and the numbers in a README.md above it."""
     found = Found(rows)
     drawn = dict(_draw(found, folder))
     (folder / "evidence.md").write_text(page(found, drawn))
+    if (readme := folder.parent / "README.md").exists():
+        readme.write_text(quoted(readme.read_text(), found))
+
+
+def quoted(readme: str, found: Found) -> str:
+    """The text with its block of numbers written anew; as it is without a block or numbers."""
+    before, mark, rest = readme.partition(_BLOCK)
+    lines = "\n".join(f"- {one}" for one in headlines(found))
+    if not mark or not lines:
+        return readme
+    return f"{before}{mark}\n{lines}\n{_END}{rest.partition(_END)[2]}"
 
 
 def _draw(found: Found, folder: Path) -> Iterator[tuple[str, str]]:
