@@ -14,10 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 import surgeon
-from surgeon._folding.planning import plan_gates
 from surgeon._gating.block import settle_class
 from surgeon._gating.gate import Gate
 from surgeon._gating.gated import gated_blocks, gates_of, is_gated, placed_gates
+from surgeon._scales import plan_gates
 from surgeon._tracing.example import inputs
 from surgeon._tracing.nests import tensors
 from surgeon.errors import FoldError
@@ -88,9 +88,9 @@ def leftover(model: nn.Module, given: Any) -> dict[str, Any]:
     """The plan of a fold: which gates find no weight for their scale, and why; the weights are not read."""
     surgeon.apply(model, drop_rate=0.4, scaling="paper", example=given)
     placed = placed_gates(model)
-    scales = {number: one.gate.scale for number, one in enumerate(placed)}
-    kept = plan_gates(model, [one.gate for one in placed], scales, *inputs(model, given)).kept
-    return {"planned": len(placed), "left": {placed[one.gate].name: one.reason for one in kept}}
+    scales = {one.name: one.gate.scale for one in placed}
+    kept = plan_gates(model, placed, scales, *inputs(model, given)).kept
+    return {"planned": len(placed), "left": {one.gate: one.reason for one in kept}}
 
 
 def _jumps(model: nn.Module, args: Any, kwargs: Any) -> float:

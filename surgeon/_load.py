@@ -30,12 +30,12 @@ from surgeon._checkpoint import (
     wrapper_prefix,
 )
 from surgeon._folding.fold import FoldPlan, check_products, commit
-from surgeon._folding.planning import plan_gates
 from surgeon._gating.gate import Gate
-from surgeon._gating.gated import placed_gates, recorded_inputs
+from surgeon._gating.gated import Placed, placed_gates, recorded_inputs
 from surgeon._plain import check_filled, check_plain
 from surgeon._plan import Settings, prepared
 from surgeon._removal import remove
+from surgeon._scales import plan_gates
 from surgeon._surgery import install
 from surgeon._text import Drawn, Part
 from surgeon._tracing.example import Example
@@ -144,11 +144,11 @@ def load(
     if found in ("stock", "unknown") and into == "gated":
         raise CheckpointError(f"{path} {_doubtful(found)} {_FIRST}. Nothing was loaded.")
     factors = _factors(trained, own)
-    steps = _conversion(model, factors, example, path)
-    _check_products(model, state, steps, path)
+    conversion = _conversion(model, factors, example, path)
+    _check_products(model, state, conversion, factors, path)
     model.load_state_dict(loadable(model, state, read, prefix))
-    commit(model, *steps)
-    converted = tuple(dict.fromkeys(step.parameter for step in steps[0].steps))
+    commit(model, conversion, factors)
+    converted = tuple(dict.fromkeys(step.parameter for step in conversion.steps))
     return LoadReport(str(path), found, into, trained, converted, metadata)
 
 
@@ -259,44 +259,43 @@ def _conversion(
     factors: Mapping[str, float],
     example: Example,
     path: str | os.PathLike[str],
-) -> tuple[FoldPlan, dict[int, float]]:
+) -> FoldPlan:
     """Which parameters take the factors."""
     if not factors:
-        return FoldPlan((), ()), {}
-    numbers = dict(enumerate(factors.values()))
+        return FoldPlan((), ())
     try:
         with _gates(model, factors, example, path) as gates:
-            args, kwargs = recorded_inputs(model, gates[0].decided, example)
-            found = plan_gates(model, gates, numbers, args, kwargs)
+            args, kwargs = recorded_inputs(model, gates[0].gate.decided, example)
+            found = plan_gates(model, gates, factors, args, kwargs)
     except FoldError as error:
         raise CheckpointError(f"{path} could not be converted: {error}. Nothing was loaded.") from error
     if found.kept:
-        listed = "; ".join(f"{list(factors)[kept.gate]}: {kept.reason}" for kept in found.kept)
+        listed = "; ".join(f"{kept.gate}: {kept.reason}" for kept in found.kept)
         raise CheckpointError(
             f"{path} cannot be converted for this model: no weight takes the scale of {len(found.kept)} "
             f"gates ({listed}). Gate the model as the checkpoint's was. Nothing was loaded."
         )
-    return found, numbers
+    return found
 
 
 @contextmanager
 def _gates(
     model: nn.Module, factors: Mapping[str, float], example: Example, path: str | os.PathLike[str]
-) -> Iterator[list[Gate]]:
-    """The gates of that name, those of the model or, in a plain model, such as are there for the while."""
-    own = {one.name: one.gate for one in placed_gates(model)}
+) -> Iterator[list[Placed]]:
+    """The gates of a model; one that is plain gets for the while those that the factors name."""
+    own = placed_gates(model)
     if own:
-        if missing := [name for name in factors if name not in own]:
+        names = {one.name for one in own}
+        if missing := [name for name in factors if name not in names]:
             raise CheckpointError(
                 f"{path} was trained with a gate on {missing[0]}, where the model has none. Load it before "
                 "surgeon.apply, or apply as for the checkpoint. Nothing was loaded."
             )
-        yield [own[name] for name in factors]
+        yield own
         return
     regate(model, dict.fromkeys(factors, 0.5), example=example)
     try:
-        by_name = {one.name: one.gate for one in placed_gates(model)}
-        yield [by_name[name] for name in factors]
+        yield placed_gates(model)
     finally:
         remove(model)
 
@@ -304,14 +303,14 @@ def _gates(
 def _check_products(
     model: nn.Module,
     state: Mapping[str, Tensor],
-    steps: tuple[FoldPlan, dict[int, float]],
+    conversion: FoldPlan,
+    factors: Mapping[str, float],
     path: str | os.PathLike[str],
 ) -> None:
     """Checks what the conversion will yield before anything is loaded."""
     own = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
     try:
-        check_products(
-            *steps, {name: tensor.to(own[name].dtype) for name, tensor in state.items() if name in own}
-        )
+        loaded = {name: tensor.to(own[name].dtype) for name, tensor in state.items() if name in own}
+        check_products(conversion, factors, loaded)
     except FoldError as error:
         raise CheckpointError(f"{path} could not be converted: {error}. Nothing was loaded.") from error

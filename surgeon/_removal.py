@@ -1,16 +1,16 @@
 """Gates out: folded into the weights, or taken off."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
 from surgeon._copy import copied
 from surgeon._folding.fold import FoldPlan, commit
-from surgeon._folding.planning import plan_gates
 from surgeon._gating.block import check_class, ungate_block
 from surgeon._gating.gate import Leftover
 from surgeon._gating.gated import Placed, gated_blocks, is_gated, placed_gates, recorded_inputs
+from surgeon._scales import plan_gates, scales_of
 from surgeon._tracing.example import Example
 from surgeon.errors import FoldError, NotGatedError
 
@@ -45,8 +45,8 @@ def fold(model: nn.Module, *, inplace: bool = False, example: Example = None) ->
         raise NotGatedError("the model has no gates; there is nothing to fold")
     _check_classes(model)
     plan = _plan(model, gates, example)
-    if stays := _stays(plan, gates):
-        told = f"{len(stays)} of {len(gates)} gates keep one multiplication: {_listed(stays)}"
+    if plan.kept:
+        told = f"{len(plan.kept)} of {len(gates)} gates keep one multiplication: {_listed(plan)}"
         warnings.warn(told, stacklevel=2)
     return _settled(model if inplace else copied(model), plan, gates)
 
@@ -70,10 +70,10 @@ def remove(model: nn.Module) -> nn.Module:
     gates = placed_gates(model)
     if any(one.gate.keeps_eval for one in gates):
         plan = _plan(model, gates, None)
-        if stays := _stays(plan, gates):
+        if plan.kept:
             raise FoldError(
-                f"the gates cannot be removed: no weight takes the scale of {len(stays)} of {len(gates)} "
-                f"any more ({_listed(stays)}), and the weights were divided by it (keep_eval=True). "
+                f"the gates cannot be removed: no weight takes the scale of {len(plan.kept)} of {len(gates)} "
+                f"any more ({_listed(plan)}), and the weights were divided by it (keep_eval=True). "
                 "surgeon.fold(model) keeps one multiplication for each"
             )
         return _settled(model, plan, gates)
@@ -83,33 +83,22 @@ def remove(model: nn.Module) -> nn.Module:
 
 
 def _plan(model: nn.Module, gates: Sequence[Placed], example: Example) -> FoldPlan:
-    """Which weights take the scales of the gates, which the plan numbers as `_scaled` has them."""
-    scaled = _scaled(gates)
-    if not scaled:
+    """Which weights take the scales of the gates."""
+    scales = scales_of(gates)
+    if not scales:
         return FoldPlan((), ())
-    scales = {number: one.gate.scale for number, one in enumerate(scaled)}
-    arguments = recorded_inputs(model, gates[0].gate.decided, example)
-    return plan_gates(model, [one.gate for one in scaled], scales, *arguments)
+    args, kwargs = recorded_inputs(model, gates[0].gate.decided, example)
+    return plan_gates(model, gates, scales, args, kwargs)
 
 
-def _scaled(gates: Sequence[Placed]) -> list[Placed]:
-    return [one for one in gates if one.gate.scale != 1.0]
-
-
-def _stays(plan: FoldPlan, gates: Sequence[Placed]) -> dict[str, Leftover]:
-    """The gates that keep a multiplication, and why."""
-    scaled = _scaled(gates)
-    return {scaled[kept.gate].name: Leftover(kept.reason, kept.operator) for kept in plan.kept}
-
-
-def _listed(stays: Mapping[str, Leftover]) -> str:
-    return "; ".join(f"{name}: {leftover.reason}" for name, leftover in stays.items())
+def _listed(plan: FoldPlan) -> str:
+    return "; ".join(f"{kept.gate}: {kept.reason}" for kept in plan.kept)
 
 
 def _settled(target: nn.Module, plan: FoldPlan, gates: Sequence[Placed]) -> nn.Module:
     """Carries out a plan for ``gates`` on their model or a copy of it, in place."""
-    stays = _stays(plan, gates)
-    commit(target, plan, {number: one.gate.scale for number, one in enumerate(_scaled(gates))})
+    commit(target, plan, scales_of(gates))
+    stays = {kept.gate: Leftover(kept.reason, kept.operator) for kept in plan.kept}
     for one in placed_gates(target):
         one.gate.settle(stays.get(one.name))
     for _, block, gating in list(gated_blocks(target)):

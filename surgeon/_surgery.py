@@ -11,7 +11,6 @@ from torch import nn
 
 from surgeon._finding.analysis import analyse
 from surgeon._finding.findings import Findings
-from surgeon._folding.keep import check_state_is_free, divide
 from surgeon._gating.block import gate_block, ungate_block
 from surgeon._gating.gate import Decision, Paths, Rounding, Scaling, Unit, Unused, make_room
 from surgeon._gating.gated import Placed, grouped_gates, placed_gates
@@ -20,6 +19,7 @@ from surgeon._gating.schedule import Schedule, drop_rates
 from surgeon._plain import check_plain, held_elsewhere
 from surgeon._plan import Prepared, Settings, prepared, replanned
 from surgeon._report import Plan, Status, gate_status, schedule_text
+from surgeon._scales import check_state_is_free, divide
 from surgeon._tracing.example import Example, inputs
 from surgeon.errors import NoResidualsError, NotGatedError, UsageError
 

@@ -8,7 +8,6 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-import surgeon._gating.gate  # noqa: F401 - registers the mark
 from surgeon._folding.fold import FoldPlan, commit, plan
 
 SCALE = 0.7
@@ -17,7 +16,7 @@ SCALE = 0.7
 class Gated(nn.Module):
     """``shortcut + c * branch(x)``; a mark stands for ``c`` while ``scale`` is None."""
 
-    def __init__(self, branch: nn.Module, gate: int = 0, shortcut: nn.Module | None = None) -> None:
+    def __init__(self, branch: nn.Module, gate: str = "0", shortcut: nn.Module | None = None) -> None:
         super().__init__()
         self.branch = branch
         self.gate = gate
@@ -41,7 +40,7 @@ def randomised(model: nn.Module) -> nn.Module:
     return model
 
 
-def scaled(model: nn.Module, scales: Mapping[int, float] | None) -> None:
+def scaled(model: nn.Module, scales: Mapping[str, float] | None) -> None:
     """Each gate multiplies by its scale, or marks."""
     for module in model.modules():
         if isinstance(module, Gated):
@@ -52,9 +51,9 @@ def difference(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() / other.abs().max())
 
 
-def folds(model: nn.Module, x: Tensor, scales: Mapping[int, float] | None = None) -> FoldPlan:
+def folds(model: nn.Module, x: Tensor, scales: Mapping[str, float] | None = None) -> FoldPlan:
     """Plan and commit; the outputs must be those of the explicit factors, and not those without them."""
-    scales = scales or {0: SCALE}
+    scales = scales or {"0": SCALE}
     made = plan(model, (x,), {}, scales)
     with torch.no_grad():
         scaled(model, scales)

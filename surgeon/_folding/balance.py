@@ -5,15 +5,15 @@ products between classes, and the gates. ``near`` and ``pins`` remember which ca
 which call made a value stay, so that a refusal can name the nearest obstacle.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from surgeon._folding.algebra import Law
 from surgeon._folding.flat import Flat
 from surgeon._folding.operators import laws
 from surgeon._folding.recorder import OpCall, Value
+from surgeon._mark import MARK
 
-MARK = "surgeon.mark"
 STAYS = -1
 """Root of the class of everything that must keep exponent 0."""
 
@@ -31,11 +31,13 @@ class Balance:
 
     def __init__(self, flat: Flat) -> None:
         self.flat = flat
-        self.marks: dict[int, list[OpCall]] = {}
+        self.marks: dict[str, list[OpCall]] = {}
         for call in flat.calls:
             if call.name == MARK:
-                self.marks.setdefault(int(call.arguments["gate"]), []).append(call)
-        self.reach = _reach(flat)
+                self.marks.setdefault(call.arguments["gate"], []).append(call)
+        self.bits = {gate: 2 << place for place, gate in enumerate(self.marks)}
+        self.reach = _reach(flat, self.bits)
+        """For each value that matters a set of bits: 1 for an output of the model, and those of the gates."""
         self.fixed = independent_of_inputs(flat)
         self.readers: dict[Value, list[OpCall]] = {}
         self.producer: dict[Value, OpCall] = {}
@@ -145,15 +147,15 @@ class Balance:
             self.near.setdefault(value, []).extend((other, call) for other in to if other != value)
 
 
-def _reach(flat: Flat) -> dict[Value, int]:
-    """For each value that matters a set of bits: 1 an output of the model, ``2 << gate`` that gate."""
+def _reach(flat: Flat, gates: Mapping[str, int]) -> dict[Value, int]:
+    """What each value leads to, in bits."""
     reach = dict.fromkeys(flat.outputs, 1)
     for call in reversed(flat.calls):
         bits = 0 if call.outputs else 1  # what Python looked at may decide anything
         for value in call.outputs:
             bits |= reach.get(value, 0)
         if call.name == MARK:
-            bits |= 2 << int(call.arguments["gate"])
+            bits |= gates[call.arguments["gate"]]
         if bits:
             for value in call.inputs:
                 reach[value] = reach.get(value, 0) | bits

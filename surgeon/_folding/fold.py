@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon._folding.balance import MARK, Balance, independent_of_inputs
+from surgeon._folding.balance import Balance, independent_of_inputs
 from surgeon._folding.flat import Flat, flatten
 from surgeon._folding.freed import INVERTIBLE, freed
 from surgeon._folding.recorder import OpCall
 from surgeon._folding.rows import by_rows
 from surgeon._folding.search import Exponents, NoSolution, described, solve, spoken
 from surgeon._folding.state import place, repeats
+from surgeon._mark import MARK
 from surgeon.errors import FoldError
 
 
@@ -30,7 +31,7 @@ class Step:
 
     parameter: str
     """The parameter's name, the first of them if it is tied; or that of a batch norm's running mean."""
-    gate: int
+    gate: str
     exponent: int
     rows: tuple[int, int] | None = None
     """First row and the row after the last, counted along ``dim``; None for the whole parameter."""
@@ -51,7 +52,7 @@ class Step:
 class Kept:
     """A gate whose scale no parameter can take; it keeps its multiplication."""
 
-    gate: int
+    gate: str
     reason: str
     operator: str = field(default="", compare=False)
     """The operator to blame, such as ``"silu"``; empty if it is none."""
@@ -68,14 +69,15 @@ class FoldPlan:
 
     steps: tuple[Step, ...]
     kept: tuple[Kept, ...]
-    together: tuple[tuple[int, ...], ...] = ()
+    together: tuple[tuple[str, ...], ...] = ()
     """Gates that share parameters and fold only because their scales are the same number."""
 
     @property
-    def folded(self) -> tuple[int, ...]:
-        """The gates that the steps take out, in order."""
-        shared = [gate for group in self.together for gate in group]
-        return tuple(sorted({*shared, *(step.gate for step in self.steps)}))
+    def folded(self) -> tuple[str, ...]:
+        """The gates that the steps take out, those that fold together beside one another."""
+        groups = {group[0]: group for group in self.together}
+        leads = dict.fromkeys(step.gate for step in self.steps)
+        return tuple(gate for lead in leads for gate in groups.get(lead, (lead,)))
 
     def __str__(self) -> str:
         head = (
@@ -85,7 +87,7 @@ class FoldPlan:
 
 
 def plan(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], scales: Mapping[int, float]
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], scales: Mapping[str, float]
 ) -> FoldPlan:
     """Find the parameters that can take each gate's scale; the model is not changed.
 
@@ -105,14 +107,14 @@ def plan(
     return plan_flat(flatten(model, args, kwargs), scales)
 
 
-def plan_flat(flat: Flat, scales: Mapping[int, float]) -> FoldPlan:
+def plan_flat(flat: Flat, scales: Mapping[str, float]) -> FoldPlan:
     """The plan for a model already flattened.
 
     Each gate alone, then gates of equal scale that get into each other's way, then what is still refused
     on the model taken apart by rows, at last with functions of parameters in place of the parameters.
     """
     balance, decided = Balance(flat), _decided(flat)
-    found = {gate: decided.get(gate) or _solved(balance, gate) for gate in sorted(scales)}
+    found = {gate: decided.get(gate) or _solved(balance, gate) for gate in scales}
     together = []
     for group in _related(found, scales):
         result = solve(balance, frozenset(group))
@@ -124,22 +126,23 @@ def plan_flat(flat: Flat, scales: Mapping[int, float]) -> FoldPlan:
     if any(gate in balance.marks for gate in refused):
         apart = by_rows(flat)
         for view in (apart, freed(flat), freed(apart)):
-            steps |= _further_steps(view, refused.keys() - steps.keys() - decided.keys())
+            done = steps.keys() | decided.keys()
+            steps |= _further_steps(view, [gate for gate in refused if gate not in done])
     kept = tuple(_kept(gate, one) for gate, one in refused.items() if gate not in steps)
-    return FoldPlan(tuple(step for gate in sorted(steps) for step in steps[gate]), kept, tuple(together))
+    return FoldPlan(tuple(step for gate in scales for step in steps.get(gate, ())), kept, tuple(together))
 
 
-def _kept(gate: int, refusal: NoSolution) -> Kept:
+def _kept(gate: str, refusal: NoSolution) -> Kept:
     call = refusal.call
     return Kept(gate, refusal.reason, spoken(call) if call else "", call.module if call else "")
 
 
-def _decided(flat: Flat) -> dict[int, NoSolution]:
+def _decided(flat: Flat) -> dict[str, NoSolution]:
     """The gates in whose blocks activations decide what runs: a mixture of experts, say.
 
     Such a model has run on real numbers, and what they did not choose was not seen.
     """
-    fixed, found = independent_of_inputs(flat), dict[int, NoSolution]()
+    fixed, found = independent_of_inputs(flat), dict[str, NoSolution]()
     deciding: list[OpCall] = []
     for call in flat.calls:
         if call.decides and not fixed.issuperset(call.inputs):
@@ -148,7 +151,7 @@ def _decided(flat: Flat) -> dict[int, NoSolution]:
             inside = next((one for one in deciding if _is_in(one.module, call.module)), None)
             if inside is not None:
                 why = f"values decide what runs ({described(inside)}), so other inputs may use other weights"
-                found.setdefault(int(call.arguments["gate"]), NoSolution(why, frozenset(), inside))
+                found.setdefault(call.arguments["gate"], NoSolution(why, frozenset(), inside))
     return found
 
 
@@ -156,24 +159,24 @@ def _is_in(module: str, block: str) -> bool:
     return not block or module == block or module.startswith(f"{block}.")
 
 
-def _solved(balance: Balance, gate: int) -> Exponents | NoSolution:
+def _solved(balance: Balance, gate: str) -> Exponents | NoSolution:
     if gate not in balance.marks:
         return NoSolution("the model's forward did not pass it", frozenset())
     return solve(balance, frozenset([gate]))
 
 
-def _further_steps(flat: Flat, gates: Iterable[int]) -> dict[int, list[Step]]:
+def _further_steps(flat: Flat, gates: Iterable[str]) -> dict[str, list[Step]]:
     """Steps for those gates that fold on another view of the model."""
     balance = Balance(flat)
-    found = {gate: _solved(balance, gate) for gate in sorted(gates)}
+    found = {gate: _solved(balance, gate) for gate in gates}
     return {gate: _steps(flat, gate, one) for gate, one in found.items() if not isinstance(one, NoSolution)}
 
 
 def _related(
-    found: Mapping[int, Exponents | NoSolution], scales: Mapping[int, float]
-) -> list[tuple[int, ...]]:
+    found: Mapping[str, Exponents | NoSolution], scales: Mapping[str, float]
+) -> list[tuple[str, ...]]:
     """Refused gates of equal scale that tried to write the same parameters."""
-    groups: list[tuple[float, set[int], set[object]]] = []
+    groups: list[tuple[float, set[str], set[object]]] = []
     for gate, result in found.items():
         if not isinstance(result, NoSolution) or not result.tried:
             continue
@@ -182,17 +185,17 @@ def _related(
             groups.remove(other)
             gates, tried = gates | other[1], tried | other[2]
         groups.append((scales[gate], gates, tried))
-    return [tuple(sorted(gates)) for _, gates, _ in groups if len(gates) > 1]
+    return [tuple(gate for gate in found if gate in gates) for _, gates, _ in groups if len(gates) > 1]
 
 
-def _steps(flat: Flat, gate: int, exponents: Exponents) -> list[Step]:
+def _steps(flat: Flat, gate: str, exponents: Exponents) -> list[Step]:
     sources = [(flat.parameters[value], exponent) for value, exponent in exponents.items()]
     return [
         Step(s.names[0], gate, exponent, s.rows, s.dim, s.through, s.names[1:]) for s, exponent in sources
     ]
 
 
-def commit(model: nn.Module, plan: FoldPlan, scales: Mapping[int, float]) -> None:
+def commit(model: nn.Module, plan: FoldPlan, scales: Mapping[str, float]) -> None:
     """Multiply the parameters of ``model`` in place, as the plan says; all of them or none.
 
     The products are taken in float64 and rounded once to the parameter's own type. The Parameters stay
@@ -219,7 +222,7 @@ def commit(model: nn.Module, plan: FoldPlan, scales: Mapping[int, float]) -> Non
                 tensor.copy_(_scaled(tensor, grouped[name], scales))
 
 
-def check_products(plan: FoldPlan, scales: Mapping[int, float], tensors: Mapping[str, Tensor]) -> None:
+def check_products(plan: FoldPlan, scales: Mapping[str, float], tensors: Mapping[str, Tensor]) -> None:
     """Check that every product of a plan is finite and keeps its digits; nothing is changed.
 
     Args:
@@ -235,7 +238,7 @@ def check_products(plan: FoldPlan, scales: Mapping[int, float], tensors: Mapping
         _check_product(name, old, _scaled(old, steps, scales))
 
 
-def _check_scales(plan: FoldPlan, scales: Mapping[int, float]) -> None:
+def _check_scales(plan: FoldPlan, scales: Mapping[str, float]) -> None:
     for gate in plan.folded:
         scale = scales.get(gate)
         if scale is None:
@@ -245,7 +248,7 @@ def _check_scales(plan: FoldPlan, scales: Mapping[int, float]) -> None:
     for group in plan.together:
         if len({scales[gate] for gate in group}) > 1:
             raise FoldError(
-                f"the gates {group} share weights and fold only with equal scales; make a new plan"
+                f"the gates {', '.join(group)} share weights and fold only with equal scales; make a new plan"
             )
 
 
@@ -287,7 +290,7 @@ def _parameters(model: nn.Module, names: Iterable[str]) -> list[Tensor]:
     return list(found.values())
 
 
-def _scaled(parameter: Tensor, steps: list[Step], scales: Mapping[int, float]) -> Tensor:
+def _scaled(parameter: Tensor, steps: list[Step], scales: Mapping[str, float]) -> Tensor:
     """The parameter times its factors in float64 or complex128, on the CPU: not every device has them."""
     wide = torch.complex128 if parameter.is_complex() else torch.float64
     exact = parameter.detach().to("cpu").to(wide, copy=True)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from surgeon._folding.balance import MARK
 from surgeon._folding.flat import Flat, Source
 from surgeon._folding.recorder import OpCall, Value
+from surgeon._mark import MARK
 from surgeon._tracing.aten import Family, answers, family_of, named, spatial
 
 Span = tuple[int, int]

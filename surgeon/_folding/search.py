@@ -53,7 +53,7 @@ class _Search:
     """One solve: exponents found so far, and how to take them back."""
 
     balance: Balance
-    gates: frozenset[int]
+    gates: frozenset[str]
     equations: list[tuple[dict[int, int], Law, OpCall]]
     touching: dict[int, list[int]]
     exponents: dict[int, int] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class _Search:
 
     def run(self) -> Exponents | NoSolution:
         """Exponents of the parameters, or the reason nearest to the gate."""
-        marks = [call for gate in sorted(self.gates) for call in self.balance.marks[gate]]
+        marks = [call for gate, calls in self.balance.marks.items() if gate in self.gates for call in calls]
         seeds = [(mark, mark.outputs[0], 0) for mark in marks] + [(mark, mark.inputs[0], 1) for mark in marks]
         for mark, value, exponent in seeds:
             if not self._assign(self.balance.root(value), exponent, value, 0, mark):
@@ -111,7 +111,7 @@ class _Search:
     def _inside(self, value: Value) -> bool:
         """Whether a value leads to one of the gates."""
         bits = self.balance.reach[value]
-        return any(bits & 2 << gate for gate in self.gates)
+        return any(bits & self.balance.bits[gate] for gate in self.gates)
 
     def _settle(self, roots: list[int]) -> bool:
         """Follow every consequence of new exponents; False on a contradiction."""
@@ -232,7 +232,7 @@ def _outside(source: Source | None, call: OpCall) -> str:
     return f"a value inside the branch is also read outside of it, by {described(call)}"
 
 
-def solve(balance: Balance, gates: frozenset[int]) -> Exponents | NoSolution:
+def solve(balance: Balance, gates: frozenset[str]) -> Exponents | NoSolution:
     """Push the common scale of some gates into parameters.
 
     Args:

@@ -9,8 +9,7 @@ have no weights, and ``children()`` of a block must stay what it was. `ungate_bl
 
 import functools
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from surgeon._finding.findings import gate_name
 from surgeon._gating.forwards import Gating
-from surgeon._gating.gate import NOTE, Gate
+from surgeon._gating.gate import NOTE
 from surgeon._tracing.trace import Made, Unannounced, portable, revived
 from surgeon.errors import CheckpointError, UnseenCallError, WrappedModelError
 
@@ -226,23 +225,6 @@ def settle_device(block: nn.Module) -> None:
             gate.move(device)
 
 
-@contextmanager
-def marking(model: nn.Module, gates: Sequence[Gate]) -> Iterator[None]:
-    """Inside the block each gate's evaluation puts a mark with its number in place of its factor."""
-    blocks = [module for module in model.modules() if gating_of(module) is not None]
-    try:
-        for number, gate in enumerate(gates):
-            gate.marked_as = number
-        for block in blocks:
-            settle_class(block)
-        yield
-    finally:
-        for gate in gates:
-            gate.marked_as = None
-        for block in blocks:
-            settle_class(block)
-
-
 class _Running(threading.local):
     """The blocks that run a forward put on them, on this thread, and whether that has come to the gates."""
 
@@ -312,9 +294,15 @@ def check_class(name: str, block: nn.Module) -> None:
 
 def ungate_block(block: nn.Module) -> None:
     """Gives ``block`` its own class back and takes its gates away, as far as it has them."""
+    without_gates(block)
+    block.__dict__.pop("_surgeon", None)
+
+
+def without_gates(block: nn.Module) -> None:
+    """Gives ``block`` its own class and forward back; its gates are still on it, and do nothing."""
     if isinstance(block, GatedBlock):
         block.__class__ = type(block)._ungated  # type: ignore[assignment]
-    gating = block.__dict__.pop("_surgeon", None)
+    gating = block.__dict__.get("_surgeon")
     if gating is not None and gating.replaced is not None:
         block.__dict__["forward"] = gating.replaced
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon._gating.gate import Gate, mark
+from surgeon._gating.gate import Gate
 from surgeon._gating.skip import (
     Lifted,
     _asks_ranks,
@@ -24,6 +24,7 @@ from surgeon._gating.skip import (
     branch_result,
     with_idle,
 )
+from surgeon._mark import mark
 from surgeon._torch import under_vmap
 from surgeon._tracing.nests import tensors
 

@@ -26,6 +26,7 @@ from torch.compiler import is_compiling
 from surgeon._gating.cost import Cost, assumed, measured, pays
 from surgeon._gating.ranks import Ranks
 from surgeon._gating.regions import Compiler
+from surgeon._mark import mark
 from surgeon._torch import transformed
 from surgeon._tracing.fake import held
 
@@ -42,20 +43,6 @@ CELLS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)
 
 NOTE = "surgeon_scales"
 """Where the metadata beside a ``state_dict`` notes the evaluation scales of a block's gates."""
-
-
-@torch.library.custom_op("surgeon::mark", mutates_args=())
-def mark(branch: Tensor, gate: int) -> Tensor:  # noqa: ARG001 - read from the graph
-    """The place of one gate's branch result in a flat graph; a copy of its argument.
-
-    Only ``fold`` puts it there, to know where in the graph of the whole model each evaluation scale acts.
-    """
-    return branch.clone()
-
-
-@mark.register_fake
-def _(branch: Tensor, gate: int) -> Tensor:  # noqa: ARG001 - the operator's signature
-    return torch.empty_like(branch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +193,7 @@ class Gate:
         room: For how many of `PARTS` rows a compiled graph has room: ``p``, or more while the rate changes.
         gathers: Whether a compiled graph gathers rows if ``by_cost``; a graph asks this, not `room`.
         compiler: What `surgeon.compile` compiles its branch with; None: nothing.
-        marked_as: While a fold looks on, the number that stands in the graph in place of the scale.
+        marked_as: While a fold looks on, the name that stands in the graph in place of the scale.
         tally: What it drew, where a `DepthMeter` counts that.
     """
 
@@ -216,7 +203,7 @@ class Gate:
     scale: float = 1.0
     settled: bool = False
     leftover: Leftover | None = None
-    marked_as: int | None = field(default=None, init=False, repr=False)
+    marked_as: str | None = field(default=None, init=False, repr=False)
     tally: Tally | None = field(default=None, init=False, repr=False)
     types: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     choices: dict[tuple[str, float], bool] = field(default_factory=dict, init=False, repr=False)

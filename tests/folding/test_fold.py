@@ -212,7 +212,7 @@ def test_an_ending_takes_the_scale_exactly(ending: str) -> None:
 def test_a_fold_done_wrong_is_seen(ending: str) -> None:
     branch, example, _ = ENDINGS[ending]
     model, x = randomised(Gated(branch())), example()
-    made = plan(model, (x,), {}, {0: SCALE})
+    made = plan(model, (x,), {}, {"0": SCALE})
     wrong = {
         "nothing": dataclasses.replace(made, steps=()),
         "twice": dataclasses.replace(made, steps=made.steps * 2),
@@ -222,11 +222,11 @@ def test_a_fold_done_wrong_is_seen(ending: str) -> None:
         "one missing": dataclasses.replace(made, steps=made.steps[1:]),
     }
     with torch.no_grad():
-        scaled(model, {0: SCALE})
+        scaled(model, {"0": SCALE})
         expected = model(x)
         for name, plan_of in wrong.items():
             damaged = copy.deepcopy(model)
-            commit(damaged, plan_of, {0: SCALE})
+            commit(damaged, plan_of, {"0": SCALE})
             scaled(damaged, {})
             assert difference(damaged(x), expected) > 1e-6, name
 
@@ -305,7 +305,7 @@ def test_a_refusal_says_why(ending: str) -> None:
     model = randomised(Gated(branch()))
     made = folds(model, example())
     assert made.steps == ()
-    assert made.kept == (Kept(0, reason),)
+    assert made.kept == (Kept("0", reason),)
     [kept] = made.kept
     assert not kept.operator or f" {kept.operator} " in reason
     assert not kept.module or f"'{kept.module}'" in reason

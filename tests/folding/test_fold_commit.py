@@ -58,7 +58,7 @@ def test_the_plan_leaves_everything_as_it_was() -> None:
     attributes = [{k: id(v) for k, v in vars(module).items()} for module in model.modules()]
     plain, python = torch.get_rng_state(), random.getstate()
     fast = torch.backends.mha.get_fastpath_enabled()
-    made = plan(model, (torch.randn(2, 5, 8),), {}, {0: SCALE})
+    made = plan(model, (torch.randn(2, 5, 8),), {}, {"0": SCALE})
     torch.set_rng_state(plain)  # the example itself was drawn after the state was taken
     assert made.steps
     after = model.state_dict(keep_vars=True)
@@ -77,18 +77,18 @@ def test_the_plan_leaves_everything_as_it_was() -> None:
 def test_the_plan_leaves_the_random_state_alone() -> None:
     model, x = Gated(Caching()), torch.randn(2, 5, 8)
     before = torch.get_rng_state()
-    plan(model, (x,), {}, {0: SCALE})
+    plan(model, (x,), {}, {"0": SCALE})
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_plan_is_the_same_in_training_mode() -> None:
     model, x = Gated(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(5))), tokens().float()
-    assert plan(model.train(), (x,), {}, {0: SCALE}) == plan(model.eval(), (x,), {}, {0: SCALE})
+    assert plan(model.train(), (x,), {}, {"0": SCALE}) == plan(model.eval(), (x,), {}, {"0": SCALE})
 
 
 def test_keyword_arguments_and_frozen_parameters() -> None:
     model = randomised(Gated(nn.Linear(8, 8))).requires_grad_(requires_grad=False)
-    assert exponents(plan(model, (), {"x": tokens()}, {0: SCALE})) == {"weight": 1, "bias": 1}
+    assert exponents(plan(model, (), {"x": tokens()}, {"0": SCALE})) == {"weight": 1, "bias": 1}
 
 
 # The commit.
@@ -97,7 +97,7 @@ def test_keyword_arguments_and_frozen_parameters() -> None:
 def test_the_commit_keeps_the_parameters() -> None:
     model = Gated(nn.Linear(8, 8))
     before = [(id(p), p.clone(), p.requires_grad) for p in model.parameters()]
-    commit(model, plan(model, (tokens().float(),), {}, {0: SCALE}), {0: SCALE})
+    commit(model, plan(model, (tokens().float(),), {}, {"0": SCALE}), {"0": SCALE})
     for (identity, value, grad), parameter in zip(before, model.parameters(), strict=True):
         assert (id(parameter), parameter.requires_grad) == (identity, grad)
         assert torch.equal(parameter, (value.double() * SCALE).float())  # rounded once
@@ -108,11 +108,11 @@ def test_the_inverse_scales_undo_the_fold() -> None:
         randomised(Gated(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), SqueezeExcite(4)))),
         image(),
     )
-    made = plan(model, (x,), {}, {0: SCALE})
+    made = plan(model, (x,), {}, {"0": SCALE})
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    commit(model, made, {0: 1 / SCALE})
+    commit(model, made, {"0": 1 / SCALE})
     assert not torch.equal(model.state_dict()["branch.1.weight"], before["branch.1.weight"])
-    commit(model, made, {0: SCALE})
+    commit(model, made, {"0": SCALE})
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=1e-14, atol=0)
 
@@ -132,56 +132,56 @@ def test_a_commit_that_fails_changes_nothing(
     damage: float, dtype: torch.dtype, scale: float, message: str
 ) -> None:
     model = Gated(nn.Linear(8, 8))
-    made = plan(model, (tokens().float(),), {}, {0: scale})
+    made = plan(model, (tokens().float(),), {}, {"0": scale})
     model.to(dtype)
     nn.init.constant_(model.branch.bias, damage)  # type: ignore[arg-type, union-attr]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(FoldError, match=message):
-        commit(model, made, {0: scale})
+        commit(model, made, {"0": scale})
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
 
 
 def test_single_weights_may_vanish_beside_larger_ones() -> None:
     model = Gated(nn.Linear(8, 8))
-    made = plan(model, (tokens().float(),), {}, {0: 0.3})
+    made = plan(model, (tokens().float(),), {}, {"0": 0.3})
     model.branch.weight.data[0, 0] = 1e-45  # type: ignore[union-attr, index]
-    commit(model, made, {0: 0.3})
+    commit(model, made, {"0": 0.3})
     assert model.branch.weight[0, 0] == 0  # type: ignore[union-attr, index]
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.5, float("nan"), float("inf")])
 def test_a_scale_must_be_positive(scale: float) -> None:
     model = Gated(nn.Linear(8, 8))
-    made = plan(model, (tokens().float(),), {}, {0: SCALE})
+    made = plan(model, (tokens().float(),), {}, {"0": SCALE})
     with pytest.raises(FoldError, match="only a finite scale above 0 can be folded"):
-        plan(model, (tokens().float(),), {}, {0: scale})
+        plan(model, (tokens().float(),), {}, {"0": scale})
     with pytest.raises(FoldError, match="only a finite scale above 0 can be folded"):
-        commit(model, made, {0: scale})
+        commit(model, made, {"0": scale})
     with pytest.raises(FoldError, match="no scale was given"):
         commit(model, made, {})
 
 
 def test_a_plan_for_another_model_is_refused() -> None:
-    made = FoldPlan((Step("branch.weight", 0, 1), Step("elsewhere.weight", 0, 1)), ())
+    made = FoldPlan((Step("branch.weight", "0", 1), Step("elsewhere.weight", "0", 1)), ())
     model = Gated(nn.Linear(8, 8))
     before = model.branch.weight.clone()  # type: ignore[union-attr, operator]
     with pytest.raises(FoldError, match=r"no parameter 'elsewhere\.weight'"):
-        commit(model, made, {0: 0.5})
+        commit(model, made, {"0": 0.5})
     assert torch.equal(model.branch.weight, before)  # type: ignore[arg-type]
 
 
 def test_meta_parameters_are_planned_but_not_written() -> None:
     model = Gated(nn.Linear(8, 8)).to("meta")
-    made = plan(model, (torch.randn(2, 5, 8, device="meta"),), {}, {0: SCALE})
+    made = plan(model, (torch.randn(2, 5, 8, device="meta"),), {}, {"0": SCALE})
     assert len(made.steps) == 2
     with pytest.raises(FoldError, match="on the meta device"):
-        commit(model, made, {0: SCALE})
+        commit(model, made, {"0": SCALE})
 
 
 def test_a_model_that_cannot_run_is_an_error() -> None:
     with pytest.raises(FoldError, match="could not run in evaluation mode"):
-        plan(Gated(nn.Linear(8, 8)), (torch.randn(2, 5),), {}, {0: SCALE})
+        plan(Gated(nn.Linear(8, 8)), (torch.randn(2, 5),), {}, {"0": SCALE})
 
 
 class Asking(nn.Module):
@@ -198,13 +198,14 @@ class Asking(nn.Module):
 def test_a_forward_that_asks_for_a_value_runs_on_real_tensors() -> None:
     model, x = randomised(Asking(Gated(nn.Linear(8, 8)))), tokens().abs()
     before = {name: (value.clone(), value._version) for name, value in model.state_dict().items()}
-    assert exponents(plan(model, (x,), {}, {0: SCALE})) == {"block.branch.weight": 1, "block.branch.bias": 1}
-    assert plan(model, (-x,), {}, {0: SCALE}).kept == (Kept(0, "the model's forward did not pass it"),)
+    made = plan(model, (x,), {}, {"0": SCALE})
+    assert exponents(made) == {"block.branch.weight": 1, "block.branch.bias": 1}
+    assert plan(model, (-x,), {}, {"0": SCALE}).kept == (Kept("0", "the model's forward did not pass it"),)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name][0])
         assert value._version == before[name][1]
     with pytest.raises(FoldError, match="neither on fake tensors nor on real ones"):
-        plan(model, (x.to("meta"),), {}, {0: SCALE})
+        plan(model, (x.to("meta"),), {}, {"0": SCALE})
 
 
 class Masked(Gated):
@@ -223,18 +224,18 @@ def test_a_mask_is_seen_to_be_fake(dtype: torch.dtype) -> None:
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
     if dtype != torch.bool:
         model.forward = lambda x, mask: Masked.forward(model, x, mask != 0)  # type: ignore[assignment, method-assign]
-    made = plan(model, (tokens(), mask.to(dtype)), {}, {0: SCALE})
+    made = plan(model, (tokens(), mask.to(dtype)), {}, {"0": SCALE})
     assert exponents(made) == {"weight": 1, "bias": 1}
 
 
 def test_a_plan_prints_well() -> None:
     steps = (
-        Step("a.weight", 0, 1),
-        Step("b.weight", 0, -1),
-        Step("table", 1, 1, rows=(2, 3)),
-        Step("w", 1, 1, (0, 4), 1),
+        Step("a.weight", "0", 1),
+        Step("b.weight", "0", -1),
+        Step("table", "1", 1, rows=(2, 3)),
+        Step("w", "1", 1, (0, 4), 1),
     )
-    made = FoldPlan(steps, (Kept(2, "the branch ends in silu, which does not commute with a scale"),))
+    made = FoldPlan(steps, (Kept("2", "the branch ends in silu, which does not commute with a scale"),))
     assert str(made).splitlines() == [
         "2 gates fold into 4 parameters, 1 keep a factor",
         "gate 0: a.weight *= scale",
@@ -260,13 +261,13 @@ def test_parameters_over_one_memory_are_all_written() -> None:
     (step,) = [step for step in made.steps if step.parameter.endswith("weight")]
     assert step.also == ("0.branch.other.weight",)
     expected = _scaled_by(twice, SCALE, x)
-    commit(twice, made, {0: SCALE})
+    commit(twice, made, {"0": SCALE})
     assert difference(_scaled_by(twice, 1.0, x), expected) < 1e-12
 
 
 @torch.no_grad()
 def _scaled_by(model: nn.Module, scale: float, x: Tensor) -> Tensor:
-    scaled(model, {0: scale})
+    scaled(model, {"0": scale})
     result: Tensor = model(x)
     scaled(model, None)
     return result
@@ -279,9 +280,9 @@ def test_a_parameter_that_repeats_a_number_is_not_written() -> None:
     assert exponents(made) == {"gain": 1}
     model.branch.gain = nn.Parameter(torch.full((1,), 0.7, dtype=torch.float64).expand(8))
     assert exponents(folds(model, tokens())) == weights("first")
-    both = FoldPlan((Step("branch.first.bias", 0, 1), *made.steps), ())
+    both = FoldPlan((Step("branch.first.bias", "0", 1), *made.steps), ())
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(FoldError, match="one number in memory"):
-        commit(model, both, {0: SCALE})
+        commit(model, both, {"0": SCALE})
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])

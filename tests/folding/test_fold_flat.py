@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import surgeon
 from surgeon._folding import flat as _flat
 from surgeon._folding.fold import plan
+from surgeon._mark import mark
 from surgeon.errors import FoldError
 
 Forward = Callable[[Any, Tensor], Tensor]
@@ -253,18 +254,18 @@ class Returning(nn.Module):
         self.first, self.form = nn.Linear(8, 8), form
 
     def forward(self, x: Tensor) -> Any:
-        feature = torch.ops.surgeon.mark(F.relu(self.first(x)), 0)
+        feature = mark(F.relu(self.first(x)), "0")
         branch = F.relu(self.first(x))
-        return self.form(x + torch.ops.surgeon.mark(branch, 0), branch + 0 * feature)
+        return self.form(x + mark(branch, "0"), branch + 0 * feature)
 
 
 @pytest.mark.parametrize(
     "form", [Slotted, Hidden, Callable_, lambda out, feature: {"out": [out, {"deep": (feature,)}]}]
 )
 def test_results_of_any_make_are_looked_into(form: Callable[[Tensor, Tensor], Any]) -> None:
-    made = plan(randomised(Returning(form)), (tokens(),), {}, {0: 0.7})
-    assert [kept.gate for kept in made.kept] == [0]
-    without = plan(randomised(Returning(lambda out, _: out)), (tokens(),), {}, {0: 0.7})
+    made = plan(randomised(Returning(form)), (tokens(),), {}, {"0": 0.7})
+    assert [kept.gate for kept in made.kept] == ["0"]
+    without = plan(randomised(Returning(lambda out, _: out)), (tokens(),), {}, {"0": 0.7})
     assert not without.kept
 
 
@@ -273,7 +274,7 @@ def test_results_of_any_make_are_looked_into(form: Callable[[Tensor, Tensor], An
 )
 def test_a_result_that_cannot_be_looked_into_is_refused(form: Callable[[Tensor, Tensor], Any]) -> None:
     with pytest.raises(FoldError, match="cannot be seen"):
-        plan(randomised(Returning(form)), (tokens(),), {}, {0: 0.7})
+        plan(randomised(Returning(form)), (tokens(),), {}, {"0": 0.7})
 
 
 class Averaging(nn.Module):
@@ -297,9 +298,9 @@ class Averaging(nn.Module):
 @pytest.mark.parametrize("replaced", [True, False])
 def test_state_that_evaluation_writes_is_a_result(replaced: bool) -> None:
     model = randomised(Gated(Averaging(replaced)))
-    made = plan(model, (tokens(),), {}, {0: 0.7})
+    made = plan(model, (tokens(),), {}, {"0": 0.7})
     assert made.kept
-    assert not plan(randomised(Gated(nn.Linear(8, 8))), (tokens(),), {}, {0: 0.7}).kept
+    assert not plan(randomised(Gated(nn.Linear(8, 8))), (tokens(),), {}, {"0": 0.7}).kept
 
 
 def test_an_argument_that_is_written_to_is_a_result() -> None:
@@ -311,10 +312,10 @@ def test_an_argument_that_is_written_to_is_a_result() -> None:
         def forward(self, x: Tensor, cache: Tensor) -> Tensor:
             y = F.relu(self.first(x))
             cache.copy_(y)
-            out: Tensor = x + torch.ops.surgeon.mark(y, 0)
+            out: Tensor = x + mark(y, "0")
             return out
 
-    assert plan(randomised(Storing()), (tokens(), torch.zeros_like(tokens())), {}, {0: 0.7}).kept
+    assert plan(randomised(Storing()), (tokens(), torch.zeros_like(tokens())), {}, {"0": 0.7}).kept
 
 
 # Memory under several names.
@@ -332,8 +333,8 @@ def test_a_plain_attribute_over_a_weight_blocks_it() -> None:
             return y if self.alias is None else y @ self.alias
 
     model = randomised(Aliased())
-    assert not plan(model, (tokens(),), {}, {0: 0.7}).kept
+    assert not plan(model, (tokens(),), {}, {"0": 0.7}).kept
     model.alias = model.gated.branch.weight.data
-    assert plan(model, (tokens(),), {}, {0: 0.7}).kept
+    assert plan(model, (tokens(),), {}, {"0": 0.7}).kept
     model.alias = model.gated.branch.weight.data.clone()
-    assert not plan(model, (tokens(),), {}, {0: 0.7}).kept
+    assert not plan(model, (tokens(),), {}, {"0": 0.7}).kept

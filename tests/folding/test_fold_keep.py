@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import surgeon
-from surgeon._folding import keep as _keep
+from surgeon import _scales
 from surgeon._folding.fold import FoldPlan
 from surgeon._gating.gated import gates_of, placed_gates
 from surgeon.errors import CheckpointError, FoldError, NotGatedError
@@ -107,15 +107,15 @@ def test_without_it_evaluation_jumps() -> None:
 @pytest.mark.parametrize("damage", ["one step missing", "the other way", "one step twice"])
 @torch.no_grad()
 def test_a_division_done_wrong_is_seen(damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    commit = _keep.commit
+    commit = _scales.commit
 
-    def wrong(model: nn.Module, plan: FoldPlan, scales: dict[int, float]) -> None:
+    def wrong(model: nn.Module, plan: FoldPlan, scales: dict[str, float]) -> None:
         if damage == "the other way":
             return commit(model, plan, {gate: 1 / scale for gate, scale in scales.items()})
         steps = plan.steps[1:] if damage == "one step missing" else (*plan.steps, plan.steps[0])
         return commit(model, FoldPlan(steps, plan.kept, plan.together), scales)
 
-    monkeypatch.setattr(_keep, "commit", wrong)
+    monkeypatch.setattr(_scales, "commit", wrong)
     model = randomise(Chain()).double().eval()
     expected = model(X.double())
     kept(model, X.double())

@@ -87,7 +87,7 @@ def test_a_weight_that_cannot_be_scaled_is_refused(parametrisation: type[nn.Modu
 def test_a_parametrisation_stays_one_after_the_fold() -> None:
     model = randomised(Gated(parametrizations.weight_norm(nn.Linear(8, 8))))
     twin = copy.deepcopy(model)
-    commit(twin, plan(model, (tokens(),), {}, {0: SCALE}), {0: SCALE})
+    commit(twin, plan(model, (tokens(),), {}, {"0": SCALE}), {"0": SCALE})
     assert parametrize.is_parametrized(twin.branch, "weight")
     assert list(twin.state_dict()) == list(model.state_dict())
     torch.testing.assert_close(twin.branch.weight, SCALE * model.branch.weight)
@@ -97,7 +97,7 @@ def test_a_parametrisation_stays_one_after_the_fold() -> None:
 def test_quantised_layers_are_refused() -> None:
     branch = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     model = quantize_dynamic(Gated(branch).eval(), {nn.Linear})
-    made = plan(model, (tokens().float(),), {}, {0: SCALE})
+    made = plan(model, (tokens().float(),), {}, {"0": SCALE})
     assert made.steps == ()
     assert made.kept[0].operator == "quantized.linear_dynamic"
 

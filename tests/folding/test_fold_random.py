@@ -73,11 +73,11 @@ def branches() -> st.SearchStrategy[nn.Module]:
 def test_a_random_branch_folds_exactly_or_is_kept(branch: nn.Module, seed: int) -> None:
     torch.manual_seed(seed)
     model, x = randomised(Gated(branch)), image()
-    made = plan(model, (x,), {}, {0: SCALE})
+    made = plan(model, (x,), {}, {"0": SCALE})
     assert bool(made.steps) != bool(made.kept)
     with torch.no_grad():
-        scaled(model, {0: SCALE})
+        scaled(model, {"0": SCALE})
         expected = model(x)
-        commit(model, made, {0: SCALE})
+        commit(model, made, {"0": SCALE})
         scaled(model, {kept.gate: SCALE for kept in made.kept})
         assert difference(model(x), expected) < 1e-12

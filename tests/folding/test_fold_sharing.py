@@ -29,7 +29,7 @@ from surgeon.errors import FoldError
 def dual_path(block: nn.Module, x: Tensor) -> Tensor:
     """Half of the channels go onto the shortcut, the other half beside it; in place, as users write it."""
     y = block.bn(block.conv(x)).relu()
-    y[:, :2] = torch.ops.surgeon.mark(y[:, :2], 0) if block.scale is None else y[:, :2] * block.scale
+    y[:, :2] = torch.ops.surgeon.mark(y[:, :2], "0") if block.scale is None else y[:, :2] * block.scale
     y[:, :2] += x[:, :2]
     return y
 
@@ -46,7 +46,7 @@ class Parts(Gated):
     def forward(self, x: Tensor) -> Tensor:
         return self.function(self, x)
 
-    def gated(self, branch: Tensor, gate: int = 0) -> Tensor:
+    def gated(self, branch: Tensor, gate: str = "0") -> Tensor:
         if self.scale is None:
             return torch.ops.surgeon.mark(branch, gate)
         return branch * self.scale
@@ -105,14 +105,14 @@ def test_a_table_read_as_a_whole_besides_is_not_split() -> None:
 
 def test_scaling_a_row_twice_is_seen() -> None:
     model, x = randomised(Parts(dual_path, conv=nn.Conv2d(4, 5, 1), bn=nn.BatchNorm2d(5))), image()
-    made = plan(model, (x,), {}, {0: SCALE})
+    made = plan(model, (x,), {}, {"0": SCALE})
     with torch.no_grad():
-        scaled(model, {0: SCALE})
+        scaled(model, {"0": SCALE})
         expected = model(x)
         for part in (None, (0, 3), (1, 2)):
             damaged = copy.deepcopy(model)
             steps = tuple(dataclasses.replace(step, rows=part) for step in made.steps)
-            commit(damaged, dataclasses.replace(made, steps=steps), {0: SCALE})
+            commit(damaged, dataclasses.replace(made, steps=steps), {"0": SCALE})
             scaled(damaged, {})
             assert difference(damaged(x), expected) > 1e-6, part
 
@@ -126,35 +126,35 @@ class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         branch = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
-        self.first, self.second = Gated(branch, 0), Gated(branch, 1)
+        self.first, self.second = Gated(branch, "0"), Gated(branch, "1")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.first(x))
 
 
 def test_tied_weights_fold_together_when_the_scales_agree() -> None:
-    made = folds(randomised(Twice()), tokens(), {0: SCALE, 1: SCALE})
+    made = folds(randomised(Twice()), tokens(), {"0": SCALE, "1": SCALE})
     assert [str(step) for step in made.steps] == [
         "gate 0: first.branch.1.weight *= scale",
         "gate 0: first.branch.1.bias *= scale",
     ]
-    assert made.together == ((0, 1),)
-    assert made.folded == (0, 1)
+    assert made.together == (("0", "1"),)
+    assert made.folded == ("0", "1")
 
 
 def test_tied_weights_stay_when_the_scales_disagree() -> None:
-    made = folds(randomised(Twice()), tokens(), {0: 0.5, 1: 0.6})
+    made = folds(randomised(Twice()), tokens(), {"0": 0.5, "1": 0.6})
     assert made.steps == ()
-    assert [kept.gate for kept in made.kept] == [0, 1]
+    assert [kept.gate for kept in made.kept] == ["0", "1"]
     assert "the parameter 'first.branch.1." in made.kept[0].reason
     assert "is also used outside of the branch" in made.kept[0].reason
 
 
 def test_gates_that_fold_together_must_keep_equal_scales() -> None:
     model = randomised(Twice())
-    made = plan(model, (tokens(),), {}, {0: SCALE, 1: SCALE})
-    with pytest.raises(FoldError, match=r"\(0, 1\) share weights and fold only with equal scales"):
-        commit(model, made, {0: 0.5, 1: 0.6})
+    made = plan(model, (tokens(),), {}, {"0": SCALE, "1": SCALE})
+    with pytest.raises(FoldError, match="the gates 0, 1 share weights and fold only with equal scales"):
+        commit(model, made, {"0": 0.5, "1": 0.6})
 
 
 def test_one_gate_passed_twice_is_one_gate() -> None:
@@ -176,7 +176,7 @@ def test_a_weight_also_used_on_the_shortcut_stays() -> None:
 def test_two_parameters_over_one_memory_are_one() -> None:
     model = randomised(Gated(nn.Linear(8, 8), shortcut=nn.Linear(8, 8)))
     model.shortcut.weight = nn.Parameter(model.branch.weight.data)  # type: ignore[union-attr, assignment]
-    made = plan(model, (tokens(),), {}, {0: SCALE})
+    made = plan(model, (tokens(),), {}, {"0": SCALE})
     assert not made.steps
     assert "'branch.weight' is also used outside of the branch" in made.kept[0].reason
 
@@ -184,7 +184,7 @@ def test_two_parameters_over_one_memory_are_one() -> None:
 def test_a_parameter_that_shares_part_of_its_memory_stays() -> None:
     model = randomised(Gated(nn.Linear(8, 8, bias=False)))
     model.register_parameter("view", nn.Parameter(model.branch.weight.data[:4]))  # type: ignore[union-attr, index]
-    made = plan(model, (tokens(),), {}, {0: SCALE})
+    made = plan(model, (tokens(),), {}, {"0": SCALE})
     assert not made.steps
 
 
@@ -192,32 +192,32 @@ def test_a_parameter_that_shares_part_of_its_memory_stays() -> None:
 
 
 def test_each_gate_takes_its_own_scale() -> None:
-    blocks = [Gated(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)), i) for i in range(4)]
+    blocks = [Gated(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)), name) for name in "0123"]
     model = randomised(nn.Sequential(*blocks, nn.Flatten(), nn.Linear(144, 3)))
-    made = folds(model, image(), {0: 0.9, 1: 0.5, 2: 0.1, 3: 1.7})
+    made = folds(model, image(), {"0": 0.9, "1": 0.5, "2": 0.1, "3": 1.7})
     assert [(s.parameter, s.gate) for s in made.steps] == [
-        (f"{i}.branch.1.{kind}", i) for i in range(4) for kind in ("weight", "bias")
+        (f"{i}.branch.1.{kind}", i) for i in "0123" for kind in ("weight", "bias")
     ]
 
 
 def test_nested_gates_multiply() -> None:
-    inner = Gated(nn.Linear(8, 8), 1, shortcut=nn.Linear(8, 8))
-    made = folds(randomised(Gated(inner, 0)), tokens(), {0: 0.9, 1: 0.5})
+    inner = Gated(nn.Linear(8, 8), "1", shortcut=nn.Linear(8, 8))
+    made = folds(randomised(Gated(inner, "0")), tokens(), {"0": 0.9, "1": 0.5})
     assert not made.kept
     both = {
         step.parameter: {s.gate for s in made.steps if s.parameter == step.parameter} for step in made.steps
     }
     assert both == {
-        "branch.branch.weight": {0, 1},
-        "branch.branch.bias": {0, 1},
-        "branch.shortcut.weight": {0},
-        "branch.shortcut.bias": {0},
+        "branch.branch.weight": {"0", "1"},
+        "branch.branch.bias": {"0", "1"},
+        "branch.shortcut.weight": {"0"},
+        "branch.shortcut.bias": {"0"},
     }
 
 
 def test_a_gate_the_forward_does_not_reach_is_kept() -> None:
-    made = plan(randomised(Gated(nn.Linear(8, 8))), (tokens(),), {}, {0: 0.5, 7: 0.5})
-    assert made.kept == (Kept(7, "the model's forward did not pass it"),)
+    made = plan(randomised(Gated(nn.Linear(8, 8))), (tokens(),), {}, {"0": 0.5, "7": 0.5})
+    assert made.kept == (Kept("7", "the model's forward did not pass it"),)
 
 
 def test_a_branch_value_returned_beside_the_output_stays() -> None:
@@ -225,7 +225,7 @@ def test_a_branch_value_returned_beside_the_output_stays() -> None:
         def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
             result = self.branch(x)
             factor = result if self.scale is None else result * self.scale
-            marked = torch.ops.surgeon.mark(result, 0) if self.scale is None else factor
+            marked = torch.ops.surgeon.mark(result, "0") if self.scale is None else factor
             return torch.cat([x + marked, result])
 
     made = folds(randomised(Escaping(nn.Linear(8, 8))), tokens())
@@ -234,5 +234,5 @@ def test_a_branch_value_returned_beside_the_output_stays() -> None:
 
 def test_the_search_is_cut_where_it_would_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_search, "_CHOICES", 1)
-    made = plan(Gated(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))), (tokens().float(),), {}, {0: SCALE})
-    assert made.kept == (Kept(0, "the search for a place to put the scale was cut after 1 tries"),)
+    made = plan(Gated(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))), (tokens().float(),), {}, {"0": SCALE})
+    assert made.kept == (Kept("0", "the search for a place to put the scale was cut after 1 tries"),)

@@ -37,7 +37,7 @@ def beside(function: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Tensor]
 def test_a_function_of_a_parameter_takes_the_scale(function: str) -> None:
     model = randomised(Gated(Of(beside(FUNCTIONS[function]), fc=nn.Linear(8, 8), alpha=torch.ones(8))))
     made = folds(model, tokens())
-    assert made.steps == (Step("branch.alpha", 0, 1, through=function),)
+    assert made.steps == (Step("branch.alpha", "0", 1, through=function),)
     assert str(made).splitlines()[1] == f"gate 0: {function}(branch.alpha) *= scale"
 
 
@@ -46,7 +46,7 @@ def test_a_factor_on_the_parameter_itself_is_seen() -> None:
     x, wrong = tokens(), copy.deepcopy(model)
     wrong.branch.alpha.data.mul_(SCALE)
     with torch.no_grad():
-        scaled(model, {0: SCALE})
+        scaled(model, {"0": SCALE})
         scaled(wrong, {})
         assert difference(wrong(x), model(x)) > 1e-3
 
@@ -90,13 +90,13 @@ def test_rows_of_a_table_under_a_function() -> None:
 def test_a_value_out_of_range_changes_nothing() -> None:
     model = randomised(Gated(Of(beside(torch.sigmoid), fc=nn.Linear(8, 8), alpha=torch.ones(8))))
     nn.init.constant_(model.branch.alpha, 3.0)
-    made = plan(model, (tokens(),), {}, {0: SCALE})
+    made = plan(model, (tokens(),), {}, {"0": SCALE})
     before = model.branch.alpha.clone()
     with pytest.raises(FoldError, match=r"no finite value of the parameter 'branch\.alpha' takes the scale"):
-        commit(model, made, {0: 1 / SCALE})
+        commit(model, made, {"0": 1 / SCALE})
     assert torch.equal(model.branch.alpha, before)
-    commit(model, made, {0: SCALE})
-    commit(model, made, {0: 1 / SCALE})
+    commit(model, made, {"0": SCALE})
+    commit(model, made, {"0": 1 / SCALE})
     torch.testing.assert_close(model.branch.alpha, before, rtol=1e-14, atol=0)
 
 
@@ -132,13 +132,13 @@ def test_a_norm_hands_a_scale_on_when_its_running_mean_takes_it_too() -> None:
 
 def test_a_running_mean_left_alone_is_seen() -> None:
     model, x = _cheap(), image()
-    made = plan(model, (x,), {}, {0: SCALE})
+    made = plan(model, (x,), {}, {"0": SCALE})
     steps = tuple(step for step in made.steps if not step.parameter.endswith("running_mean"))
     with torch.no_grad():
-        scaled(model, {0: SCALE})
+        scaled(model, {"0": SCALE})
         expected = model(x)
         scaled(model, {})
-        commit(model, dataclasses.replace(made, steps=steps), {0: SCALE})
+        commit(model, dataclasses.replace(made, steps=steps), {"0": SCALE})
         assert difference(model(x), expected) > 1e-3
 
 

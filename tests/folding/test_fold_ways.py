@@ -10,7 +10,7 @@ from folds import randomised
 from torch import Tensor, nn
 
 import surgeon
-from surgeon._folding import planning as _planning
+from surgeon._folding import ways as _ways
 from surgeon._gating.gated import gates_of
 from surgeon.errors import NotGatedError
 
@@ -169,7 +169,7 @@ def test_another_shape_with_the_same_laws_is_no_other_way(monkeypatch: pytest.Mo
 
     model = gated(Outer())
     assert folded(model, (X,), (X[:2],), (TOKENS.flatten(0, 1),)) == []
-    monkeypatch.setattr(_planning, "_laws", lambda flat: object())  # no two lists have the same laws then
+    monkeypatch.setattr(_ways, "_laws", lambda flat: object())  # no two lists have the same laws then
     with pytest.warns(UserWarning, match="called in another way"):
         surgeon.fold(model)
 

@@ -16,11 +16,12 @@ HOUSE = ROOT / "surgeon"
 ORDER = ["_tracing", "_finding", "_gating", "_folding", "", "_pruning", "_onnx", "cli"]
 """The folders as design.md has them; "" is what lies flat in the package."""
 FOR_ALL = {
-    f"surgeon.{room}" for room in ("errors", "_version", "_files", "_needs", "_plain", "_text", "_torch")
+    f"surgeon.{room}"
+    for room in ("errors", "_version", "_mark", "_files", "_needs", "_plain", "_text", "_torch")
 }
 TESTED_IN = {
     **{folder: {folder.removeprefix("_")} for folder in ORDER},
-    "": {"promises", "gating", "pruning", "recipes", "cli"},
+    "": {"promises", "gating", "folding", "pruning", "recipes", "cli"},
 }
 
 
@@ -99,6 +100,13 @@ def test_no_folder_imports_one_further_on() -> None:
     }
     assert [pair for (a, b), pair in folders.items() if ORDER.index(b) > ORDER.index(a)] == []
     assert ("_onnx", "") in folders and ("_gating", "_tracing") in folders
+
+
+def test_gates_and_folds_know_only_the_mark_of_each_other() -> None:
+    for one, other in (("_gating", "_folding"), ("_folding", "_gating")):
+        between = {o for room, path in ROOMS.items() if folder_of(room) == one for o in imports(path)}
+        assert not {room for room in between if folder_of(room) == other}, one
+        assert "surgeon._mark" in between
 
 
 def test_what_every_folder_may_use_uses_nothing_else() -> None:
