@@ -26,8 +26,7 @@ from torch import Tensor, nn
 
 from surgeon._files import beside, settle
 from surgeon._finding.findings import gate_name
-from surgeon._gating.block import KeepingBlock
-from surgeon._gating.gate import NOTE
+from surgeon._gating.block import NOTE, KeepingBlock
 from surgeon._gating.gated import is_gated, scales_by_name
 from surgeon._text import first_line
 from surgeon._version import __version__

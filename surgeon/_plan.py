@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from surgeon._finding.analysis import Analysis, Block, analyse, most_paths
+from surgeon._gating.decided import BranchFacts, Columns, Decision, Paths, Rounding, Scaling, Unit, Unused
 from surgeon._gating.forwards import Gating
-from surgeon._gating.gate import BranchFacts, Columns, Decision, Gate, Paths, Rounding, Scaling, Unit, Unused
+from surgeon._gating.gate import Gate
 from surgeon._gating.gated import first_weight, is_gated
 from surgeon._gating.preparation import prepare
 from surgeon._gating.ranks import Ranks, Sync

@@ -8,7 +8,7 @@ from torch import nn
 from surgeon._copy import copied
 from surgeon._folding.fold import FoldPlan, commit
 from surgeon._gating.block import check_class, ungate_block
-from surgeon._gating.gate import Leftover
+from surgeon._gating.decided import Leftover
 from surgeon._gating.gated import Placed, gated_blocks, is_gated, placed_gates, recorded_inputs
 from surgeon._scales import plan_gates, scales_of
 from surgeon._tracing.example import Example

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from surgeon._finding.findings import Refusal
-from surgeon._gating.gate import Gate, Leftover
+from surgeon._gating.decided import Leftover
+from surgeon._gating.gate import Gate
 from surgeon._gating.joins import survival
 from surgeon._text import Drawn, Part, count
 

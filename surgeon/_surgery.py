@@ -12,7 +12,8 @@ from torch import nn
 from surgeon._finding.analysis import analyse
 from surgeon._finding.findings import Findings
 from surgeon._gating.block import gate_block, ungate_block
-from surgeon._gating.gate import Decision, Paths, Rounding, Scaling, Unit, Unused, make_room
+from surgeon._gating.decided import Decision, Paths, Rounding, Scaling, Unit, Unused
+from surgeon._gating.gate import make_room
 from surgeon._gating.gated import Placed, grouped_gates, placed_gates
 from surgeon._gating.ranks import Sync
 from surgeon._gating.schedule import Schedule, drop_rates

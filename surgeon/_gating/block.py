@@ -8,7 +8,6 @@ have no weights, and ``children()`` of a block must stay what it was. `ungate_bl
 """
 
 import functools
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from surgeon._finding.findings import gate_name
+from surgeon._gating.around import inside, run_around
 from surgeon._gating.forwards import Gating
-from surgeon._gating.gate import NOTE
 from surgeon._tracing.trace import Made, Unannounced, portable, revived
-from surgeon.errors import CheckpointError, UnseenCallError, WrappedModelError
+from surgeon.errors import CheckpointError, WrappedModelError
+
+NOTE = "surgeon_scales"
+"""Where the metadata beside a ``state_dict`` notes the evaluation scales of a block's gates."""
 
 
 class GatedBlock(Unannounced, nn.Module):
@@ -181,8 +183,9 @@ def _twins(cls: type[nn.Module], kind: type[GatedBlock]) -> tuple[type[nn.Module
         gating = self.__dict__.get("_surgeon")
         if gating is None:
             return cls.forward(self, *args, **kwargs)
-        if gating.replaced is not None and gating.wrapped(self) and not _inside(self):
-            return _wrapped(self, gating, args, kwargs)
+        if gating.replaced is not None and gating.wrapped(self) and not inside(self):
+            needed = self.training or not gating.evaluates_plainly
+            return run_around(self, gating.replaced, args, kwargs, _block_name(self) if needed else "")
         if not self.training and gating.evaluates_plainly:
             return gating.forward(self)(self, *args, **kwargs)
         return gating.run(self, args, kwargs)
@@ -223,47 +226,6 @@ def settle_device(block: nn.Module) -> None:
     if gating is not None:
         for gate in gating.gates:
             gate.move(device)
-
-
-class _Running(threading.local):
-    """The blocks that run a forward put on them, on this thread, and whether that has come to the gates."""
-
-    def __init__(self) -> None:
-        self.calls: list[list[Any]] = []
-
-
-_running = _Running()
-
-
-def _inside(block: nn.Module) -> bool:
-    """Whether the forward that was put on ``block`` has called the gated one."""
-    if torch.compiler.is_compiling():
-        return True
-    calls = [call for call in _running.calls if call[0] is block]
-    for call in calls:
-        call[1] = True
-    return bool(calls)
-
-
-def _wrapped(block: nn.Module, gating: Gating, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Runs a forward that is no method of the block: it has to call the gated one, as accelerate's hooks do.
-
-    Raises:
-        UnseenCallError: It did not, where the gates have something to do.
-    """
-    call = [block, False]
-    _running.calls.append(call)
-    try:
-        result = gating.replaced(*args, **kwargs)
-    finally:
-        _running.calls.pop()
-    if not call[1] and (block.training or not gating.evaluates_plainly):
-        raise UnseenCallError(
-            f"{_block_name(block)}: its forward was replaced on the instance after surgeon.apply, and what "
-            "stands there does not come to its gates. Take them out before (surgeon.fold, surgeon.remove), "
-            "or put a method of the block there"
-        )
-    return result
 
 
 def gate_block(block: nn.Module, gating: Gating) -> None:

@@ -1,24 +1,25 @@
 """The gated forwards of a block: one for each way of calling it, and another when a new way comes."""
 
 import copy
-import functools
-import types
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from surgeon._finding.addition import Addition
 from surgeon._finding.concats import concats
 from surgeon._finding.findings import gate_name
 from surgeon._finding.flow import Flow
 from surgeon._finding.residual import meant
+from surgeon._gating.around import method_behind
 from surgeon._gating.gate import Gate
+from surgeon._gating.generated import Run
+from surgeon._gating.lifted import weights
 from surgeon._gating.places import Mark, again, located
-from surgeon._gating.splice import Run, Spliced, splice
-from surgeon._gating.ways import Arguments, forms
+from surgeon._gating.splice import Spliced, splice
+from surgeon._gating.ways import Arguments, forms, leaves, spoken
 from surgeon._torch import FakeTensorMode, global_forward_hooks, pytree
 from surgeon._tracing.below import Below
 from surgeon._tracing.facts import Trace
@@ -26,7 +27,6 @@ from surgeon._tracing.fake import held, to_fake
 from surgeon._tracing.key import Key
 from surgeon._tracing.nests import tensors
 from surgeon._tracing.oplog import OpLog
-from surgeon._tracing.state import attribute, kind
 from surgeon._tracing.trace import ONE_AT_A_TIME, plain_forward, trace
 from surgeon._tracing.undisturbed import no_inference_mode
 from surgeon.errors import TraceError, UnseenCallError
@@ -140,7 +140,7 @@ class Gating:
 
     def note_active(self, args: tuple[Any, ...], kwargs: dict[str, Any], log: OpLog) -> None:
         """Remembers which tensors among the block's arguments depend on a model input."""
-        self.active = {path: log.active(tensor) for path, tensor in _leaves(args, kwargs)}
+        self.active = {path: log.active(tensor) for path, tensor in leaves(args, kwargs)}
 
     def _extend(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
         """Traces the block anew for a way of calling it that was not seen before."""
@@ -157,7 +157,7 @@ class Gating:
         try:
             with no_inference_mode():
                 fake_args, fake_kwargs = to_fake(log.fake, (args, kwargs))
-                for path, tensor in _leaves(fake_args, fake_kwargs):
+                for path, tensor in leaves(fake_args, fake_kwargs):
                     if self.active.get(path, tensor.is_floating_point()):
                         log.root(tensor)
                 for real, fake in zip(
@@ -180,7 +180,7 @@ class Gating:
     def _warn_of_many(self, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         warnings.warn(
             f"{self.name or 'the model'} has been traced for {_MANY} ways of calling it, the last one "
-            f"({_pattern(args, kwargs)}). Its forward looks at numbers, sizes or attributes that keep "
+            f"({spoken(args, kwargs)}). Its forward looks at numbers, sizes or attributes that keep "
             "changing, and each new one costs a trace, which stays in memory: pass numbers as tensors, bring "
             f"sizes to a few values, or leave the block out (exclude={self.name or cls.__name__!r})",
             stacklevel=2,
@@ -240,18 +240,18 @@ class Gating:
 
     def forward(self, block: nn.Module) -> Any:
         """The function that the block runs: of its class as it is now, or one put on the block since."""
-        return (self.replaced is not None and _function(block, self.replaced)) or plain_forward(block)
+        return (self.replaced is not None and method_behind(block, self.replaced)) or plain_forward(block)
 
     def wrapped(self, block: nn.Module) -> bool:
         """Whether what was put on the block is no method of it, but something around its forward."""
-        return self.replaced is not None and _function(block, self.replaced) is None
+        return self.replaced is not None and method_behind(block, self.replaced) is None
 
     def forget(self) -> None:
         """Forgets every trace, so that the next call of each kind makes it anew."""
         self.runs, self.weights = {}, {}
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        called = _pattern(args, kwargs)
+        called = spoken(args, kwargs)
         return f"{self.name or 'the model'} is called in a way not seen on the example: ({called})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Gating":
@@ -268,15 +268,6 @@ class Gating:
         return {**self.__dict__, **fresh, "below": self.below.portable(), "key": self.key.portable()}
 
 
-def _function(block: nn.Module, held: Any) -> Any:
-    """The function behind a forward put on a block, to be called with it; None if it is no method of it."""
-    if isinstance(held, types.MethodType) and held.__self__ is block:
-        return held.__func__
-    if not isinstance(held, functools.partial) or held.keywords or held.args != (block,):
-        return None
-    return held.func if getattr(type(block), getattr(held.func, "__name__", ""), None) is held.func else None
-
-
 def _hooked(block: nn.Module) -> bool:
     """Whether hooks get the result of a block that may drop, which must not be the shortcut itself then."""
     hooked = block.training and bool(block._forward_hooks or global_forward_hooks)
@@ -286,24 +277,7 @@ def _hooked(block: nn.Module) -> bool:
 def _weights(block: nn.Module, found: Trace) -> frozenset[str]:
     """The children with weights, and the weights, that a trace has to do with."""
     targets = {str(node.target) for node in found.graph.nodes if node.op in ("call_module", "get_attr")}
-    held = ((name, attribute(block, name)) for name in targets)
-    return frozenset(
-        name
-        for name, value in held
-        if isinstance(value, Tensor)
-        or (isinstance(value, nn.Module) and any(True for _ in value.parameters()))
-    )
-
-
-def _pattern(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """The arguments of a call in words, tensors by shape, type and device."""
-    return ", ".join([str(kind(a, True)) for a in args] + [f"{k}={kind(v, True)}" for k, v in kwargs.items()])
-
-
-def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor among the arguments of a call, with its place in words."""
-    found, _ = pytree.tree_flatten_with_path((args, kwargs))
-    return ((pytree.keystr(path), leaf) for path, leaf in found if isinstance(leaf, Tensor))
+    return frozenset(name for name in targets if weights(block, [name]))
 
 
 # What the decorator torch.compiler.disable does, which would import the whole compiler with surgeon.

@@ -15,149 +15,23 @@ The drop rate may change while training runs; ``c`` never does, so evaluation do
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from surgeon._gating.cost import Cost, assumed, measured, pays
-from surgeon._gating.ranks import Ranks
+from surgeon._gating.decided import BranchFacts, Columns, Decision, Leftover
 from surgeon._gating.regions import Compiler
-from surgeon._mark import mark
 from surgeon._torch import transformed
 from surgeon._tracing.fake import held
-
-Unit = Literal["sample", "batch"]
-Scaling = Literal["inverted", "paper"]
-Paths = Literal["both", "local", "global"]
-Unused = Literal["auto", "zero", "none"]
-Rounding = Literal["random", "fixed"]
-Branch = Callable[..., Tensor]
 
 PARTS = 1 << 20
 CELLS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)
 """Drop rates at which a compiled graph's room for rows changes, shared by all gates of a model."""
-
-NOTE = "surgeon_scales"
-"""Where the metadata beside a ``state_dict`` notes the evaluation scales of a block's gates."""
-
-
-@dataclass(frozen=True, eq=False)
-class Decision:
-    """What one call of `surgeon.apply` decided for all of its gates, which share it.
-
-    Attributes:
-        unit: What one coin decides: each sample of the batch, or the mini-batch.
-        scaling: Where the correction goes.
-        schedule: The present schedule in words; its name, if it has one.
-        named: The named schedule by which a final drop rate counts, the latest; ``""`` if none was given.
-        overrides: Pattern and drop rate, as given.
-        by_cost: A branch is left uncomputed only where the arithmetic saved outweighs handling rows.
-        unused: What the parameters of a branch that did not run at all get: zero gradients, none, or zero
-            where `torch.distributed` is in use.
-        keep_eval: The weights were divided by the evaluation scales, so that evaluation stayed.
-        columns: What the joins of the network share.
-        rounding: How the number of rows that survive follows from ``p B``.
-        ranks: What ``sync="ranks"`` or ``"depth"`` shares among the gates; None where each rank draws alone.
-        ran: Names of the gated residual adds in the order in which they ran on the example.
-        args, kwargs: The example, its tensors on the meta device: shapes and types, no numbers.
-        dtype: Type of the model's weights then; None if it had none.
-    """
-
-    unit: Unit = "sample"
-    scaling: Scaling = "inverted"
-    schedule: str = "linear"
-    named: str = ""
-    overrides: tuple[tuple[str, float], ...] = ()
-    by_cost: bool = False
-    unused: Unused = "auto"
-    keep_eval: bool = False
-    columns: "Columns | None" = field(default=None, repr=False)
-    rounding: Rounding = "random"
-    ranks: Ranks | None = field(default=None, repr=False)
-    ran: tuple[str, ...] = field(default=(), repr=False)
-    args: tuple[Any, ...] = field(default=(), repr=False)
-    kwargs: dict[str, Any] = field(default_factory=dict, repr=False)
-    dtype: torch.dtype | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class BranchFacts:
-    """What was found of one gate's residual add and its branch.
-
-    Attributes:
-        ordinal: The add's place among the additions of its block.
-        kind: ``"identity"`` or ``"projection"``; ``"left"`` or ``"right"`` where ``include`` told the side of
-            the shortcut; ``"mean"`` for a join of paths, ``"concat"`` for new features.
-        depth: Its place in the longest chain of residual adds of its block, from 1.
-        flops_share: FLOPs of the branch over those of the whole model, in [0, 1].
-        skips: Whether a dropped branch can be left uncomputed.
-        flops: FLOPs of the branch's forward on one row.
-        moved: Bytes of one row of what the branch reads and of the shortcut.
-        statistics: It computes statistics over its rows, so it never runs on a single one of many.
-        dim: The dimension along which samples lie; where a gate skips it is 0.
-        note: Why it is computed also when dropped, or what was assumed; ``""`` otherwise.
-        paths: Of a join, how many paths it has.
-    """
-
-    ordinal: int = 0
-    kind: str = "identity"
-    depth: int = 1
-    flops_share: float = 0.0
-    skips: bool = False
-    flops: int = 0
-    moved: int = 0
-    statistics: bool = False
-    dim: int = 0
-    note: str = ""
-    paths: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Leftover:
-    """Why a fold has left one multiplication of a gate.
-
-    Attributes:
-        reason: In words.
-        operator: The operator that keeps the scale out of the weights, such as ``"silu"``; ``""`` if none.
-    """
-
-    reason: str
-    operator: str = ""
-
-
-@dataclass(eq=False)
-class Columns:
-    """What the joins of one network share: the column that a step was given.
-
-    Attributes:
-        mode: What is dropped: paths, all but a column, or both in turn.
-        count: How many columns the network has: the paths of its widest join.
-        lead: The gate that draws for all: the one that runs first.
-        drawn: The columns of this step, from 0, the shortest: one for each sample or for all; -1 where paths
-            are dropped by themselves. ``None`` before the first step.
-    """
-
-    mode: Paths
-    count: int
-    lead: "Gate | None" = field(default=None, repr=False)
-    drawn: Tensor | None = None
-
-    def draw(self, gate: "Gate", rows: int) -> Tensor:
-        """The columns of this step, of shape ``(rows,)``; drawn anew where the first join runs."""
-        self.lead = self.lead or gate
-        if self.drawn is None or gate is self.lead or len(self.drawn) != rows:
-            self.drawn = self._drawn(gate, rows)
-        return self.drawn
-
-    def _drawn(self, gate: "Gate", rows: int) -> Tensor:
-        numbers = gate.numbers(1 + rows)
-        columns = (numbers[1:] * self.count).long().clamp(max=self.count - 1)
-        by_themselves = {"local": numbers[:1] >= 0, "both": numbers[:1] < 0.5, "global": numbers[:1] < 0}
-        return torch.where(by_themselves[self.mode], -1, columns)
 
 
 @dataclass(eq=False)
@@ -217,7 +91,7 @@ class Gate:
         self.move(torch.device("cpu"))
 
     @property
-    def columns(self) -> "Columns | None":
+    def columns(self) -> Columns | None:
         """What a join shares with the others of its network; None if this is a residual add."""
         return self.decided.columns if self.branch.kind == "mean" else None
 
@@ -421,34 +295,3 @@ def make_room(gates: Sequence[Gate]) -> None:
             gate.decided.ranks.fates.clear()
         if gate.decided.rounding == "random" and highest:
             gate.make_room(round(PARTS * (1 - gate.drop_rate * cell / highest)))
-
-
-def open_gate() -> Gate:
-    """A gate that never drops and scales nothing: the sum as it was."""
-    return Gate(Decision(unit="batch"), BranchFacts(), 0.0)
-
-
-def masked_add(gate: Gate, shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:
-    """Training, the branch computed: ``shortcut + mask * branch``."""
-    # A compiled graph must not depend on the rate's value: it would be compiled anew with each change.
-    if is_compiling() or gate.drop_rate > 0:
-        branch = branch * gate.mask(branch)
-    elif gate.scale != 1.0:
-        branch = branch * gate.scale
-    return combine(shortcut, branch, onto)
-
-
-def evaluating_add(gate: Gate, shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:
-    """Evaluation: ``shortcut + c * branch``; while a fold looks on, a mark instead of the factor."""
-    if gate.marked_as is not None:
-        branch = mark(branch, gate.marked_as)
-    elif gate.scale != 1.0:
-        branch = branch * gate.scale
-    return combine(shortcut, branch, onto)
-
-
-def combine(shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:
-    """Adds the two sides as the original did: into one, ``"shortcut"`` or ``"branch"``, or apart (``""``)."""
-    if not onto:
-        return shortcut + branch
-    return shortcut.add_(branch) if onto == "shortcut" else branch.add_(shortcut)

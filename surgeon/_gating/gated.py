@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from surgeon._finding.findings import gate_name
 from surgeon._gating.block import gating_of
+from surgeon._gating.decided import Decision
 from surgeon._gating.forwards import Gating
-from surgeon._gating.gate import Decision, Gate
+from surgeon._gating.gate import Gate
 from surgeon._torch import pytree
 from surgeon._tracing.example import Example, inputs
 

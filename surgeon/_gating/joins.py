@@ -21,7 +21,8 @@ from surgeon._finding.addition import Addition
 from surgeon._finding.flow import Flow
 from surgeon._finding.joins import joins
 from surgeon._gating.gate import Gate
-from surgeon._gating.skip import with_idle
+from surgeon._gating.idle import with_idle
+from surgeon._gating.lifted import weights
 from surgeon._torch import under_vmap
 from surgeon._tracing.fake import held
 from surgeon._tracing.state import attribute
@@ -178,16 +179,8 @@ def _with_unused(gate: Gate, value: Tensor, block: nn.Module, names: Sequence[st
     """A value as it is, with a backward that reaches the weights which did not run, where it has to."""
     if not torch.is_grad_enabled() or (value.requires_grad and not gate.zeroes):
         return value
-    unused = [weight for weight in _weights(block, names) if weight.requires_grad]
+    unused = [weight for weight in weights(block, names) if weight.requires_grad]
     return with_idle(gate, value, unused) if unused else value
-
-
-def _weights(block: nn.Module, names: Sequence[str]) -> list[Tensor]:
-    found = []
-    for name in names:
-        value = attribute(block, name)
-        found += list(value.parameters()) if isinstance(value, nn.Module) else [value]
-    return [t for t in found if isinstance(t, Tensor)]
 
 
 def _run(block: nn.Module, node: fx.Node, env: dict[fx.Node, Any]) -> Any:

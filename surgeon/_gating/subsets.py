@@ -8,10 +8,10 @@ from torch import Tensor, fx, nn
 
 from surgeon._finding.addition import Addition
 from surgeon._finding.flow import Flow
-from surgeon._gating.gate import open_gate
+from surgeon._gating.adds import open_gate
+from surgeon._gating.lifted import Lifted
 from surgeon._gating.rowwise import Rowwise, nested, rowwise
 from surgeon._gating.samples import Samples
-from surgeon._gating.skip import Lifted
 from surgeon._tracing.nests import tensors
 
 

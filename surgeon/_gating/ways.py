@@ -1,5 +1,6 @@
-"""Arguments of a call without their numbers, so that the call can be made again later."""
+"""Arguments of a call without their numbers: to make it again later, and in words."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from surgeon._torch import pytree
-from surgeon._tracing.state import PLAIN
+from surgeon._tracing.state import PLAIN, kind
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -47,3 +48,14 @@ def zeros(
 
     arguments: Arguments = pytree.tree_map_only(Form, filled, made)
     return arguments
+
+
+def spoken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The arguments of a call in words, tensors by shape, type and device."""
+    return ", ".join([str(kind(a, True)) for a in args] + [f"{k}={kind(v, True)}" for k, v in kwargs.items()])
+
+
+def leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor among the arguments of a call, with its place in words."""
+    found, _ = pytree.tree_flatten_with_path((args, kwargs))
+    return ((pytree.keystr(path), leaf) for path, leaf in found if isinstance(leaf, Tensor))

@@ -15,7 +15,7 @@ from torch import fx
 from surgeon._finding.addition import Addition
 from surgeon._finding.flow import Flow
 from surgeon._finding.paths import writes_to
-from surgeon._gating.splice import fresh
+from surgeon._gating.writer import fresh
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from blocks import Of
 from torch import Tensor, nn
 
 import surgeon
-from surgeon._gating.gate import Scaling
+from surgeon._gating.decided import Scaling
 from surgeon._gating.gated import gates_of
 
 

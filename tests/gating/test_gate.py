@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth, stochastic_depth
 
 import surgeon
-from surgeon._gating.gate import BranchFacts, Decision, Gate
+from surgeon._gating.decided import BranchFacts, Decision
+from surgeon._gating.gate import Gate
 from surgeon._gating.gated import gates_of
 
 X = torch.zeros(2, 4)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import surgeon
 import surgeon._gating.gate as _gate
-from surgeon._gating.gate import BranchFacts, Decision, Gate
+from surgeon._gating.decided import BranchFacts, Decision
+from surgeon._gating.gate import Gate
 
 X = torch.zeros(2, 4)
 ALARM = 1e-7  # of one test of a frequency

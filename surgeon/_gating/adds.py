@@ -1,0 +1,46 @@
+"""What stands for a residual add whose branch is computed: masked in training, scaled in evaluation."""
+
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from surgeon._gating.decided import BranchFacts, Decision
+from surgeon._gating.gate import Gate
+from surgeon._mark import mark
+
+
+def open_gate() -> Gate:
+    """A gate that never drops and scales nothing: the sum as it was."""
+    return Gate(Decision(unit="batch"), BranchFacts(), 0.0)
+
+
+def masked_value(gate: Gate, value: Tensor) -> Tensor:
+    """Training, the branch computed: ``mask * value``."""
+    # A compiled graph must not depend on the rate's value: it would be compiled anew with each change.
+    if is_compiling() or gate.drop_rate > 0:
+        return value * gate.mask(value)
+    return value if gate.scale == 1.0 else value * gate.scale
+
+
+def evaluating_value(gate: Gate, value: Tensor) -> Tensor:
+    """Evaluation: ``c * value``; while a fold looks on, a mark instead of the factor."""
+    if gate.marked_as is not None:
+        marked: Tensor = mark(value, gate.marked_as)
+        return marked
+    return value if gate.scale == 1.0 else value * gate.scale
+
+
+def masked_add(gate: Gate, shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:
+    """Training, the branch computed: ``shortcut + mask * branch``."""
+    return combine(shortcut, masked_value(gate, branch), onto)
+
+
+def evaluating_add(gate: Gate, shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:
+    """Evaluation: ``shortcut + c * branch``."""
+    return combine(shortcut, evaluating_value(gate, branch), onto)
+
+
+def combine(shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:
+    """Adds the two sides as the original did: into one, ``"shortcut"`` or ``"branch"``, or apart (``""``)."""
+    if not onto:
+        return shortcut + branch
+    return shortcut.add_(branch) if onto == "shortcut" else branch.add_(shortcut)
