@@ -1,9 +1,11 @@
 """What a trace is: a graph, and for each of its nodes what is known from running it on fake values."""
 
 import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from surgeon._torch import traced_assert
@@ -12,6 +14,11 @@ from surgeon._tracing.key import Key
 from surgeon._tracing.nests import tensors
 from surgeon._tracing.oplog import Op
 from surgeon._tracing.reads import Reads
+
+_COIN = (
+    "its forward tosses a coin of its own: random numbers that it draws decide what runs. Set the rate of "
+    "that coin to 0 before surgeon.apply, as its gate is to take over"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +44,9 @@ class Fact:
     @property
     def flops(self) -> int:
         return sum(op.flops for op in self.ops)
+
+
+Facts = Mapping[fx.Node, Fact]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +90,36 @@ def _is_pure(node: fx.Node, fact: Fact) -> bool:
         return True
     computes = node.op in ("call_function", "call_method") and bool(fact.ops)
     return computes and not fact.writes and not any(op.random for op in fact.ops)
+
+
+def numbers_asked(facts: Facts, node: fx.Node, ran: Sequence[Op]) -> str:
+    """Why a trace ends where code asks for the numbers in a tensor."""
+    behind, todo = set[fx.Node](), [node]
+    while todo:
+        one = todo.pop()
+        behind.add(one)
+        todo += [n for n in one.all_input_nodes if n not in behind]
+    drawn = any(op.random for n in behind if n in facts for op in facts[n].ops)
+    if drawn or any(op.random for op in ran):
+        return _COIN
+    where = f"{node.target}, which it calls," if node.op == "call_module" else "its forward"
+    return (
+        f"{where} looks at the numbers in a tensor, which only a run tells. If they are drawn (a coin of "
+        "its own), set their rate to 0 before surgeon.apply"
+    )
+
+
+def made_here(facts: Facts, node: fx.Node) -> bool:
+    """Whether a value is an object that the forward made or got from a child, and no argument."""
+    while node.target in (getattr, operator.getitem):
+        node = node.all_input_nodes[0]
+    given = [fact.value for other, fact in facts.items() if other.op in ("placeholder", "get_attr")]
+    return not any(facts[node].value is value for value in given)
+
+
+def counts_pieces(facts: Facts, node: fx.Node) -> bool:
+    """Whether the length of the node's value follows from a size: pieces of a tensor, unless counted."""
+    pieces = bool(tensors(facts[node].value)) and node.op in ("call_function", "call_method")
+    given = [*node.args[1:2], *node.kwargs.values()]
+    counted = node.target in (torch.chunk, "chunk") or any(isinstance(a, (list, tuple)) for a in given)
+    return pieces and node.target is not list and not counted

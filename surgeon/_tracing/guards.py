@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgeon._torch import CHECKPOINTS, pytree
+from surgeon._tracing.leaves import applying
 from surgeon._tracing.nests import tensors
 from surgeon._tracing.outside import cached_functions
 from surgeon._tracing.state import PLAIN
@@ -53,27 +54,34 @@ _REGIONS = (
 _GRAD_REGIONS = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled)
 _UNBOUND = ("add", "add_", "sub", "sub_")  # torch.Tensor.add(a, b) takes no proxy
 # Their C parsers refuse a proxy as a size before any override of theirs is asked.
-_FACTORIES = (
-    *(
-        "arange",
-        "empty",
-        "eye",
-        "full",
-        "linspace",
-        "logspace",
-        "ones",
-        "rand",
-        "randint",
-        "randn",
-        "randperm",
-    ),
-    *("scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros"),
-    *("finfo", "iinfo"),
-)
-_QUESTIONS = (
-    *("is_grad_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled"),
-    *("get_autocast_dtype", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype"),
-)
+_FACTORIES = [
+    "arange",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "logspace",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+    "scalar_tensor",
+    "tensor",
+    "tril_indices",
+    "triu_indices",
+    "zeros",
+    "finfo",
+    "iinfo",
+]
+_QUESTIONS = [
+    "is_grad_enabled",
+    "is_autocast_enabled",
+    "is_autocast_cpu_enabled",
+    "get_autocast_dtype",
+    "get_autocast_cpu_dtype",
+    "get_autocast_gpu_dtype",
+]
 
 
 @contextmanager
@@ -93,9 +101,7 @@ def guarded(tracer: Listener, block: nn.Module) -> Iterator[None]:
         for name in _QUESTIONS:
             stack.enter_context(mock.patch.object(torch, name, _noting(tracer, getattr(torch, name))))
         asks = _stopping(tracer, torch.is_inference_mode_enabled, "its forward asks for the inference mode")
-        stack.enter_context(
-            mock.patch.object(torch, "is_inference_mode_enabled", asks)
-        )  # no trace runs in it
+        stack.enter_context(mock.patch.object(torch, "is_inference_mode_enabled", asks))
         for name in _FACTORIES:
             stack.enter_context(mock.patch.object(torch, name, _factory(tracer, getattr(torch, name))))
         functions = type(torch.autograd.Function)
@@ -142,30 +148,6 @@ def _leaving(tracer: Listener, leave: Callable[..., Any]) -> Callable[..., Any]:
             return leave(region, *error)
 
     return guard
-
-
-@functools.cache
-def under(target: Any, mode: bool) -> Any:
-    """A function, or a tensor's method, that runs with gradients on or off whatever is on around it.
-
-    Its ``plain`` is ``target``, its ``mode`` is ``mode``.
-    """
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.set_grad_enabled(mode):
-            return called(target, args, kwargs)
-
-    name = target if isinstance(target, str) else getattr(target, "__name__", "call")
-    call.__name__ = call.__qualname__ = f"{name.strip('_')}_{'with' if mode else 'without'}_grad"
-    call.plain, call.mode = target, mode  # type: ignore[attr-defined]
-    return call
-
-
-def called(target: Any, args: Any, kwargs: Any) -> Any:
-    """Calls a function, or by its name a method of the first argument."""
-    if isinstance(target, str):
-        return getattr(args[0], target)(*args[1:], **kwargs)
-    return target(*args, **kwargs)
 
 
 def line() -> str:
@@ -220,7 +202,7 @@ def _looking_up(tracer: Listener) -> Callable[[Any, str], Any]:
             if not tracer.listening or not any(isinstance(a, fx.Proxy) for a in given):
                 return found(*args)
             with tracer.deaf(), torch.set_grad_enabled(tracer.grad_mode):
-                return tracer.create_proxy("call_function", _caller(cls), given, {})
+                return tracer.create_proxy("call_function", applying(cls), given, {})
 
         return forward
 
@@ -269,11 +251,6 @@ def _stopped_checkpoint(tracer: Listener, checkpoint: Callable[..., Any]) -> Cal
     return guard
 
 
-def checkpointed(function: Callable[..., Any], options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """``torch.utils.checkpoint.checkpoint(function, *args, **options, **kwargs)``."""
-    return torch.utils.checkpoint.checkpoint(function, *args, **options, **kwargs)
-
-
 def _cached(tracer: Listener, function: Any) -> Any:
     """A leaf where a graph can hold its arguments, as it must keep what runs give it, not what traces do."""
 
@@ -304,14 +281,3 @@ def _scripted(tracer: Listener) -> Any:
         return tracer.create_proxy("call_function", run, args, kwargs)
 
     return guard
-
-
-@functools.cache
-def _caller(cls: Any) -> Callable[..., Any]:
-    """``cls.apply`` as a function that generated code can name."""
-
-    def apply(*args: Any, **kwargs: Any) -> Any:
-        return cls.apply(*args, **kwargs)
-
-    apply.__name__ = apply.__qualname__ = cls.__name__
-    return apply

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
+from surgeon._tracing.facts import Facts, counts_pieces, made_here
 from surgeon._tracing.state import PLAIN
 from surgeon.errors import TraceError
 
@@ -22,6 +23,7 @@ class Tracer(Protocol):
 
     create_proxy: Callable[..., Any]
     given: Any
+    facts: Facts
 
     def pin(self, proxy: "ValueProxy") -> Any:
         """The value of ``proxy``, for which alone the trace holds then."""
@@ -31,12 +33,6 @@ class Tracer(Protocol):
 
     def requires_grad(self, proxy: "ValueProxy") -> bool:
         """Whether a tensor requires a gradient."""
-
-    def counts_pieces(self, node: fx.Node) -> bool:
-        """Whether the length of a node's value follows from a size."""
-
-    def made_here(self, node: fx.Node) -> bool:
-        """Whether the forward made a node's value."""
 
     def deaf(self) -> AbstractContextManager[None]:
         """Inside, calls are surgeon's own."""
@@ -124,7 +120,7 @@ class ValueProxy(fx.Proxy):
             return iter(value)
         if not hasattr(value, "__getitem__"):  # a view of a dict
             return iter(self.tracer.create_proxy("call_function", list, (self,), {}))
-        if self.tracer.counts_pieces(self.node):
+        if counts_pieces(self.tracer.facts, self.node):
             self.tracer.pin(self)
         return iter([operator.getitem(self, i) for i in range(len(self))])
 
@@ -135,7 +131,7 @@ class ValueProxy(fx.Proxy):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("tracer", "node"):  # fx's own
             return super().__setattr__(name, value)
-        if isinstance(value, PLAIN) and self.tracer.made_here(self.node):
+        if isinstance(value, PLAIN) and made_here(self.tracer.facts, self.node):
             # No tensor comes to depend on it, so that the order of the lines is all there is to keep.
             self.tracer.create_proxy("call_function", setattr, (self, name, value), {})
             return None

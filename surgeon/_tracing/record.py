@@ -6,7 +6,6 @@ carries for each storage the set of model inputs and weights it depends on; so i
 two tensors that share ancestry and tells it from shape arithmetic. Hooks on every module note the calls.
 """
 
-import inspect
 import itertools
 import logging
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon._torch import FAKE_LOG, FakeTensorMode, pytree
-from surgeon._tracing.blame import is_internal
+from surgeon._tracing.blame import failure, is_internal
 from surgeon._tracing.fake import NESTED, storage, to_fake, twin
 from surgeon._tracing.nests import tensors
 from surgeon._tracing.oplog import OpLog
@@ -153,7 +152,7 @@ def record(
             if is_internal(error):
                 raise
             first = first or error
-    raise RecordError(_failure(model, args, kwargs, first)) from first
+    raise RecordError(failure(model, args, kwargs, first)) from first
 
 
 def _doubled(tensor: Tensor) -> Tensor:
@@ -276,37 +275,3 @@ def _watch(model: nn.Module, log: OpLog, calls: list[Call]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception | None) -> str:
-    takes = ", ".join(str(p) for p in list(inspect.signature(type(model).forward).parameters.values())[1:])
-    shapes = ", ".join(
-        [_brief(a) for a in args] + [f"{name}={_brief(value)}" for name, value in kwargs.items()]
-    )
-    return (
-        f"{type(model).__name__} could not be run on the example ({shapes}): "
-        f"{type(error).__name__}: {error}. {_unready(model)}"
-        f"Its forward takes ({takes}); give an example it accepts: "
-        "example=tensor, example=(a, b) or example={'name': value}"
-    )
-
-
-def _unready(model: nn.Module) -> str:
-    """What must be done to the model first; ``""`` if nothing is known."""
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and nn.parameter.is_lazy(tensor):
-            return f"{name} is lazy and has no shape yet: call the model once on real data first. "
-        if isinstance(tensor, Tensor) and tensor.is_quantized:
-            return f"{name} is quantized: put the gates in before the model is quantized. "
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            return f"{name} is TorchScript, which cannot be looked into: use the module it was made of. "
-        if any(isinstance(value, torch.ScriptObject) for value in module.__dict__.values()):
-            return f"{name} holds packed weights: put the gates in before the model is quantized. "
-    return ""
-
-
-def _brief(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    return repr(value) if isinstance(value, (int, float, str, bool, type(None))) else type(value).__name__

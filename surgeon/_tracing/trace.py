@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from surgeon._tracing.below import Below
+from surgeon._tracing.capture import Capture
 from surgeon._tracing.facts import Trace, drop_unused
 from surgeon._tracing.guards import guarded
 from surgeon._tracing.key import Key
@@ -16,7 +17,7 @@ from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.reads import Reads
 from surgeon._tracing.record import Call
 from surgeon._tracing.state import attribute, state
-from surgeon._tracing.tracer import BlockTracer, Capture
+from surgeon._tracing.tracer import BlockTracer
 from surgeon._tracing.undisturbed import undisturbed
 from surgeon.errors import TraceError
 
@@ -58,7 +59,7 @@ def trace(
     with ONE_AT_A_TIME:
         found = _mentioned(block, forward, below)
         around = _around(block, found)
-        tracer = BlockTracer(log, args, kwargs, replays or {}, reads, below)
+        tracer = BlockTracer(block, log, args, kwargs, replays or {}, reads, below)
         with undisturbed(block, beside=found.beside, left=left) as changed:
             with guarded(tracer, block), Capture(tracer):
                 try:
@@ -77,7 +78,7 @@ def trace(
     # The block's own mode is part of every key.
     attributes = tuple(sorted(reads.own - {"training"}))
     key = Key(tracer.exact, tracer.ambient, attributes, tracer.given.read, found.places)
-    return Trace(graph, tracer.facts, key, reads, Below(below.opened, tracer.stood))
+    return Trace(graph, tracer.facts, key, reads, Below(below.opened, tracer.runner.stood))
 
 
 def plain_forward(block: nn.Module) -> Any:
@@ -103,7 +104,7 @@ def _check_steady(
     for name in sorted(tracer.reads.own):
         if any(
             name == one or name.startswith((f"{one}.", f"{one}[")) or one.startswith(f"{name}.")
-            for one in tracer.unsteady
+            for one in tracer.runner.unsteady
         ):
             raise TraceError(f"its forward reads self.{name}, which a layer changes while it runs")
 

@@ -5,50 +5,41 @@ unpacking, `isinstance` and Python control flow see what they would see in the r
 and arithmetic on them stay symbolic in the graph. Where control flow consumes a size, the trace is ``exact``:
 it holds for these shapes only, and the splice makes another one when others arrive.
 
-Executing each node on fake values also tells what fx alone cannot: which tensors a node writes to in
-place (their version counters move), which values share storage, how many FLOPs a node costs, whether it
-draws random numbers.
+Executing each node on fake values (`_tracing.runner`) also tells what fx alone cannot: which tensors a node
+writes to in place (their version counters move), which values share storage, how many FLOPs a node costs,
+whether it draws random numbers.
 """
 
 import builtins
 import inspect
+import itertools
 import operator
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.immutable_collections import immutable_dict, immutable_list
-from torch.fx.node import map_arg
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import noop_context_fn
 
 from surgeon._text import first_line
-from surgeon._tracing.below import Below, StandIn
+from surgeon._tracing.below import Below
 from surgeon._tracing.blame import asks_numbers, is_internal
 from surgeon._tracing.canonical import canonical
-from surgeon._tracing.facts import Fact
-from surgeon._tracing.fake import storage
+from surgeon._tracing.facts import Fact, numbers_asked
 from surgeon._tracing.given import Given
-from surgeon._tracing.guards import called, checkpointed, line, under
-from surgeon._tracing.holders import Holder, holders
+from surgeon._tracing.guards import line
+from surgeon._tracing.leaves import checkpointed, under
 from surgeon._tracing.nests import tensors
-from surgeon._tracing.oplog import Op, OpLog
+from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.proxy import ValueProxy, isinstance_, sees
 from surgeon._tracing.reads import Reads, noted
 from surgeon._tracing.record import Call
+from surgeon._tracing.runner import DRAWS, Runner
 from surgeon._tracing.state import CONSTANTS, PLAIN, attribute, draws
-from surgeon._tracing.undisturbed import generators_kept, untouched
 from surgeon.errors import TraceError
-
-_DRAWS = "its forward draws random numbers from Python's or NumPy's generator"
-_COIN = (
-    "its forward tosses a coin of its own: random numbers that it draws decide what runs. Set the rate of "
-    "that coin to 0 before surgeon.apply, as its gate is to take over"
-)
 
 
 class BlockTracer(fx.Tracer):
@@ -58,6 +49,7 @@ class BlockTracer(fx.Tracer):
 
     def __init__(
         self,
+        block: nn.Module,
         log: OpLog,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -66,13 +58,10 @@ class BlockTracer(fx.Tracer):
         below: Below,
     ) -> None:
         super().__init__()
-        self._below = below
-        self.stood: dict[str, StandIn] = {}
-        self.unsteady: set[str] = set()  # what children change themselves, by dotted name
-        self.reads = reads
-        self._replays = {module: list(calls) for module, calls in replays.items()}
+        self._below, self.reads = below, reads
         self.log, self.args, self.kwargs = log, args, kwargs
-        self.facts: dict[fx.Node, Fact] = {}
+        self.runner = Runner(block, log, replays, below)
+        self.facts = self.runner.facts
         self.exact = False
         self.ambient = False
         self.given = Given(self.facts)
@@ -115,38 +104,8 @@ class BlockTracer(fx.Tracer):
                 return ask(value)
             except Exception as error:
                 if asks_numbers(error):
-                    raise TraceError(self._looks(proxy.node, ())) from error
+                    raise TraceError(numbers_asked(self.facts, proxy.node, ())) from error
                 raise
-
-    def _looks(self, node: fx.Node, ran: Sequence[Op]) -> str:
-        """Why a trace ends where code asks for the numbers in a tensor."""
-        behind, todo = set[fx.Node](), [node]
-        while todo:
-            one = todo.pop()
-            behind.add(one)
-            todo += [n for n in one.all_input_nodes if n not in behind]
-        drawn = any(op.random for n in behind if n in self.facts for op in self.facts[n].ops)
-        if drawn or any(op.random for op in ran):
-            return _COIN
-        where = f"{node.target}, which it calls," if node.op == "call_module" else "its forward"
-        return (
-            f"{where} looks at the numbers in a tensor, which only a run tells. If they are drawn (a coin of "
-            "its own), set their rate to 0 before surgeon.apply"
-        )
-
-    def made_here(self, node: fx.Node) -> bool:
-        """Whether a value is an object that the forward made or got from a child, and no argument."""
-        while node.target in (getattr, operator.getitem):
-            node = node.all_input_nodes[0]
-        given = [fact.value for other, fact in self.facts.items() if other.op in ("placeholder", "get_attr")]
-        return not any(self.facts[node].value is value for value in given)
-
-    def counts_pieces(self, node: fx.Node) -> bool:
-        """Whether the length of the node's value follows from a size: pieces of a tensor, unless counted."""
-        pieces = bool(tensors(self.facts[node].value)) and node.op in ("call_function", "call_method")
-        given = [*node.args[1:2], *node.kwargs.values()]
-        counted = node.target in (torch.chunk, "chunk") or any(isinstance(a, (list, tuple)) for a in given)
-        return pieces and node.target is not list and not counted
 
     def create_args_for_root(self, _root_fn: Any, _is_module: bool, _concrete_args: Any = None) -> Any:
         names = _argument_names(self._forward, self.args, self.kwargs)
@@ -170,7 +129,7 @@ class BlockTracer(fx.Tracer):
                 finally:
                     self.listening, builtins.isinstance = False, isinstance_
             if draws() != drawn:
-                raise TraceError(_DRAWS)
+                raise TraceError(DRAWS)
             return result
 
         return call, []
@@ -184,8 +143,7 @@ class BlockTracer(fx.Tracer):
         return value if isinstance(value, CONSTANTS) else self._wrap(node, value)
 
     def _wrap(self, node: fx.Node, value: Any) -> "ValueProxy":
-        proxy = ValueProxy(node, self, value)
-        self.proxies[node] = proxy
+        self.proxies[node] = proxy = ValueProxy(node, self, value)
         return proxy
 
     def proxy_of(self, node: fx.Node) -> "ValueProxy":
@@ -201,9 +159,8 @@ class BlockTracer(fx.Tracer):
         if isinstance(a, fx.Proxy):
             return a.node
         if is_dataclass(a) and not isinstance(a, type):
-            return self._emit(
-                "call_function", type(a), (), {f.name: getattr(a, f.name) for f in fields(a)}
-            ).node
+            held = {f.name: getattr(a, f.name) for f in fields(a)}
+            return self._emit("call_function", type(a), (), held).node
         if isinstance(a, tuple) and hasattr(a, "_fields"):
             return self._emit("call_function", type(a), tuple(a), {}).node
         known = not isinstance(a, Tensor) or isinstance(a, nn.Parameter) or a in self.tensor_attrs
@@ -213,11 +170,9 @@ class BlockTracer(fx.Tracer):
             made = super().create_arg(a)
         except NotImplementedError as error:
             raise TraceError(f"its forward hands on a value that a graph cannot hold: {error}") from error
-        if (
-            isinstance(made, fx.Node) and made not in self.facts
-        ):  # a tensor that no attribute access handed out
+        if isinstance(made, fx.Node) and made not in self.facts:  # no attribute access handed it out
             with self.deaf():
-                self._wrap(made, self._execute(made))
+                self._wrap(made, self.runner.run(made))
         return made
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *_: Any, **__: Any) -> Any:
@@ -232,7 +187,7 @@ class BlockTracer(fx.Tracer):
         kind, target = self._in_grad_mode(kind, target, args)
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
         try:
-            value = self._execute(node)
+            value = self.runner.run(node)
         except Exception:  # the forward may catch it: which way it goes then hangs on these shapes
             self.exact = True
             self.graph.erase_node(node)
@@ -280,7 +235,7 @@ class BlockTracer(fx.Tracer):
             raise TraceError(f"its forward gives torch.utils.checkpoint contexts of its own{line()}")
         with self.deaf():
             held = self.create_node("get_attr", ".".join(filter(None, (path, name))), (), {})
-            self._wrap(held, self._execute(held))
+            self._wrap(held, self.runner.run(held))
             return self._emit("call_function", checkpointed, (self.proxy_of(held), given, *args), kwargs)
 
     def requires_grad(self, proxy: ValueProxy) -> bool:
@@ -328,151 +283,9 @@ class BlockTracer(fx.Tracer):
         with self.deaf():
             return super().getattr(attr, attr_val, parameter_proxy_cache)
 
-    def _execute(self, node: fx.Node) -> Any:
-        """Runs one node on fake values and notes its facts."""
-        args, kwargs = _mutable(map_arg((node.args, node.kwargs), lambda n: self.facts[n].value))
-        read = tensors((args, kwargs))
-        recorded = self._recorded(node, read)
-        if recorded is not None:
-            self.unsteady |= {f"{node.target}.{name}" for name in recorded.changed}
-            self.facts[node] = Fact(
-                recorded.output,
-                frozenset(storage(t) for t in read),
-                frozenset(),
-                tuple(self.log.ops[recorded.first_op : recorded.last_op]),
-                any(self.log.active(t) for t in tensors(recorded.output)),
-            )
-            return recorded.output
-        versions = [t._version for t in read]
-        held = self._held(node)
-        start = len(self.log.ops)
-        self.log.touched.clear()
-        with torch.no_grad(), self.log.fake, self.log:
-            try:
-                value, ops = self._value_and_ops(node, args, kwargs, start)
-            except Exception as error:
-                if asks_numbers(error):
-                    raise TraceError(self._looks(node, self.log.ops[start:])) from error
-                raise
-        for given, holder in held:  # later readers of it would not be known to depend on this node
-            if holder.changed():
-                raise TraceError(f"its forward changes a {type(given).__name__} that it was given")
-        written = (t for t, version in zip(read, versions, strict=True) if t._version != version)
-        self.facts[node] = Fact(
-            value,
-            frozenset(storage(t) for t in read),
-            frozenset(storage(t) for t in written),
-            ops,
-            any(self.log.active(t) for t in tensors(value)),
-            frozenset({storage(t) for t in read} - {storage(t) for t in tensors(value)} - self.log.touched),
-        )
-        return value
-
-    def _value_and_ops(self, node: fx.Node, args: Any, kwargs: Any, start: int) -> tuple[Any, tuple[Op, ...]]:
-        """What a node gives, and what ran for it; or what stands for a child that only runs on numbers."""
-        stands = self._below.stand_ins.get(str(node.target)) if node.op == "call_module" else None
-        try:
-            value = self._call(node, args, kwargs)
-        except Exception:
-            given = tensors((args, kwargs))
-            if stands is None or stands.place >= len(given):
-                raise
-            self.stood[str(node.target)] = stands
-            return given[stands.place].clone(), stands.ops
-        return value, tuple(self.log.ops[start:])
-
-    def _recorded(self, node: fx.Node, read: list[Tensor]) -> Call | None:
-        """The recorded call that this node repeats, if its result can be taken as it is."""
-        module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
-        calls = self._replays.get(module) if module is not None else None
-        if not calls:
-            return None
-        call = calls.pop(0)
-        before = tensors((call.args, call.kwargs))
-        same = [(t.shape, t.dtype) for t in before] == [(t.shape, t.dtype) for t in read]
-        shared = {storage(t) for t in before} & {storage(t) for t in tensors(call.output)}
-        return call if same and not shared and not call.wrote and tensors(call.output) else None
-
-    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        if node.target is checkpointed:
-            return args[0](*args[2:], **kwargs)
-        if node.op == "call_function":
-            return called(getattr(node.target, "plain", node.target), args, kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        if node.op == "call_module":
-            return self._call_child(self.root.get_submodule(str(node.target)), args, kwargs)
-        value: Any = self.root
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        return self.log.shadow(value) if isinstance(value, Tensor) else value
-
-    def _call_child(self, child: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Runs a child, whose random numbers are its own affair unless it hands them to the forward."""
-        drawn, changed = draws(), list[str]()
-        # A hook on the child may change what the block holds; that is no doing of the forward's either.
-        with generators_kept(), untouched(self.root, changed, attributes_only=True):
-            value = child(*args, **kwargs)
-            if not tensors(value) and draws() != drawn:
-                raise TraceError(_DRAWS)
-        self.unsteady |= set(changed)
-        return value
-
-    def _held(self, node: fx.Node) -> list[tuple[Any, Holder]]:
-        """The nests and objects that a node gets and must not change, with what they hold; a child may."""
-        if node.target in (getattr, operator.getitem, setattr):
-            return []
-        child = node.op == "call_module"
-        kinds = (list, dict, set) if child else object
-        given = (self.facts[n].value for n in node.all_input_nodes)
-        nests = [v for v in given if isinstance(v, kinds) and not isinstance(v, (Tensor, *PLAIN))]
-        if child:
-            return [(nest, Holder.of("", nest)) for nest in nests]
-        return [(nest, holder) for nest in nests for holder in holders({"": nest})]
-
-
-class Capture(TorchFunctionMode):
-    """Puts torch calls without a proxy among their arguments (factories, ops on weights) into the graph."""
-
-    def __init__(self, tracer: BlockTracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if not self.tracer.listening or name in ("__get__", "__set__"):
-            return func(*args, **kwargs)
-        if (isinstance(func, _METHODS) or hasattr(func, "is_method")) and not name.startswith("__"):
-            return self.tracer.create_proxy("call_method", name, args, kwargs)
-        return self.tracer.create_proxy("call_function", _operator(func, name), args, kwargs)
-
-
-_METHODS = (type(Tensor.add), type(Tensor.__add__))
-
-
-def _operator(func: Any, name: str) -> Any:
-    """Tensor dunders as the ``operator`` functions that generated code can name."""
-    plain = name.strip("_")
-    if name.startswith("__") and isinstance(func, (*_METHODS, type(Tensor.__radd__))):
-        if plain.startswith("r") and hasattr(operator, plain[1:]):
-            return lambda a, b: getattr(operator, plain[1:])(b, a)
-        if hasattr(operator, plain):
-            return getattr(operator, plain)
-    return func
-
 
 def _is_tensor(given: Any) -> bool:
     return isinstance(given.__dict__["value"] if type(given) is ValueProxy else given, Tensor)
-
-
-def _mutable(tree: Any) -> Any:
-    """Fx keeps arguments in immutable lists and dicts; what is called may want to write to them."""
-    if isinstance(tree, immutable_list):
-        return [_mutable(item) for item in tree]
-    if isinstance(tree, immutable_dict):
-        return {key: _mutable(item) for key, item in tree.items()}
-    return tuple(_mutable(item) for item in tree) if type(tree) is tuple else tree
 
 
 def _global_state() -> tuple[bool, ...]:
@@ -481,9 +294,7 @@ def _global_state() -> tuple[bool, ...]:
 
 def _argument_names(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
     """Readable, distinct placeholder names for the arguments as called."""
-    names = []
     parameters = list(inspect.signature(forward).parameters.values())[1:]
-    for i in range(len(args)):
-        plain = i < len(parameters) and parameters[i].kind is not inspect.Parameter.VAR_POSITIONAL
-        names.append(parameters[i].name if plain else f"arg_{i}")
-    return names + list(kwargs)
+    named = itertools.takewhile(lambda p: p.kind is not inspect.Parameter.VAR_POSITIONAL, parameters)
+    names = [parameter.name for parameter in named][: len(args)]
+    return [*names, *(f"arg_{place}" for place in range(len(names), len(args))), *kwargs]
