@@ -1,9 +1,11 @@
 """What `surgeon.apply` will do, before it does it."""
 
+import functools
+import inspect
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
 from torch import Tensor, nn
 
@@ -28,7 +30,8 @@ _TOLD = ("shortcut", "branch", "replaces", "shape", "parameters", "activations")
 class Settings:
     """What `surgeon.plan` and `surgeon.apply` are asked for; the attributes are their arguments."""
 
-    schedule: Schedule = "linear"
+    schedule: Schedule | Plan = "linear"
+    _: KW_ONLY
     drop_rate: float = 0.5
     unit: Unit = "sample"
     scaling: Scaling = "inverted"
@@ -63,8 +66,19 @@ class Settings:
         if self.skip not in (True, False, "auto"):
             raise UsageError(f"skip is {self.skip!r}; give True, False or 'auto'")
         self._check_draws()
-        if isinstance(self.schedule, str):
-            drop_rates(self.schedule, self.drop_rate, ["any"])
+        if isinstance(self.rule, str):
+            drop_rates(self.rule, self.drop_rate, ["any"])
+
+    @property
+    def rule(self) -> Schedule:
+        """The schedule.
+
+        Raises:
+            UsageError: It is a plan.
+        """
+        if isinstance(self.schedule, Plan):
+            raise UsageError("the schedule is a plan, which surgeon.apply(model, plan) carries out")
+        return self.schedule
 
     def _check_draws(self) -> None:
         if self.rounding == "fixed" and (self.unit == "batch" or self.skip is False):
@@ -77,6 +91,35 @@ class Settings:
             raise UsageError(
                 "sync='depth' is about whole branches, and this is unit='sample'; give unit='batch'"
             )
+
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+OfSettings = Callable[[nn.Module, Settings], Result]
+OfArguments = Callable[Concatenate[nn.Module, Given], Result]
+
+
+def asks(settings: Callable[Given, Settings]) -> Callable[[OfSettings[Result]], OfArguments[Given, Result]]:
+    """Lets a function of a model and its settings take these as arguments."""
+    listed = inspect.signature(settings).parameters.values()
+
+    def asking(function: OfSettings[Result]) -> OfArguments[Given, Result]:
+        own = inspect.signature(function)
+        signature = own.replace(parameters=[next(iter(own.parameters.values())), *listed])
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Result:
+            try:
+                given = signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"surgeon.{function.__name__}: {error}") from None
+            model, *rest = given.args
+            return function(model, settings(*rest, **given.kwargs))
+
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        return call
+
+    return asking
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,24 +140,8 @@ class Prepared:
     kwargs: dict[str, Any]
 
 
-def plan(  # noqa: PLR0913 - those of `apply`
-    model: nn.Module,
-    schedule: Schedule = "linear",
-    *,
-    drop_rate: float = 0.5,
-    unit: Unit = "sample",
-    scaling: Scaling = "inverted",
-    keep_eval: bool = False,
-    skip: bool | Literal["auto"] = "auto",
-    unused: Unused = "auto",
-    sync: Sync = "none",
-    rounding: Rounding = "random",
-    paths: Paths = "both",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    overrides: Mapping[str, float] | None = None,
-    example: Example = None,
-) -> Plan:
+@asks(Settings)
+def plan(model: nn.Module, settings: Settings) -> Plan:
     """Says what `apply` would do with the same arguments; the model is left as it was.
 
     Printing the plan gives a table: every residual add with its survival probability, whether a dropped
@@ -130,8 +157,7 @@ def plan(  # noqa: PLR0913 - those of `apply`
         WrappedModelError: The model is wrapped.
         RecordError: The model does not run on the example.
     """
-    how = (drop_rate, unit, scaling, keep_eval, skip, unused, sync, rounding, paths)
-    return prepared(model, Settings(schedule, *how, include, exclude, overrides, example)).plan
+    return prepared(model, settings).plan
 
 
 def prepared(model: nn.Module, settings: Settings) -> Prepared:
@@ -207,8 +233,8 @@ def _decision(
     return Decision(
         unit=settings.unit,
         scaling=settings.scaling,
-        schedule=schedule_text(settings.schedule),
-        named=settings.schedule if isinstance(settings.schedule, str) else "",
+        schedule=schedule_text(settings.rule),
+        named=settings.rule if isinstance(settings.rule, str) else "",
         overrides=tuple((settings.overrides or {}).items()),
         by_cost=settings.skip == "auto" and settings.unit == "sample",
         unused=settings.unused,
@@ -230,7 +256,7 @@ def _gates(analysis: Analysis, settings: Settings, decided: Decision) -> dict[st
         return {}
     residuals = [residual for residual, _ in adds]
     blocks, depths = [r.block for r in residuals], [r.depth for r in residuals]
-    rates = drop_rates(settings.schedule, settings.drop_rate, blocks, decided.ran, settings.overrides, depths)
+    rates = drop_rates(settings.rule, settings.drop_rate, blocks, decided.ran, settings.overrides, depths)
     flops, gates = max(analysis.recording.flops, 1), dict[str, Gate]()
     for (residual, addition), rate in zip(adds, rates, strict=True):
         share = residual.flops / flops

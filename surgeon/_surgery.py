@@ -5,20 +5,18 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 from torch import nn
 
 from surgeon._finding.analysis import analyse
 from surgeon._finding.findings import Findings
 from surgeon._gating.block import gate_block, ungate_block
-from surgeon._gating.decided import Decision, Paths, Rounding, Scaling, Unit, Unused
+from surgeon._gating.decided import Decision
 from surgeon._gating.gate import make_room
 from surgeon._gating.gated import Placed, grouped_gates, placed_gates
-from surgeon._gating.ranks import Sync
 from surgeon._gating.schedule import Schedule, drop_rates
 from surgeon._plain import check_plain, held_elsewhere
-from surgeon._plan import Prepared, Settings, prepared, replanned
+from surgeon._plan import Prepared, Settings, asks, prepared, replanned
 from surgeon._report import Plan, Status, gate_status, schedule_text
 from surgeon._scales import check_state_is_free, divide
 from surgeon._tracing.example import Example, inputs
@@ -55,24 +53,8 @@ def find(
     return analyse(model, *inputs(model, example), include, exclude).findings
 
 
-def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
-    model: nn.Module,
-    schedule: Schedule | Plan = "linear",
-    *,
-    drop_rate: float = 0.5,
-    unit: Unit = "sample",
-    scaling: Scaling = "inverted",
-    keep_eval: bool = False,
-    skip: bool | Literal["auto"] = "auto",
-    unused: Unused = "auto",
-    sync: Sync = "none",
-    rounding: Rounding = "random",
-    paths: Paths = "both",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    overrides: Mapping[str, float] | None = None,
-    example: Example = None,
-) -> nn.Module:
+@asks(Settings)
+def apply(model: nn.Module, settings: Settings) -> nn.Module:  # noqa: D417 - the arguments are what it asks for
     """Puts a stochastic-depth gate on every residual add of ``model``, in place, and returns ``model``.
 
     The object, its class, its methods, its ``state_dict`` keys and its Parameters stay what they were; with
@@ -134,36 +116,19 @@ def apply(  # noqa: PLR0913 - each a decision of its own, by keyword only
         RecordError: The model does not run on the example.
         FoldError: ``keep_eval``, and no weight can take the scale of some gate; nothing was changed.
     """
-    given = Settings(
-        "linear" if isinstance(schedule, Plan) else schedule,
-        *(
-            drop_rate,
-            unit,
-            scaling,
-            keep_eval,
-            skip,
-            unused,
-            sync,
-            rounding,
-            paths,
-            include,
-            exclude,
-            overrides,
-            example,
-        ),
-    )
-    if isinstance(schedule, Plan):
-        if told := given.given():
+    if isinstance(settings.schedule, Plan):
+        if told := replace(settings, schedule="linear").given():
             raise UsageError(
                 f"a plan has settled everything; leave out {', '.join(told)}, or make a new plan"
             )
-        work = replanned(model, schedule)
+        work = replanned(model, settings.schedule)
     else:
-        work = prepared(model, given)
+        work = prepared(model, settings)
     elsewhere = held_elsewhere(model) if work.decided.scaling == "paper" else ()
     install(model, work)
     for held in elsewhere:
-        warnings.warn(f"{held}. scaling='inverted' trains alike and needs no scales", stacklevel=2)
+        warning = f"{held}. scaling='inverted' trains alike and needs no scales"
+        warnings.warn(warning, stacklevel=3)  # for the line that called what `asks` made
     return model
 
 

@@ -8,7 +8,7 @@ from blocks import Plain, Twice, grads, randomise, same
 from torch import nn
 
 import surgeon
-from surgeon._gating import rowops, skip
+from surgeon._gating import lifted, rowops
 
 
 @pytest.mark.parametrize("block", [Plain, Twice])
@@ -27,7 +27,7 @@ def test_both_ways_give_the_same_bits(
 
     monkeypatch.setattr(rowops.Join, "forward", staticmethod(count))
     for small in (0, rowops.SMALL):
-        for room in (rowops, skip):
+        for room in (rowops, lifted):
             monkeypatch.setattr(room, "SMALL", small)
         net = copy.deepcopy(model)
         leaf = x.clone().requires_grad_()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from surgeon._gating import rowops, skip
+from surgeon._gating import lifted, rowops
 from surgeon._gating.gate import Gate
 from surgeon._gating.gated import gated_blocks, gates_of
 
@@ -21,7 +21,7 @@ IMAGE = torch.zeros(2, 3, 5, 5)
 @pytest.fixture(autouse=True)
 def _large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor counts as large: in small ones nothing is gained by not keeping rows twice."""
-    for room in (rowops, skip):
+    for room in (rowops, lifted):
         monkeypatch.setattr(room, "SMALL", 0)
 
 
