@@ -5,18 +5,25 @@ has happened since `apply`: `load(save(model))` evaluates as the model did.
 """
 
 import copy
+import json
 import random
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from blocks import Plain, randomise
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import surgeon
+from surgeon._checkpoint import read_state
 from surgeon._gating.gated import grouped_gates, placed_gates
+from surgeon._load import noted_scales
 
 X = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 SCALINGS: dict[str, dict[str, Any]] = {
@@ -249,19 +256,96 @@ def test_a_shallow_copy_of_a_block_is_no_second_gate() -> None:
     assert len(names) == len(set(names)) == 5
 
 
-@pytest.mark.parametrize("scaling", ["paper", "paper, kept"])
-@pytest.mark.parametrize("seed", range(6))
-def test_moves_upon_moves(seed: int, scaling: str, tmp_path: Path) -> None:
-    """Blocks drawn with replacement, twice, and built in or cut: load(save(m)) is the identity."""
-    draw = random.Random(seed)  # noqa: S311 - no secret
-    model: Any = surgeon.apply(randomise(Net(5)).double(), drop_rate=0.6, example=X, **SCALINGS[scaling])
-    for _ in range(2):
-        picked(*draw.choices(range(len(model.blocks)), k=draw.randint(1, 6)))(model)
-    model = draw.choice([lambda m: m, Detector, lambda m: m.blocks, nn.Sequential])(model).eval()
-    expected, kind = model(X), draw.choice(["pt", "safetensors"])
-    path = saved(model, tmp_path / f"model.{kind}")
-    plain = stock(model)
+def insert(model: Any, blocks: list[nn.Module], draw: Callable[..., int]) -> nn.Module:
+    return put(model, [*blocks, randomise(Plain(), seed=draw(0, 9)).double()])  # without a gate
+
+
+def put(model: Any, blocks: Sequence[nn.Module]) -> nn.Module:
+    """The same network, with these blocks."""
+    network(model).blocks = nn.Sequential(*blocks)
+    return model
+
+
+def network(model: nn.Module) -> Any:
+    """The network inside of whatever it was built into."""
+    return next(module for module in model.modules() if isinstance(module, Net))
+
+
+MOVES: dict[str, Callable[[Any, list[nn.Module], Callable[..., int]], nn.Module]] = {
+    "permute": lambda model, blocks, draw: put(
+        model,
+        random.Random(draw(0, 99)).sample(blocks, len(blocks)),  # noqa: S311 - no secret
+    ),
+    "delete": lambda model, blocks, draw: put(model, blocks[:1] + blocks[1 + draw(1, 3) :]),
+    "duplicate": lambda model, blocks, draw: put(
+        model, [*blocks, randomise(copy.deepcopy(blocks[draw(0, len(blocks) - 1)]), seed=draw(0, 9)).double()]
+    ),
+    "in two places": lambda model, blocks, draw: put(model, [*blocks, blocks[draw(0, len(blocks) - 1)]]),
+    "insert": insert,
+    "nest": lambda model, _blocks, draw: [Detector, nn.Sequential, lambda m: nn.Sequential(nn.Tanh(), m)][
+        draw(0, 2)
+    ](model),
+}
+
+
+def moved(model: nn.Module, data: st.DataObject) -> nn.Module:
+    """After up to five moves, one upon another, and perhaps cut to its blocks, in evaluation."""
+
+    def draw(low: int, high: int) -> int:
+        return data.draw(st.integers(low, high))
+
+    for move in data.draw(st.lists(st.sampled_from(list(MOVES)), max_size=5)):
+        model = MOVES[move](model, list(network(model).blocks), draw)
+    return (network(model).blocks if data.draw(st.booleans()) else model).eval()
+
+
+def is_the_identity(scaling: str, data: st.DataObject) -> None:
+    """Into a stock twin, one with gates of another schedule, and the very model, from both file formats."""
+    gated = surgeon.apply(randomise(Net()).double(), drop_rate=0.6, example=X, **SCALINGS[scaling])
+    model = moved(gated, data)
+    expected = model(X)
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("pt", "safetensors"):
+            path, plain = saved(model, Path(folder) / f"model.{kind}"), stock(model)
+            other = surgeon.apply(
+                copy.deepcopy(plain), "uniform", drop_rate=0.3, scaling="paper", keep_eval=True, example=X
+            )
+            for target in (plain, other):
+                surgeon.load(target, path, example=X)
+                assert torch.allclose(target(X), expected, rtol=1e-10, atol=1e-12), kind
+            assert not surgeon.load(model, path, example=X).converted
+            assert torch.equal(model(X), expected)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@given(data=st.data())
+@settings(max_examples=4, deadline=None, derandomize=True)
+def test_load_of_save_is_the_identity_after_any_moves(scaling: str, data: st.DataObject) -> None:
+    is_the_identity(scaling, data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scaling", SCALINGS)
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_load_of_save_is_the_identity_after_many_moves(scaling: str, data: st.DataObject) -> None:
+    is_the_identity(scaling, data)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_a_part_of_what_was_saved(kind: str, scaling: str, tmp_path: Path) -> None:
+    """The encoder's part of a file of the whole network, under names of its own, in a network of its own."""
+    model = surgeon.apply(randomise(Net()).double(), drop_rate=0.6, example=X, **SCALINGS[scaling]).eval()
+    state, metadata = read_state(saved(model, tmp_path / f"whole.{kind}"))
+    part = {name.removeprefix("blocks."): t for name, t in state.items() if name.startswith("blocks.")}
+    scales = {name.removeprefix("blocks."): scale for name, scale in noted_scales(metadata).items()}
+    plain = stock(model.blocks)
+    path = tmp_path / "part.safetensors"
+    save_file(part, path, {"weights": "gated", "scales": json.dumps(scales)})
     surgeon.load(plain, path, example=X)
-    assert torch.allclose(plain(X), expected, rtol=1e-10, atol=1e-12)
-    assert not surgeon.load(model, path, example=X).converted
-    assert torch.equal(model(X), expected)
+    assert torch.allclose(plain(X), model.blocks(X), rtol=1e-10, atol=1e-12)
+    if scaling == "paper":  # negative control
+        save_file(part, path, {"weights": "stock"})
+        surgeon.load(plain, path, example=X)
+        assert (plain(X) - model.blocks(X)).abs().max() > 1e-3
