@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import inspect
 import json
 import os
@@ -88,13 +89,12 @@ class Output:
     @contextlib.contextmanager
     def working(self, text: str) -> Iterator[None]:
         """Shows that work goes on, where somebody watches."""
-        from rich.console import Console
-
-        console = Console(stderr=True, highlight=False)
-        if self.quiet or not console.is_terminal:
+        if self.quiet or not sys.stderr.isatty():
             yield
             return
-        with console.status(text):
+        from rich.console import Console
+
+        with Console(stderr=True, highlight=False).status(text):
             yield
 
 
@@ -154,6 +154,8 @@ def _guarded(out: Output, body: Callable[[], int | None]) -> int:
             raise
         except Exception as error:  # noqa: BLE001 - the last resort: a bug, said in one line.
             return _failed(out, error, f"unexpected {type(error).__name__}: {error}; --debug shows where")
+        finally:
+            gc.unfreeze()  # what `load_subject` kept from the collector
 
 
 def _failed(out: Output, error: Exception, message: str) -> int:
