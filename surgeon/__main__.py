@@ -14,7 +14,7 @@ def main() -> None:
         sys.exit(f"surgeon: {error}")
     from surgeon.cli.main import main as command
 
-    command()
+    command(prog_name="surgeon")
 
 
 if __name__ == "__main__":

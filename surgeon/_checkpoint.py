@@ -28,6 +28,7 @@ from surgeon._files import beside, settle
 from surgeon._finding.findings import gate_name
 from surgeon._gating.block import NOTE, KeepingBlock
 from surgeon._gating.gated import is_gated, scales_by_name
+from surgeon._meant import says_the_call
 from surgeon._text import first_line
 from surgeon._version import __version__
 from surgeon.errors import CheckpointError
@@ -41,6 +42,7 @@ _STATISTICS = ("running_mean", "running_var")
 _SHOWN = 4
 
 
+@says_the_call
 def save_checkpoint(model: nn.Module, path: Path_, metadata: Mapping[str, object] | None = None) -> Path:
     """Writes the model's weights and string metadata to a safetensors file; the model is only read.
 

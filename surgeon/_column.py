@@ -10,6 +10,7 @@ from surgeon._finding.flow import Flow
 from surgeon._finding.joins import Join, joins
 from surgeon._gating.gated import is_gated
 from surgeon._gating.joins import needed, path_of
+from surgeon._meant import says_the_call
 from surgeon._removal import fold
 from surgeon._tracing.example import Example, inputs
 from surgeon._tracing.record import Recording
@@ -18,6 +19,7 @@ from surgeon._tracing.undisturbed import undisturbed
 from surgeon.errors import UsageError
 
 
+@says_the_call
 def column(model: nn.Module, k: int | None = None, *, example: Example = None) -> nn.Module:
     """One column of a network with joins, as a plain network of its own; ``model`` is left as it is.
 

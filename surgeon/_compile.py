@@ -6,9 +6,11 @@ from torch import nn
 
 from surgeon._gating.gated import gates_of
 from surgeon._gating.regions import Compiler
+from surgeon._meant import says_the_call
 from surgeon.errors import NotGatedError
 
 
+@says_the_call
 def compile(model: nn.Module, **options: Any) -> nn.Module:  # noqa: A001 - as torch has it
     """Compiles a gated model in place, so that what is dropped costs nothing, and returns ``model``.
 

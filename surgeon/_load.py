@@ -32,6 +32,7 @@ from surgeon._checkpoint import (
 from surgeon._folding.fold import FoldPlan, check_products, commit
 from surgeon._gating.gate import Gate
 from surgeon._gating.gated import Placed, placed_gates, recorded_inputs
+from surgeon._meant import says_the_call
 from surgeon._plain import check_filled, check_plain
 from surgeon._plan import Settings, prepared
 from surgeon._removal import remove
@@ -95,6 +96,7 @@ _OPTION = (
 )
 
 
+@says_the_call
 def load(
     model: nn.Module,
     path: str | os.PathLike[str],

@@ -17,7 +17,7 @@ _EMPTY = inspect.Parameter.empty
 
 
 def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
-    """The known names that are nearest to ``name``, whatever its case; those that begin with it count, too."""
+    """The known names that are nearest to ``name``, whatever its case; longer ones count, too."""
     by_lower = {one.lower(): one for one in known}
     asked = name.lower()
     close = difflib.get_close_matches(asked, by_lower, n=most, cutoff=0.6)
@@ -30,6 +30,12 @@ def did_you_mean(names: list[str]) -> str:
     return f"Did you mean {' or '.join(names)}? " if names else ""
 
 
+def meant(pattern: str, known: Iterable[str]) -> str:
+    """The question for a glob pattern that matches nothing."""
+    found = matching(pattern, known)
+    return did_you_mean([repr(found)] if found else [])
+
+
 def matching(pattern: str, known: Iterable[str]) -> str:
     """A glob pattern near ``pattern`` that matches some of ``known``; ``""`` if there is none.
 
@@ -39,9 +45,10 @@ def matching(pattern: str, known: Iterable[str]) -> str:
     texts = sorted(set(known))
     plain = re.sub(r"\\(.)", r"\1", re.sub(r"\.?\*+|\.\+", "*", pattern.strip("^$ ")))
     core = plain.strip("*.")
-    for tried in (f"{plain}*", plain, f"*{core}*" if core else "") if plain else ():
-        if tried and any(fnmatchcase(text, tried) for text in texts):
-            return tried
+    if core:
+        for tried in (plain, f"{core}*", f"*{core}*"):
+            if any(fnmatchcase(text, tried) for text in texts):
+                return tried
     return next(iter(nearest(pattern, texts)), "")
 
 
@@ -57,18 +64,18 @@ def says_the_call(function: Callable[P, R]) -> Callable[P, R]:
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise UsageError(_corrected(function, signature, args, kwargs, str(error))) from None
+            raise UsageError(right_call(function, signature, args, kwargs, error)) from None
         return function(*args, **kwargs)
 
     return call
 
 
-def _corrected(
+def right_call(
     function: Callable[..., Any],
     signature: inspect.Signature,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    problem: str,
+    problem: TypeError,
 ) -> str:
     """What is wrong with a call, and the line to write instead."""
     parameters = signature.parameters

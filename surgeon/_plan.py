@@ -17,6 +17,7 @@ from surgeon._gating.gated import first_weight, is_gated
 from surgeon._gating.preparation import prepare
 from surgeon._gating.ranks import Ranks, Sync
 from surgeon._gating.schedule import Schedule, drop_rates, places
+from surgeon._meant import right_call
 from surgeon._plain import check_plain
 from surgeon._report import Plan, PlannedGate, gate_status, schedule_text, structure
 from surgeon._torch import pytree
@@ -112,7 +113,7 @@ def asks(settings: Callable[Given, Settings]) -> Callable[[OfSettings[Result]], 
             try:
                 given = signature.bind(*args, **kwargs)
             except TypeError as error:
-                raise TypeError(f"surgeon.{function.__name__}: {error}") from None
+                raise UsageError(right_call(function, signature, args, kwargs, error)) from None
             model, *rest = given.args
             return function(model, settings(*rest, **given.kwargs))
 

@@ -10,11 +10,13 @@ from surgeon._folding.fold import FoldPlan, commit
 from surgeon._gating.block import check_class, ungate_block
 from surgeon._gating.decided import Leftover
 from surgeon._gating.gated import Placed, gated_blocks, is_gated, placed_gates, recorded_inputs
+from surgeon._meant import says_the_call
 from surgeon._scales import plan_gates, scales_of
 from surgeon._tracing.example import Example
 from surgeon.errors import FoldError, NotGatedError
 
 
+@says_the_call
 def fold(model: nn.Module, *, inplace: bool = False, example: Example = None) -> nn.Module:
     """Writes every evaluation scale into the branch's own weights and takes the gates out.
 
@@ -47,10 +49,11 @@ def fold(model: nn.Module, *, inplace: bool = False, example: Example = None) ->
     plan = _plan(model, gates, example)
     if plan.kept:
         told = f"{len(plan.kept)} of {len(gates)} gates keep one multiplication: {_listed(plan)}"
-        warnings.warn(told, stacklevel=2)
+        warnings.warn(told, stacklevel=3)
     return _settled(model if inplace else copied(model), plan, gates)
 
 
+@says_the_call
 def remove(model: nn.Module) -> nn.Module:
     """Takes every gate out of ``model`` in place and returns ``model``, as it was before `apply`.
 

@@ -3,8 +3,10 @@
 from torch import nn
 
 from surgeon._gating.gated import gated_blocks
+from surgeon._meant import says_the_call
 
 
+@says_the_call
 def retrace(model: nn.Module) -> nn.Module:
     """Makes every gated block forget its traces, in place, and returns the model; weights and rates stay.
 

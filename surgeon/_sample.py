@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from surgeon._gating.gated import gated_blocks
+from surgeon._meant import says_the_call
 from surgeon.errors import NotGatedError, UsageError
 
 
@@ -53,6 +54,7 @@ class Samples:
         return (-(mean * mean.clamp_min(1e-30).log()).sum(-1) - within).clamp_min(0)
 
 
+@says_the_call
 def sample(model: nn.Module, inputs: Tensor, draws: int = 16) -> Samples:
     """Runs ``draws`` networks drawn by the gates on ``inputs``; ``model`` is left as it was.
 
@@ -135,6 +137,7 @@ class Calibration:
         return asdict(self)
 
 
+@says_the_call
 def calibration(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Calibration:
     """Measures probabilities against labels.
 

@@ -6,7 +6,6 @@ looked up in the first three; one that two of them have is refused with both spe
 of one name differ in keys, defaults and training.
 """
 
-import difflib
 import importlib
 import inspect
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from surgeon._meant import did_you_mean, nearest, says_the_call
 from surgeon._needs import need
 from surgeon._recipes import models
 from surgeon.errors import UsageError
@@ -24,6 +24,7 @@ from surgeon.errors import UsageError
 LIBRARIES = ("timm", "torchvision", "recipes")
 
 
+@says_the_call
 def load_model(
     spec: str, *, checkpoint: str | Path | None = None, img_size: int | None = None, **kwargs: Any
 ) -> nn.Module:
@@ -72,9 +73,9 @@ def resolve(spec: str) -> str:
     if homes:
         spellings = " or ".join(f"{library}:{spec}" for library in homes)
         raise UsageError(f"{spec} is a model of {' and of '.join(homes)}, and they differ; write {spellings}")
-    close = [f"{library}:{name}" for library in LIBRARIES for name in _close(spec, names(library))]
+    close = [f"{library}:{name}" for library in LIBRARIES for name in nearest(spec, names(library), 3)]
     raise UsageError(
-        f"there is no model {spec!r} in timm, torchvision or recipes. {_suggest(close)}"
+        f"there is no model {spec!r} in timm, torchvision or recipes. {did_you_mean(close)}"
         "MODEL is timm:NAME, torchvision:NAME, recipes:NAME or package.module:callable."
     )
 
@@ -138,8 +139,8 @@ def _maker(spec: str) -> Callable[..., Any]:
     home, _, name = spec.partition(":")
     if home in LIBRARIES:
         if not _has(home, name):
-            close = [f"{home}:{near}" for near in _close(name, names(home))]
-            raise UsageError(f"{home} has no model {name!r}. {_suggest(close)}".rstrip())
+            close = [f"{home}:{near}" for near in nearest(name, names(home), 3)]
+            raise UsageError(f"{home} has no model {name!r}. {did_you_mean(close)}".rstrip())
         return _library_maker(home, name)
     return _imported(home, name)
 
@@ -169,8 +170,8 @@ def _imported(module: str, name: str) -> Callable[..., Any]:
             ) from error
     for part in name.split("."):
         if not hasattr(found, part):
-            close = _close(part, [key for key in dir(found) if not key.startswith("_")])
-            raise UsageError(f"{module} has no {name!r}. {_suggest(close)}".rstrip())
+            close = nearest(part, [key for key in dir(found) if not key.startswith("_")], 3)
+            raise UsageError(f"{module} has no {name!r}. {did_you_mean(close)}".rstrip())
         found = getattr(found, part)
     if not callable(found) or isinstance(found, nn.Module):
         raise UsageError(
@@ -190,11 +191,3 @@ def _current_directory_importable() -> Iterator[None]:
     finally:
         if here in sys.path:
             sys.path.remove(here)
-
-
-def _close(name: str, known: list[str]) -> list[str]:
-    return difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-
-
-def _suggest(names: list[str]) -> str:
-    return f"Did you mean {' or '.join(names)}? " if names else ""

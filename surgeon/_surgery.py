@@ -15,6 +15,7 @@ from surgeon._gating.decided import Decision
 from surgeon._gating.gate import make_room
 from surgeon._gating.gated import Placed, grouped_gates, placed_gates
 from surgeon._gating.schedule import Schedule, drop_rates
+from surgeon._meant import says_the_call
 from surgeon._plain import check_plain, held_elsewhere
 from surgeon._plan import Prepared, Settings, asks, prepared, replanned
 from surgeon._report import Plan, Status, gate_status, schedule_text
@@ -25,6 +26,7 @@ from surgeon.errors import NoResidualsError, NotGatedError, UsageError
 NewRate = float | Sequence[float] | Callable[[int, int], float]
 
 
+@says_the_call
 def find(
     model: nn.Module,
     example: Example = None,
@@ -155,6 +157,7 @@ def install(model: nn.Module, work: Prepared) -> None:
         raise
 
 
+@says_the_call
 def status(model: nn.Module) -> Status:
     """The gates of ``model`` as they stand, in execution order; the model is only read.
 
@@ -172,6 +175,7 @@ def status(model: nn.Module) -> Status:
     return Status(tuple(gates), ", ".join(schedules), numbered)
 
 
+@says_the_call
 def set_drop_rate(
     model: nn.Module,
     rate: NewRate,

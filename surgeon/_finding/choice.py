@@ -14,6 +14,7 @@ from surgeon._finding.addition import Addition
 from surgeon._finding.findings import REASONS
 from surgeon._finding.flow import Flow
 from surgeon._finding.residual import told
+from surgeon._meant import meant
 from surgeon.errors import UsageError
 
 _SIDES = ("left", "right")
@@ -41,6 +42,7 @@ class Choice:
         self.include, self.exclude = _listed(include), _listed(exclude)
         self._used: set[str] = set()
         self._problems: dict[str, str] = {}
+        self._seen: set[str] = set()
 
     def asks_for(self, code: str) -> bool:
         """Whether some pattern may mean an addition that is refused with ``code``."""
@@ -125,6 +127,7 @@ class Choice:
         self._problems.setdefault(pattern, message)
 
     def _match(self, which: str, *texts: str) -> bool:
+        self._seen.update(texts)
         patterns = self.include if which == "include" else self.exclude
         hits = [p for p in patterns if any(fnmatchcase(text, p) for text in texts)]
         self._used.update(hits)
@@ -140,10 +143,12 @@ class Choice:
             for pattern in patterns:
                 if pattern in self._used or (kind == "exclude" and pattern in REASONS):
                     continue
+                if pattern in self._problems:
+                    raise UsageError(self._problems[pattern])
                 raise UsageError(
-                    self._problems.get(pattern)
-                    or f"{kind}: {pattern!r} matches no residual add, block or block class; "
-                    "surgeon.find(model) lists them (`surgeon inspect MODEL` on the command line)"
+                    f"{kind}: {pattern!r} matches no residual add, block or block class. "
+                    f"{meant(pattern, self._seen)}surgeon.find(model) lists them (`surgeon inspect MODEL` on "
+                    "the command line)"
                 )
 
 

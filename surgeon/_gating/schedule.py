@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from surgeon._meant import did_you_mean, meant, nearest
 from surgeon.errors import UsageError
 
 Schedule = str | Callable[[int, int], float] | Sequence[float]
@@ -68,7 +69,10 @@ def drop_rates(
     for pattern, rate in (overrides or {}).items():
         hits = [i for i, (n, b) in enumerate(zip(names, blocks, strict=True)) if _matches(pattern, n, b)]
         if not hits:
-            raise UsageError(f"overrides: {pattern!r} matches no residual add; see surgeon.find(model)")
+            raise UsageError(
+                f"overrides: {pattern!r} matches no residual add. {meant(pattern, (*names, *blocks))}"
+                "surgeon.find(model) lists them"
+            )
         for i in hits:
             rates[i] = rate
     return [
@@ -136,9 +140,17 @@ def _scheduled(schedule: str | Callable[[int, int], float], r: float, count: int
         return rates
     if schedule == "uniform":
         return [r] * count
-    raise UsageError(
-        f"unknown schedule {schedule!r}; known are {', '.join(map(repr, NAMES))}, "
-        "a callable (l, L) -> drop rate, or a sequence of drop rates"
+    raise UsageError(_no_schedule(schedule))
+
+
+def _no_schedule(given: object) -> str:
+    if isinstance(given, int | float):
+        return f"the schedule is {given!r}, a number; write drop_rate={given!r}"
+    close = nearest(given.replace("_", "-"), NAMES) if isinstance(given, str) else []
+    question = f". {did_you_mean([repr(name) for name in close])}".rstrip(" .")
+    return (
+        f"unknown schedule {given!r}; known are {', '.join(map(repr, NAMES))}, "
+        f"a callable (l, L) -> drop rate, or a sequence of drop rates{question}"
     )
 
 

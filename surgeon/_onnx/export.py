@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from surgeon._checkpoint import non_finite
 from surgeon._files import beside, destination
 from surgeon._gating.gated import is_gated
+from surgeon._meant import says_the_call
 from surgeon._onnx.batchnorm import fuse_batchnorm as take_batchnorms
 from surgeon._onnx.export_file import move, write
 from surgeon._onnx.export_metadata import check_told, describe
@@ -40,6 +41,7 @@ _SEED = 0
 LEVELS = ("basic", "extended", "all")
 
 
+@says_the_call
 def export(  # noqa: PLR0913 - each a decision of its own, by keyword only
     model: nn.Module,
     path: str | os.PathLike[str],

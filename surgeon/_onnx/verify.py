@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from surgeon._meant import says_the_call
 from surgeon._onnx.divergence import first_divergence
 from surgeon._onnx.file import OnnxFile, open_onnx
 from surgeon._onnx.hygiene import graph_findings
@@ -25,6 +26,7 @@ from surgeon.errors import OnnxFileError, UsageError
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2}
 
 
+@says_the_call
 def verify(
     model: nn.Module,
     path: str | os.PathLike[str],

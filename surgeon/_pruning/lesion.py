@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from surgeon._meant import says_the_call
 from surgeon._pruning.choose import choose
 from surgeon._pruning.deletion import Deleter
 from surgeon._pruning.prune import analysed, ungated
@@ -116,6 +117,7 @@ def _spread(draws: Sequence[Worth]) -> str:
     return f"{statistics.mean(values):.1%} ± {spread:.1%}"
 
 
+@says_the_call
 def lesion(
     model: nn.Module,
     data: Data | None = None,

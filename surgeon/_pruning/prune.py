@@ -1,6 +1,5 @@
 """Branches out of a network for good."""
 
-import difflib
 import math
 from collections.abc import Collection
 from dataclasses import replace
@@ -12,6 +11,7 @@ from torch import nn
 from surgeon._copy import copied
 from surgeon._finding.analysis import Analysis, analyse
 from surgeon._gating.gated import gates_of, is_gated, recorded_inputs
+from surgeon._meant import meant, says_the_call
 from surgeon._plain import check_plain
 from surgeon._pruning.choose import choose
 from surgeon._pruning.deletion import Deleter
@@ -22,6 +22,7 @@ from surgeon._tracing.example import Example, inputs
 from surgeon.errors import NoResidualsError, UsageError
 
 
+@says_the_call
 def prune(
     model: nn.Module,
     drop: Collection[str] = (),
@@ -115,9 +116,10 @@ def named(patterns: Collection[str], deleter: Deleter) -> list[str]:
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         hits = [name for name in known if fnmatchcase(name, pattern)]
         if not hits:
-            close = difflib.get_close_matches(pattern, known, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else "; surgeon.find(model) lists them"
-            raise UsageError(f"{pattern!r} is no residual add of the model{hint}")
+            raise UsageError(
+                f"{pattern!r} is no residual add of the model. {meant(pattern, known)}surgeon.find(model) "
+                "lists them"
+            )
         found |= dict.fromkeys(hits)
     return list(found)
 

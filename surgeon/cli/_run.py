@@ -29,11 +29,12 @@ SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_
 
 EXIT_CODES = """\b
 Exit codes:
-  0  done
-  1  failed
-  2  usage: an argument is unknown, out of range or does not fit
-  3  PyTorch and ONNX do not agree
-  4  nothing to do: the model has no residual add"""
+  0    done
+  1    failed, or what was looked at is wrong
+  2    usage: an argument is unknown, out of range or does not fit
+  3    two forms of a network that must agree do not
+  4    nothing to do: no residual add, no stochastic depth, nothing to fold
+  130  interrupted (Ctrl-C)"""
 
 MODEL_HELP = (
     "MODEL is timm:NAME, torchvision:NAME, recipes:NAME, package.module:callable, or a bare name that only "
@@ -152,6 +153,9 @@ def _guarded(out: Output, body: Callable[[], int | None]) -> int:
             return _failed(out, error, str(error))
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
+        except KeyboardInterrupt:
+            click.echo("surgeon: interrupted", err=True)
+            return INTERRUPTED
         except Exception as error:  # noqa: BLE001 - the last resort: a bug, said in one line.
             return _failed(out, error, f"unexpected {type(error).__name__}: {error}; --debug shows where")
         finally:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgeon.cli._complete import schedules
 from surgeon.errors import UsageError
 
 if TYPE_CHECKING:
@@ -106,7 +107,11 @@ def made_options(body: Body) -> Body:
 def schedule_options(body: Body) -> Body:
     """Adds the options of `GateOptions`, which the body gets as ``gating``."""
     options = (
-        click.option("--schedule", help="linear, linear-from-zero, uniform, or drop rates as 0,0.1,0.2."),
+        click.option(
+            "--schedule",
+            shell_complete=schedules,
+            help="linear, linear-from-zero, uniform, or drop rates as 0,0.1,0.2.",
+        ),
         click.option("--drop-rate", type=float, help="The last gate's drop rate, 0 to below 1. Default 0.5."),
         click.option("--scaling", type=click.Choice(["inverted", "paper"]), help="Default inverted."),
         click.option("--include", multiple=True, metavar="PATTERN", help="Gate only these; may be repeated."),

@@ -4,6 +4,7 @@ import dataclasses
 
 import click
 
+from surgeon.cli._complete import models
 from surgeon.cli._run import DONE, FAILED, MODEL_HELP, NOTHING, Output
 from surgeon.cli._run import command as surgeon_command
 from surgeon.cli._subject import Making, load_subject, model_options
@@ -28,7 +29,7 @@ drop takes the signal away; 4 that the model has no stochastic depth."""
     examples=_EXAMPLES,
     more=f"{_MEANING}\n\n{MODEL_HELP}",
 )
-@click.argument("model")
+@click.argument("model", shell_complete=models)
 @model_options
 @click.option(
     "--drop-rate",

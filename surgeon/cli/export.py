@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from surgeon.cli._complete import models
 from surgeon.cli._gated import with_scales
 from surgeon.cli._images import Measuring, batches, data_options
 from surgeon.cli._run import MODEL_HELP, Output
@@ -28,7 +29,7 @@ _CARRIED = ("mean", "std", "classes", "schedule", "drop_rate", "scaling", "unit"
 
 
 @surgeon_command("export", "Write one plain ONNX file, checked.", examples=_EXAMPLES, more=MODEL_HELP)
-@click.argument("model")
+@click.argument("model", shell_complete=models)
 @click.option("-o", "--output", required=True, type=click.Path(), help="The ONNX file to write.")
 @model_options
 @schedule_options

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from surgeon.cli._complete import configs
 from surgeon.cli._run import INTERRUPTED, Output
 from surgeon.cli._run import command as surgeon_command
 from surgeon.errors import SurgeonError, UsageError
@@ -36,7 +37,7 @@ class _WithKeys(click.Command):
 @surgeon_command(
     "finetune", "Fine-tune with gates, fold, export, verify.", examples=_EXAMPLES, kind=_WithKeys
 )
-@click.argument("config")
+@click.argument("config", shell_complete=configs)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--print-config", is_flag=True, help="Print every setting, and do nothing.")
 @click.option("--dry-run", is_flag=True, help="The whole way in two steps on made-up images; nothing stays.")

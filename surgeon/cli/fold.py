@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgeon.cli._complete import models
 from surgeon.cli._gated import with_scales
 from surgeon.cli._run import DONE, MODEL_HELP, NOTHING, Output
 from surgeon.cli._run import command as surgeon_command
@@ -34,7 +35,7 @@ from them."""
     more=f"{_MEANING}\n\n{MODEL_HELP}",
 )
 @click.argument("checkpoint", type=click.Path())
-@click.option("--model", help="The model; by default what the checkpoint says.")
+@click.option("--model", shell_complete=models, help="The model; by default what the checkpoint says.")
 @click.option("-o", "--output", required=True, type=click.Path(), help="The safetensors file to write.")
 @made_options
 @schedule_options

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import click
 
+from surgeon.cli._complete import models
 from surgeon.cli._run import MODEL_HELP, NOTHING, Output
 from surgeon.cli._run import command as surgeon_command
 from surgeon.cli._subject import GateOptions, Making, load_subject, model_options, schedule_options
@@ -21,7 +22,7 @@ surgeon inspect my_networks:tiny --input-size 1x28x28 --model-arg width=64
 @surgeon_command(
     "inspect", "Show the residual adds and the gates they get.", examples=_EXAMPLES, more=MODEL_HELP
 )
-@click.argument("model")
+@click.argument("model", shell_complete=models)
 @model_options
 @schedule_options
 @click.option("--unit", type=click.Choice(["sample", "batch"]), default="sample", show_default=True)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from surgeon.cli._complete import models
 from surgeon.cli._gated import with_scales
 from surgeon.cli._images import Measuring, batches, data_options
 from surgeon.cli._run import MODEL_HELP, Output
@@ -19,7 +20,7 @@ surgeon lesion timm:vit_small_patch16_224 --checkpoint vit.safetensors --data im
 
 
 @surgeon_command("lesion", "Measure a network without its branches.", examples=_EXAMPLES, more=MODEL_HELP)
-@click.argument("model")
+@click.argument("model", shell_complete=models)
 @model_options
 @schedule_options
 @data_options

@@ -5,9 +5,13 @@ import importlib
 import click
 
 from surgeon._version import __version__
+from surgeon.cli import _complete  # noqa: F401 - its bash is asked for by name
 from surgeon.cli._run import EXIT_CODES, SETTINGS, example_block
 
-_COMMANDS = ("inspect", "audit", "recommend", "finetune", "recipes", "fold", "lesion", "export", "verify")
+_COMMANDS = (
+    *("inspect", "audit", "recommend", "finetune", "recipes"),
+    *("fold", "lesion", "export", "verify", "completion"),
+)
 
 _EXAMPLES = """
 surgeon inspect timm:resnet50

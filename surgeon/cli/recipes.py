@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from surgeon._meant import did_you_mean, nearest
+from surgeon.cli._complete import recipes
 from surgeon.cli._run import Output
 from surgeon.cli._run import command as surgeon_command
 from surgeon.errors import UsageError
@@ -18,7 +20,7 @@ surgeon recipes cp finetune ~/recipes
 
 @surgeon_command("recipes", "List, show or copy the recipes and their configs.", examples=_EXAMPLES)
 @click.argument("action", type=click.Choice(["ls", "cat", "cp"]))
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=recipes)
 @click.argument("dest", required=False, type=click.Path())
 def command(out: Output, action: str, name: str | None, dest: str | None) -> None:
     """Lists the recipes (ls), prints one (cat NAME) or copies it (cp NAME DEST).
@@ -50,10 +52,7 @@ def _file(folder: Path, name: str, known: list[str]) -> Path:
     for place in (folder / "configs" / f"{name}.yaml", folder / f"{name}.py", folder / name):
         if place.is_file() and place.resolve().is_relative_to(folder.resolve()):
             return place
-    import difflib
-
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"Did you mean {close[0]}? " if close else ""
+    hint = did_you_mean(nearest(name, known))
     raise UsageError(f"there is no recipe {name!r}. {hint}surgeon recipes ls lists them")
 
 

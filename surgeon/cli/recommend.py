@@ -2,6 +2,7 @@
 
 import click
 
+from surgeon.cli._complete import models
 from surgeon.cli._run import MODEL_HELP, Output
 from surgeon.cli._run import command as surgeon_command
 
@@ -13,7 +14,7 @@ surgeon recommend timm:convnext_base --images 1281167 --epochs 300 --scratch
 
 
 @surgeon_command("recommend", "Say where to start with the drop rate.", examples=_EXAMPLES, more=MODEL_HELP)
-@click.argument("model")
+@click.argument("model", shell_complete=models)
 @click.option("--images", required=True, type=click.IntRange(min=1), help="Images to train on.")
 @click.option("--epochs", required=True, type=click.IntRange(min=1), help="How often each is seen.")
 @click.option("--scratch", is_flag=True, help="The model begins with random weights.")

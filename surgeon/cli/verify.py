@@ -2,6 +2,7 @@
 
 import click
 
+from surgeon.cli._complete import models
 from surgeon.cli._gated import with_scales
 from surgeon.cli._run import DONE, MODEL_HELP, PARITY, Output
 from surgeon.cli._run import command as surgeon_command
@@ -16,7 +17,7 @@ surgeon verify model.onnx my_networks:tiny --checkpoint tiny.safetensors --json
 
 @surgeon_command("verify", "Compare an ONNX file with a model.", examples=_EXAMPLES, more=MODEL_HELP)
 @click.argument("file", type=click.Path())
-@click.argument("model")
+@click.argument("model", shell_complete=models)
 @model_options
 @schedule_options
 @click.option(

@@ -1,6 +1,7 @@
 """The command line: which stream, which exit code, and the way from a checkpoint to a checked file."""
 
 import json
+import resource
 import subprocess
 import sys
 import types
@@ -86,14 +87,47 @@ def surge(*arguments, **settings):
     return CliRunner(**settings).invoke(main, [str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("command", [(), ("inspect",), ("export",), ("verify",), ("finetune",)])
-def test_every_help_ends_with_examples_and_exit_codes(command):
-    done = surge(*command, "--help")
-    assert done.exit_code == 0
-    examples = done.stdout.index("  Examples:\n    surgeon ")
-    codes = done.stdout.index("  Exit codes:\n    0  done\n    1  failed\n")
-    assert 0 < examples < codes
-    assert done.stdout.rstrip().endswith("4  nothing to do: the model has no residual add")
+def test_every_help_ends_with_examples_and_the_same_exit_codes():
+    ends = set()
+    for command in ((), *((name,) for name in main.list_commands(None))):
+        done = surge(*command, "--help")
+        assert done.exit_code == 0
+        examples = done.stdout.index("  Examples:\n    ")
+        codes = done.stdout.index("  Exit codes:\n    0    done\n    1    failed")
+        assert 0 < examples < codes
+        ends.add(done.stdout[codes:])
+    (same,) = ends
+    assert [line.split()[0] for line in same.splitlines()[1:]] == ["0", "1", "2", "3", "4", "130"]
+    assert len(main.list_commands(None)) == 10
+
+
+def test_ctrl_c_is_130_of_every_command(monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(surgeon, "plan", stop)
+    done = surge("inspect", NET, "--img-size", "8")
+    assert (done.exit_code, done.stdout, done.stderr) == (130, "", "surgeon: interrupted\n")
+
+
+def _cpu_seconds(*arguments):
+    """The least of three starts from cold: the machine may be busy."""
+    taken = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "surgeon", *arguments], check=True, **FRESH)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(taken)
+
+
+def test_the_version_is_there_at_once():
+    assert _cpu_seconds("--version") < 0.3
+
+
+@pytest.mark.slow
+def test_a_large_model_is_looked_at_in_six_seconds():
+    assert _cpu_seconds("inspect", "timm:resnet50") < 6
 
 
 def test_help_is_quick_and_light():
