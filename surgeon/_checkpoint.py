@@ -4,7 +4,7 @@ A surgeon checkpoint is a safetensors file with the model's stock keys and strin
 drop rate, scaling, unit, versions), so that stock timm and torchvision models load it. Files of torch are
 read with ``weights_only=True``: no code in them is ever run.
 
-Weights of a model gated by the paper's rule are complete only with its evaluation scales. A checkpoint notes
+Weights of a model gated by the paper's rule need its evaluation scales. A checkpoint notes
 them in one of these places: the ``_extra_state`` of blocks gated with ``keep_eval=True``, the metadata that
 PyTorch keeps beside a ``state_dict``, the metadata of a safetensors file, and, where other libraries have
 saved the weights, ``"surgeon_scales"`` in the ``config.json`` beside them. `read_state` finds them all.

@@ -150,7 +150,7 @@ def load(
     _check_products(model, state, conversion, factors, path)
     model.load_state_dict(loadable(model, state, read, prefix))
     commit(model, conversion, factors)
-    converted = tuple(dict.fromkeys(step.parameter for step in conversion.steps))
+    converted = tuple(dict.fromkeys(product.parameter for product in conversion.products))
     return LoadReport(str(path), found, into, trained, converted, metadata)
 
 

@@ -15,15 +15,15 @@ import torch
 from torch import nn
 
 from surgeon._finding.flow import Flow
+from surgeon._folding.evaluation import spelled_out
 from surgeon._folding.flat import Flat, flatten
 from surgeon._folding.fold import FoldPlan, commit, plan
-from surgeon._folding.still import spelled_out
 from surgeon._folding.ways import Called, in_all_ways
 from surgeon._gating.block import gating_of
+from surgeon._gating.call_forms import Arguments, zeros
 from surgeon._gating.forwards import Gating
 from surgeon._gating.gated import Placed, first_weight, gated_blocks
 from surgeon._gating.watched import Seen, marking, ungated, watching
-from surgeon._gating.ways import Arguments, zeros
 from surgeon._tracing.record import record
 from surgeon._tracing.trace import trace
 from surgeon._tracing.undisturbed import undisturbed

@@ -71,7 +71,7 @@ def folds(model: nn.Module, x: Tensor, scales: Mapping[str, float] | None = None
 
 def exponents(made: FoldPlan) -> dict[str, int]:
     assert not made.kept, made
-    return {step.parameter.removeprefix("branch."): step.exponent for step in made.steps}
+    return {step.parameter.removeprefix("branch."): step.exponent for step in made.products}
 
 
 def image(channels: int = 4, size: int = 6) -> Tensor:

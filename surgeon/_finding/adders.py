@@ -10,7 +10,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from surgeon._finding.below import hooked
+from surgeon._finding.children import hooked
 from surgeon._finding.opgraph import operators
 from surgeon._finding.residual import additions
 from surgeon._tracing.nests import tensors

@@ -15,8 +15,8 @@ from torch import fx, nn
 
 from surgeon._finding.adders import adders
 from surgeon._finding.addition import Addition
-from surgeon._finding.below import below, hand_out_both
 from surgeon._finding.callers import Callers
+from surgeon._finding.children import below, hand_out_both
 from surgeon._finding.choice import Choice
 from surgeon._finding.concats import concatenating, concats
 from surgeon._finding.drops import mask_nodes
@@ -26,11 +26,11 @@ from surgeon._finding.joins import joins, own_parts
 from surgeon._finding.opgraph import adds_constant, count_sums, operators
 from surgeon._finding.paths import side
 from surgeon._finding.residual import additions, nest, steps_along, within
-from surgeon._tracing.alike import likeness
 from surgeon._tracing.facts import is_size
 from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.reads import Reads
 from surgeon._tracing.record import Call, Recording, record
+from surgeon._tracing.sharing import likeness
 from surgeon._tracing.state import kind
 from surgeon._tracing.trace import trace
 from surgeon._tracing.undisturbed import mode, undisturbed

@@ -1,6 +1,6 @@
 r"""The algebra of the fold: what a positive scale on one value does to the others.
 
-Give every value ``v`` of the flat model an integer exponent ``e(v)``, its degree: after the fold the
+Give every value ``v`` of the flat model an integer exponent ``e(v)``: after the fold the
 value is ``s ** e(v)`` times what it was, for one fixed scale ``s > 0``. An operator is exact under such a
 rescaling if and only if the exponents around it satisfy its law. All laws here are linear equations:
 
@@ -223,8 +223,8 @@ def raises(call: OpCall) -> Laws:
 def deviates(call: OpCall) -> Laws:
     """The standard deviation or the variance, alone or before the mean."""
     spread, *mean = call.outputs
-    degree = Fraction(1 if "std" in call.name else 2)
-    return [*power(spread, call.inputs[0], degree), *equal((call.inputs[0], *mean))]
+    exponent = Fraction(1 if "std" in call.name else 2)
+    return [*power(spread, call.inputs[0], exponent), *equal((call.inputs[0], *mean))]
 
 
 def views(call: OpCall) -> Laws:

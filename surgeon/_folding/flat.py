@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgeon._folding.evaluation import evaluating, noting
 from surgeon._folding.recorder import OpCall, Recorder, Value
 from surgeon._folding.results import tensors_in
 from surgeon._folding.state import address, named_tensors
-from surgeon._folding.still import evaluating, noting
 from surgeon._torch import FakeTensorMode, from_functional, functionalizing, pytree, to_functional
 from surgeon._tracing.undisturbed import undisturbed
 from surgeon.errors import FoldError, UnseenCallError

@@ -26,7 +26,7 @@ from surgeon.errors import FoldError
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Product:
     """Multiply one parameter by ``scale[gate] ** exponent``."""
 
     parameter: str
@@ -67,23 +67,22 @@ class Kept:
 class FoldPlan:
     """What a fold would do to a model's parameters, gate by gate."""
 
-    steps: tuple[Step, ...]
+    products: tuple[Product, ...]
     kept: tuple[Kept, ...]
     together: tuple[tuple[str, ...], ...] = ()
     """Gates that share parameters and fold only because their scales are the same number."""
 
     @property
     def folded(self) -> tuple[str, ...]:
-        """The gates that the steps take out, those that fold together beside one another."""
+        """The gates that the products take out, those that fold together beside one another."""
         groups = {group[0]: group for group in self.together}
-        leads = dict.fromkeys(step.gate for step in self.steps)
+        leads = dict.fromkeys(product.gate for product in self.products)
         return tuple(gate for lead in leads for gate in groups.get(lead, (lead,)))
 
     def __str__(self) -> str:
-        head = (
-            f"{len(self.folded)} gates fold into {len(self.steps)} parameters, {len(self.kept)} keep a factor"
-        )
-        return "\n".join([head, *map(str, self.steps), *map(str, self.kept)])
+        counts = len(self.folded), len(self.products), len(self.kept)
+        head = "{} gates fold into {} parameters, {} keep a factor".format(*counts)
+        return "\n".join([head, *map(str, self.products), *map(str, self.kept)])
 
 
 def plan(
@@ -121,15 +120,17 @@ def plan_flat(flat: Flat, scales: Mapping[str, float]) -> FoldPlan:
         if not isinstance(result, NoSolution):
             found.update({gate: {} for gate in group} | {group[0]: result})
             together.append(group)
-    steps = {gate: _steps(flat, gate, one) for gate, one in found.items() if not isinstance(one, NoSolution)}
+    products = _products(flat, found)
     refused = {gate: one for gate, one in found.items() if isinstance(one, NoSolution)}
     if any(gate in balance.marks for gate in refused):
         apart = by_rows(flat)
         for view in (apart, freed(flat), freed(apart)):
-            done = steps.keys() | decided.keys()
-            steps |= _further_steps(view, [gate for gate in refused if gate not in done])
-    kept = tuple(_kept(gate, one) for gate, one in refused.items() if gate not in steps)
-    return FoldPlan(tuple(step for gate in scales for step in steps.get(gate, ())), kept, tuple(together))
+            done = products.keys() | decided.keys()
+            products |= _further_products(view, [gate for gate in refused if gate not in done])
+    kept = tuple(_kept(gate, one) for gate, one in refused.items() if gate not in products)
+    return FoldPlan(
+        tuple(product for gate in scales for product in products.get(gate, ())), kept, tuple(together)
+    )
 
 
 def _kept(gate: str, refusal: NoSolution) -> Kept:
@@ -165,11 +166,11 @@ def _solved(balance: Balance, gate: str) -> Exponents | NoSolution:
     return solve(balance, frozenset([gate]))
 
 
-def _further_steps(flat: Flat, gates: Iterable[str]) -> dict[str, list[Step]]:
+def _further_products(flat: Flat, gates: Iterable[str]) -> dict[str, list[Product]]:
     """Steps for those gates that fold on another view of the model."""
     balance = Balance(flat)
     found = {gate: _solved(balance, gate) for gate in gates}
-    return {gate: _steps(flat, gate, one) for gate, one in found.items() if not isinstance(one, NoSolution)}
+    return _products(flat, found)
 
 
 def _related(
@@ -188,11 +189,17 @@ def _related(
     return [tuple(gate for gate in found if gate in gates) for _, gates, _ in groups if len(gates) > 1]
 
 
-def _steps(flat: Flat, gate: str, exponents: Exponents) -> list[Step]:
-    sources = [(flat.parameters[value], exponent) for value, exponent in exponents.items()]
-    return [
-        Step(s.names[0], gate, exponent, s.rows, s.dim, s.through, s.names[1:]) for s, exponent in sources
-    ]
+def _products(flat: Flat, found: Mapping[str, Exponents | NoSolution]) -> dict[str, list[Product]]:
+    """What the exponents of each gate that has some come to."""
+    products = {}
+    for gate, exponents in found.items():
+        if not isinstance(exponents, NoSolution):
+            sources = [(flat.parameters[value], exponent) for value, exponent in exponents.items()]
+            products[gate] = [
+                Product(s.names[0], gate, exponent, s.rows, s.dim, s.through, s.names[1:])
+                for s, exponent in sources
+            ]
+    return products
 
 
 def commit(model: nn.Module, plan: FoldPlan, scales: Mapping[str, float]) -> None:
@@ -204,7 +211,7 @@ def commit(model: nn.Module, plan: FoldPlan, scales: Mapping[str, float]) -> Non
     Args:
         model: The model the plan was made for, or a copy of it.
         plan: From ``plan``.
-        scales: A scale above 0 for each gate in the plan's steps.
+        scales: A scale above 0 for each gate in the plan's products.
 
     Raises:
         FoldError: A scale or a parameter is missing, a parameter is not finite, or a product does not fit
@@ -212,7 +219,7 @@ def commit(model: nn.Module, plan: FoldPlan, scales: Mapping[str, float]) -> Non
     """
     _check_scales(plan, scales)
     grouped = _by_parameter(plan)
-    work = {name: _parameters(model, (name, *steps[0].also)) for name, steps in grouped.items()}
+    work = {name: _parameters(model, (name, *products[0].also)) for name, products in grouped.items()}
     for name, tensors in work.items():
         for tensor in tensors:
             _check_product(name, tensor.detach(), _scaled(tensor, grouped[name], scales))
@@ -227,15 +234,15 @@ def check_products(plan: FoldPlan, scales: Mapping[str, float], tensors: Mapping
 
     Args:
         plan: From ``plan``.
-        scales: A scale above 0 for each gate in the plan's steps.
+        scales: A scale above 0 for each gate in the plan's products.
         tensors: The values of the parameters in the plan, and any others.
 
     Raises:
         FoldError: As for ``commit``.
     """
-    for name, steps in _by_parameter(plan).items():
+    for name, products in _by_parameter(plan).items():
         old = tensors[name].detach()
-        _check_product(name, old, _scaled(old, steps, scales))
+        _check_product(name, old, _scaled(old, products, scales))
 
 
 def _check_scales(plan: FoldPlan, scales: Mapping[str, float]) -> None:
@@ -252,10 +259,10 @@ def _check_scales(plan: FoldPlan, scales: Mapping[str, float]) -> None:
             )
 
 
-def _by_parameter(plan: FoldPlan) -> dict[str, list[Step]]:
-    grouped: dict[str, list[Step]] = {}
-    for step in plan.steps:
-        grouped.setdefault(step.parameter, []).append(step)
+def _by_parameter(plan: FoldPlan) -> dict[str, list[Product]]:
+    grouped: dict[str, list[Product]] = {}
+    for product in plan.products:
+        grouped.setdefault(product.parameter, []).append(product)
     return grouped
 
 
@@ -290,17 +297,19 @@ def _parameters(model: nn.Module, names: Iterable[str]) -> list[Tensor]:
     return list(found.values())
 
 
-def _scaled(parameter: Tensor, steps: list[Step], scales: Mapping[str, float]) -> Tensor:
+def _scaled(parameter: Tensor, products: list[Product], scales: Mapping[str, float]) -> Tensor:
     """The parameter times its factors in float64 or complex128, on the CPU: not every device has them."""
     wide = torch.complex128 if parameter.is_complex() else torch.float64
     exact = parameter.detach().to("cpu").to(wide, copy=True)
-    for step in steps:
+    for product in products:
         part = (
-            exact if step.rows is None else exact.narrow(step.dim, step.rows[0], step.rows[1] - step.rows[0])
+            exact
+            if product.rows is None
+            else exact.narrow(product.dim, product.rows[0], product.rows[1] - product.rows[0])
         )
-        factor = scales[step.gate] ** step.exponent
-        if step.through:
-            function, inverse = INVERTIBLE[step.through]
+        factor = scales[product.gate] ** product.exponent
+        if product.through:
+            function, inverse = INVERTIBLE[product.through]
             part.copy_(inverse(function(part) * factor))
         else:
             part.mul_(factor)

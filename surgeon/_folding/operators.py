@@ -19,7 +19,7 @@ LAWS: dict[Family, Rule] = answers(
     (algebra.norm_of, "LENGTHS"),
     (algebra.deviates, "DEVIATIONS"),
     (algebra.raises, "POWERS"),
-    # Of one degree in several tensors.
+    # Homogeneous in several tensors together.
     (joins, "CATS STACKS PAIRS EXTREMES ORDERED STRIDES"),
     (algebra.adds, "SUMS DIFFERENCES"),
     (algebra.selects, "CHOICES"),
@@ -48,7 +48,7 @@ LAWS: dict[Family, Rule] = answers(
     ),
 )
 _OWN: dict[str, Rule] = {
-    # Writes in place that functionalisation leaves: what was there and what is there are of one degree.
+    # Writes in place that functionalisation leaves: what was there and what is there have one exponent.
     WRITTEN: joins,
     "surgeon.batch_norm": algebra.normalises_by_buffers,
 }

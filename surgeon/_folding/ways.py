@@ -71,7 +71,7 @@ def _without(found: FoldPlan, stays: Mapping[str, str], order: Sequence[str]) ->
     kept = [*found.kept, *(Kept(gate, reason) for gate, reason in all_.items())]
     return replace(
         found,
-        steps=tuple(step for step in found.steps if step.gate not in all_),
+        products=tuple(product for product in found.products if product.gate not in all_),
         kept=tuple(sorted(kept, key=lambda one: order.index(one.gate))),
         together=tuple(group for group in found.together if group not in torn),
     )
@@ -87,7 +87,7 @@ def _differing(
     """
     try:
         there = way()
-        by_rows = any(step.rows for step in found.steps if step.gate in scales)
+        by_rows = any(product.rows for product in found.products if product.gate in scales)
         if not by_rows and any(_laws(planned()) == _laws(there) for planned in called.planned):
             return {}
         here = plan_flat(there, scales)
@@ -110,5 +110,5 @@ def _laws(flat: Flat) -> Any:
 
 def _targets(model: nn.Module, found: FoldPlan, gate: str) -> set[tuple[Any, ...]]:
     """What a plan does for a gate, whatever the parameters are called."""
-    steps = [step for step in found.steps if step.gate == gate]
-    return {(place(held(model, step.parameter)), replace(step, parameter="", gate="")) for step in steps}
+    own = (product for product in found.products if product.gate == gate)
+    return {(place(held(model, one.parameter)), replace(one, parameter="", gate="")) for one in own}

@@ -14,14 +14,14 @@ from surgeon._finding.findings import gate_name
 from surgeon._finding.flow import Flow
 from surgeon._finding.residual import meant
 from surgeon._gating.around import method_behind
+from surgeon._gating.call_forms import Arguments, forms, leaves, spoken
 from surgeon._gating.gate import Gate
 from surgeon._gating.generated import Run
 from surgeon._gating.lifted import weights
-from surgeon._gating.places import Mark, again, located
+from surgeon._gating.matching import Traits, again, located
 from surgeon._gating.splice import Spliced, splice
-from surgeon._gating.ways import Arguments, forms, leaves, spoken
 from surgeon._torch import FakeTensorMode, global_forward_hooks, pytree
-from surgeon._tracing.below import Below
+from surgeon._tracing.children import Below
 from surgeon._tracing.facts import Trace
 from surgeon._tracing.fake import held, to_fake
 from surgeon._tracing.key import Key
@@ -41,17 +41,17 @@ class Gating:
         name: Qualified name of the block at `surgeon.apply`, for messages.
         gates: The gates, in the order of their additions.
         rewritten: Something outside the block may write to its output in place, or reads on what it took.
-        kept: Places of the arguments that autograd keeps anyway, for the backward of what made them.
+        saved: Places of the arguments that autograd saves anyway, for the backward of what made them.
     """
 
     def __init__(
-        self, name: str, gates: Sequence[Gate], rewritten: bool, kept: frozenset[int] = frozenset()
+        self, name: str, gates: Sequence[Gate], rewritten: bool, saved: frozenset[int] = frozenset()
     ) -> None:
         self.name = name
         self.gates = tuple(gates)
-        self.rewritten, self.kept = rewritten, kept
-        self.complete = False  # whether each residual add of the block carries a gate
-        self.marks: tuple[Mark, ...] = ()  # what the gates' additions are known by
+        self.rewritten, self.saved = rewritten, saved
+        self.all_gated = False  # whether each residual add of the block carries a gate
+        self.traits: tuple[Traits, ...] = ()  # what the gates' additions are known by
         self.features = 0  # how many new features the block concatenates, where gates are on those
         self.optional: set[int] = set()  # gates, by ordinal, whose sum the example's calls do not all perform
         self.sides: dict[int, str] = {}  # for each gate, by ordinal, which operand was its shortcut
@@ -124,11 +124,11 @@ class Gating:
         skip = frozenset(gate.branch.ordinal for gate in self.gates if gate.branch.skips)
         by_rows = self.gates[0].decided.unit == "sample"
         places = tuple((place, a.node, a.ordinal, a.shortcut) for place, a in chosen.items())
-        written, kept = self.rewritten or _hooked(block), self.kept
-        key = (block.training, places, skip, by_rows, written, kept, batch)
+        written, saved = self.rewritten or _hooked(block), self.saved
+        key = (block.training, places, skip, by_rows, written, saved, batch)
         if key not in flow.shared:
             flow.shared[key] = splice(
-                block, flow, chosen, skip=skip, by_rows=by_rows, rewritten=written, kept=kept, batch=batch
+                block, flow, chosen, skip=skip, by_rows=by_rows, rewritten=written, saved=saved, batch=batch
             )
         spliced: Spliced = flow.shared[key]
         return spliced
@@ -193,14 +193,14 @@ class Gating:
         """
         if self.gates[0].branch.kind == "concat":
             return self._features(flow)
-        if not self.marks:
-            found, marks = located(flow)
-            by_ordinal = {mark.ordinal: mark for mark in marks}
-            self.marks = tuple([by_ordinal[gate.branch.ordinal] for gate in self.gates])
-            plain = [a.ordinal for a in found if a.code is None]
-            self.complete = plain == [gate.branch.ordinal for gate in self.gates]
+        if not self.traits:
+            adds, known = located(flow)
+            by_ordinal = {traits.ordinal: traits for traits in known}
+            self.traits = tuple([by_ordinal[gate.branch.ordinal] for gate in self.gates])
+            residual = [add.ordinal for add in adds if add.code is None]
+            self.all_gated = residual == [gate.branch.ordinal for gate in self.gates]
         chosen: dict[int, Addition] = {}
-        located_again = again(flow, self.marks, complete=self.complete)
+        located_again = again(flow, self.traits, all_gated=self.all_gated)
         for place, (gate, addition) in enumerate(zip(self.gates, located_again, strict=True)):
             ordinal, kind = gate.branch.ordinal, gate.branch.kind
             one = meant(flow, addition, kind, self.sides.get(ordinal))

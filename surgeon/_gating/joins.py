@@ -27,7 +27,7 @@ from surgeon._torch import under_vmap
 from surgeon._tracing.fake import held
 from surgeon._tracing.state import attribute
 
-Kept = tuple[tuple[int, ...], ...]
+Surviving = tuple[tuple[int, ...], ...]
 # What each join is the mean of, what runs, in order, and the children and weights that do not.
 Plan = tuple[dict[fx.Node, list[fx.Node]], list[fx.Node], list[str]]
 _KNOWN = 256  # choices of paths for which one block remembers what it runs
@@ -109,7 +109,7 @@ class PathRun:
         self.flow, self.masked, self.rewritten = flow, masked, rewritten
         self.joins = {place: joins(flow)[addition.node] for place, addition in chosen.items()}
         self.given = [node for node in flow.order if node.op == "placeholder"]
-        self.plans: dict[Kept, Plan] = {}
+        self.plans: dict[Surviving, Plan] = {}
 
     def __call__(self, block: nn.Module, gates: Sequence[Gate], *args: Any) -> Any:
         if torch.compiler.is_compiling() or under_vmap():
@@ -140,7 +140,7 @@ class PathRun:
         written = any(self.flow.storages(node) & self.flow.fact(n).writes for n in later)
         return values[0].clone() if written or self.rewritten else values[0]
 
-    def _plan(self, kept: Kept) -> Plan:
+    def _plan(self, kept: Surviving) -> Plan:
         if kept not in self.plans:
             joined = zip(self.joins.values(), kept, strict=True)
             ways = {join.node: [join.paths[i] for i in k] for join, k in joined}

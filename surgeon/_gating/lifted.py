@@ -13,7 +13,7 @@ from surgeon._gating.gate import Gate
 from surgeon._gating.ranks import several
 from surgeon._gating.regions import Branch
 from surgeon._gating.rowops import SMALL, parted, take
-from surgeon._gating.saved import saved_once
+from surgeon._gating.saved_tensors import saved_once
 from surgeon._torch import FakeTensorMode, saves_may_change
 from surgeon._tracing.fake import to_fake
 from surgeon._tracing.nests import tensors
@@ -31,7 +31,7 @@ class Lifted:
         rows: Which inputs have one entry per sample, or one for all, by place; the others go in whole.
         owns: Submodules and parameters of the block that it uses.
         feeds: Which inputs reach the result through the branch alone, by place; of a nest a part may.
-        kept: Which of ``rows`` autograd keeps whole anyway, see `surgeon._gating.saved`.
+        saved: Which of ``rows`` autograd saves whole anyway, see `surgeon._gating.saved_tensors`.
         single: Tensors that have one entry for all and must have, by the input's place and theirs in it.
         gates: The gates of sums inside the branch, by their place among those of the block.
     """
@@ -40,7 +40,7 @@ class Lifted:
     rows: tuple[int, ...]
     owns: tuple[str, ...]
     feeds: tuple[int, ...]
-    kept: tuple[int, ...] = ()
+    saved: tuple[int, ...] = ()
     single: tuple[tuple[int, int], ...] = ()
     gates: tuple[int, ...] = ()
 
@@ -79,8 +79,8 @@ class Lifted:
     def on_rows(self, block: nn.Module, inputs: Sequence[Any], taken: list[Any], rows: Tensor) -> Tensor:
         """Runs on the rows that were taken."""
         parts = []
-        if self.kept and not is_compiling():
-            parts = [(taken[i], inputs[i]) for i in self.kept if _worth_hooks(inputs[i])]
+        if self.saved and not is_compiling():
+            parts = [(taken[i], inputs[i]) for i in self.saved if _worth_hooks(inputs[i])]
         if not parts or not saves_may_change():
             return self.run(block, *taken)
         with saved_once(parts, rows):

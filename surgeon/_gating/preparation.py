@@ -15,7 +15,7 @@ from surgeon._gating.block import gated_class
 from surgeon._gating.forwards import Gating
 from surgeon._gating.gate import Gate
 from surgeon._gating.samples import Samples, dimensions, doubtful
-from surgeon._gating.saved import keeps_result
+from surgeon._gating.saved_tensors import keeps_result
 from surgeon._gating.splice import Spliced
 from surgeon._tracing.nests import tensors
 from surgeon._tracing.oplog import OpLog
@@ -80,7 +80,7 @@ def _prepare_block(
     """The gating of one block with its training forward made, and its evaluating one where that differs."""
     chosen = [gates[r.name] for r in block.residuals]
     shared = block.call.rewritten or block.call.reread
-    gating = Gating(block.name, chosen, shared, _kept(block, recording))
+    gating = Gating(block.name, chosen, shared, _saved(block, recording))
     for gate, addition in zip(chosen, block.found, strict=True):
         gating.sides[gate.branch.ordinal] = "left" if addition.node.args[0] is addition.shortcut else "right"
         if gate.branch.skips and (kept := _kept_by_layers(block, addition, recording)):
@@ -135,8 +135,8 @@ def _traced(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], log: Op
         return Flow(trace(block.module, args, kwargs, log, below=block.flow.trace.below))
 
 
-def _kept(block: Block, recording: Recording) -> frozenset[int]:
-    """Places of the block's arguments that autograd keeps for the backward of what made them."""
+def _saved(block: Block, recording: Recording) -> frozenset[int]:
+    """Places of the block's arguments that autograd saves for the backward of what made them."""
     call, places, steps = block.call, set(), iter(block.call.made_at)
     for place, value in enumerate((*call.args, *call.kwargs.values())):
         made_at = [next(steps) for _ in tensors(value)]
@@ -151,9 +151,9 @@ def _settle_form(gate: Gate, spliced: Spliced) -> None:
     subset = spliced.subsets.get(ordinal)
     if subset is not None:
         _note(gate, statistics=subset.statistics, flops=subset.flops, moved=subset.moved)
-    if ordinal in spliced.kept_whole:
+    if ordinal in spliced.masked:
         # Where it would not pay anyway there is nothing to note.
-        note = f"computed also when dropped: {spliced.kept_whole[ordinal]}" if gate.skipping() else ""
+        note = f"computed also when dropped: {spliced.masked[ordinal]}" if gate.skipping() else ""
         _note(gate, skips=False, note=note or gate.branch.note)
 
 

@@ -5,9 +5,9 @@ rates. After that nothing is sent. The n-th draw of a gate comes from a generato
 gate, n), so what else a rank draws, and how much, does not matter.
 
 ``sync="depth"`` shares less: how many branches run, so that no rank waits for another. Let the ``p_l`` of the
-gates, in an order that each rank draws for itself, lie one behind another on a line, and marks at ``u``,
-``u + 1``, ... for one ``u`` in [0, 1) of all ranks: a branch runs where a mark falls on its ``p_l``
-(systematic sampling; Madow 1949). Each runs with probability ``p_l``, and every rank has as many marks.
+gates, in an order that each rank draws for itself, lie one behind another on a line, and ticks at ``u``,
+``u + 1``, ... for one ``u`` in [0, 1) of all ranks: a branch runs where a tick falls on its ``p_l``
+(systematic sampling; Madow 1949). Each runs with probability ``p_l``, and every rank has as many ticks.
 
 `torch.utils.checkpoint` repeats a forward with the rank's own generator set back. Each draw therefore takes
 one number from that generator, as a token: the same token at the same gate means the same draw again.
@@ -90,20 +90,20 @@ class Ranks:
         gate = self.gates.index(member)
         draw = self._next(gate)
         if draw not in self.fates:
-            self.fates[draw] = self._marked(draw)
+            self.fates[draw] = self._ticked(draw)
             if len(self.fates) > _REMEMBERED:
                 del self.fates[next(iter(self.fates))]
         return gate in self.fates[draw]
 
-    def _marked(self, draw: int) -> frozenset[int]:
-        """The gates, by place, on whose ``p_l`` a mark falls."""
+    def _ticked(self, draw: int) -> frozenset[int]:
+        """The gates, by place, on whose ``p_l`` a tick falls."""
         rank = dist.get_rank() if several() else 0
         order = self._random(f"order {rank} {draw}", len(self.gates)).argsort().tolist()
         rates = torch.tensor([1 - self.gates[place].drop_rate for place in order], dtype=torch.float64)
-        # In whole parts: sums of floats depend on their order, and so would the number of marks.
+        # In whole parts: sums of floats depend on their order, and so would the number of ticks.
         ends = (rates * _PARTS).round().long().cumsum(0) + int(self._random(f"marks {draw}", 1) * _PARTS)
-        marks = (ends // _PARTS).tolist()
-        return frozenset(place for place, a, b in zip(order, [0, *marks], marks, strict=False) if b > a)
+        ticks = (ends // _PARTS).tolist()
+        return frozenset(place for place, a, b in zip(order, [0, *ticks], ticks, strict=False) if b > a)
 
     def _next(self, gate: int) -> int:
         """The number of the gate's next draw, or of an earlier one that a checkpoint repeats."""

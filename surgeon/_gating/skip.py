@@ -25,7 +25,7 @@ from surgeon._torch import transformed, under_vmap
 from surgeon._tracing.fake import held
 from surgeon._tracing.state import attribute
 
-Form = Callable[..., Tensor]
+Adding = Callable[..., Tensor]
 
 
 def batch_add(

@@ -21,7 +21,7 @@ from surgeon._gating.adds import evaluating_add, evaluating_value, masked_add, m
 from surgeon._gating.features import batch_value, rows_value
 from surgeon._gating.generated import Run
 from surgeon._gating.joins import PathRun
-from surgeon._gating.skip import Form, batch_add, rows_add
+from surgeon._gating.skip import Adding, batch_add, rows_add
 from surgeon._gating.subsets import Subset, look
 from surgeon._gating.writer import Writer
 
@@ -33,13 +33,13 @@ class Spliced:
     Attributes:
         run: ``run(block, gates, *arguments)``, the arguments as they were traced.
         exact: It holds for the traced shapes only.
-        kept_whole: For each gate (by ordinal) that cannot skip, why.
+        masked: For each gate (by ordinal) that cannot skip, why.
         subsets: For each gate (by ordinal) whose branch was to run on some rows only, what that involves.
     """
 
     run: Run
     exact: bool
-    kept_whole: Mapping[int, str]
+    masked: Mapping[int, str]
     subsets: Mapping[int, Subset]
 
 
@@ -51,7 +51,7 @@ def splice(
     skip: Collection[int],
     by_rows: bool,
     rewritten: bool,
-    kept: Collection[int] = (),
+    saved: Collection[int] = (),
     batch: int | None = None,
 ) -> Spliced:
     """Generates a block's forward with a gate on each chosen addition, for the mode the block is in.
@@ -63,10 +63,10 @@ def splice(
         skip: Ordinals of those whose branch is lifted out where that is sound, so that it need not run.
         by_rows: What a coin decides is one row of the batch.
         rewritten: Something outside the block writes to its output in place.
-        kept: Places of the arguments that autograd keeps whole anyway.
+        saved: Places of the arguments that autograd saves whole anyway.
         batch: How many samples the example has, if this is its trace.
     """
-    writer, whole, subsets = Writer(flow, rewritten, kept), dict[int, str](), dict[int, Subset]()
+    writer, whole, subsets = Writer(flow, rewritten, saved), dict[int, str](), dict[int, Subset]()
     for index, addition in chosen.items():
         if addition.kind == "mean":
             if block.training:
@@ -102,7 +102,7 @@ def _only_joins(chosen: Mapping[int, Addition], skip: Collection[int]) -> bool:
     return all(a.kind == "mean" and a.ordinal in skip for a in chosen.values())
 
 
-def _forms(addition: Addition, by_rows: bool) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Form]:
+def _forms(addition: Addition, by_rows: bool) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Adding]:
     """What stands for an addition in evaluation, where its branch is masked, and where it is lifted."""
     if addition.kind == "concat":
         return evaluating_value, masked_value, rows_value if by_rows else batch_value

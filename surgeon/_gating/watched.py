@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from surgeon._gating.block import settle_class, without_gates
+from surgeon._gating.call_forms import Arguments, forms
 from surgeon._gating.forwards import Gating
 from surgeon._gating.gated import Placed, gated_blocks
-from surgeon._gating.ways import Arguments, forms
 from surgeon.errors import UnseenCallError
 
 Seen = dict[int, dict[Any, Arguments | None]]

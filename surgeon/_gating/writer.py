@@ -17,7 +17,7 @@ from surgeon._gating.generated import Run, argument, compiled, receiver
 from surgeon._gating.joins import masked_mean
 from surgeon._gating.lifted import Lifted
 from surgeon._gating.rowwise import nested
-from surgeon._gating.skip import Form
+from surgeon._gating.skip import Adding
 from surgeon._tracing.facts import is_size
 from surgeon._tracing.fake import storage
 from surgeon._tracing.nests import tensors
@@ -41,10 +41,10 @@ class _Gated:
 class Writer:
     """Copies a traced graph node by node, with some additions replaced."""
 
-    def __init__(self, flow: Flow, rewritten: bool, kept: Collection[int]) -> None:
+    def __init__(self, flow: Flow, rewritten: bool, saved: Collection[int]) -> None:
         self.flow, self.rewritten = flow, rewritten
         arguments = [node for node in flow.order if node.op == "placeholder"]
-        self.kept = {node for place, node in enumerate(arguments) if place in kept}
+        self.saved = {node for place, node in enumerate(arguments) if place in saved}
         self.replaced: dict[fx.Node, _Gated] = {}
         self.left_out: set[fx.Node] = set()
         self.passed: dict[fx.Node, fx.Node] = {}
@@ -82,7 +82,7 @@ class Writer:
         self.replaced[join.node] = _Gated(join.paths, (index,), emit)
 
     def lift(
-        self, index: int, addition: Addition, form: Form, lifted: Lifted, reads: Sequence[fx.Node]
+        self, index: int, addition: Addition, form: Adding, lifted: Lifted, reads: Sequence[fx.Node]
     ) -> None:
         """Moves the branch of an addition into a function that ``form`` calls if the gate is open."""
         self.left_out |= self._inside(addition) - {addition.node}
@@ -119,9 +119,9 @@ class Writer:
             and (nested(facts[i].value) or not flow.precedes(node, shortcut))
         ]
         owns = [str(n.target) for n in uses if n in addition.region or n.op == "get_attr"]
-        kept = [i for i in rows if reads[i] in self.kept]
+        saved = [i for i in rows if reads[i] in self.saved]
         owned = tuple(dict.fromkeys(owns))
-        return Lifted(run, tuple(rows), owned, tuple(feeds), tuple(kept), gates=gates), reads
+        return Lifted(run, tuple(rows), owned, tuple(feeds), tuple(saved), gates=gates), reads
 
     def write(self) -> Run:
         graph = fx.Graph()
@@ -158,12 +158,12 @@ class Writer:
     def _take_off_drops(self, addition: Addition) -> None:
         for drop in addition.drops:
             mask = None if drop.op == "call_module" else row_mask(self.flow, drop)
-            kept = [
+            values = [
                 n
                 for n in drop.all_input_nodes
                 if n is not mask and isinstance(self.flow.fact(n).value, Tensor)
             ]
-            self.passed[drop] = kept[0]
+            self.passed[drop] = values[0]
             if mask is not None:
                 self.left_out |= set(self.flow.region(mask, drop))
 
@@ -251,7 +251,7 @@ def _onto(addition: Addition) -> str:
 
 
 @functools.cache
-def _bound(form: Form, lifted: Lifted) -> Run:
+def _bound(form: Adding, lifted: Lifted) -> Run:
     """A form of adding with its branch filled in, under a name of its own for generated code."""
     bound: Any = functools.partial(form, lifted)
     bound.__name__, bound.__qualname__, bound.__module__ = form.__name__, form.__name__, __name__

@@ -18,7 +18,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from surgeon._folding.still import evaluating, noting
+from surgeon._folding.evaluation import evaluating, noting
 from surgeon._onnx.exporter import MODULE
 from surgeon._onnx.file import OnnxFile
 from surgeon._onnx.parity import Array, Divergence

@@ -19,7 +19,7 @@ from surgeon._finding.addition import Addition
 from surgeon._finding.analysis import Analysis, Block
 from surgeon._finding.flow import Flow
 from surgeon._finding.residual import meant
-from surgeon._gating.places import again, located
+from surgeon._gating.matching import again, located
 from surgeon._pruning.cut import Code, Cut
 from surgeon._pruning.pruned import Kept, form
 from surgeon._torch import pytree
@@ -98,8 +98,8 @@ class Deleter:
         """The block's trace in one mode, on the example or on a larger batch, without these branches."""
         flow = block.flow if training and not larger else self._flow(block, training, larger=larger)
         chosen = [i for i, r in enumerate(block.residuals) if r.name in names]
-        marks = [located(block.flow)[1][block.found[i].ordinal] for i in chosen]
-        there = again(flow, marks, complete=len(chosen) == len(block.found))
+        wanted = [located(block.flow)[1][block.found[i].ordinal] for i in chosen]
+        there = again(flow, wanted, all_gated=len(chosen) == len(block.found))
         found = [_meant(flow, a, block.found[i]) for i, a in zip(chosen, there, strict=True)]
         for i, addition in zip(chosen, found, strict=True):
             if addition is None:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from surgeon._torch import traced_assert
-from surgeon._tracing.below import Below
+from surgeon._tracing.children import Below
 from surgeon._tracing.key import Key
 from surgeon._tracing.nests import tensors
 from surgeon._tracing.oplog import Op

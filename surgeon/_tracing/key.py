@@ -15,13 +15,13 @@ from torch import nn
 
 from surgeon._tracing.state import ambient, attribute, kind, state
 
-# Where a part of the arguments is: the place of one argument, and the steps from there.
-Step = tuple[Callable[..., Any], tuple[Any, ...]]
-Path = tuple[int, tuple[Step, ...]]
+# Where a part of the arguments is: the number of one argument, and what is accessed from there.
+Access = tuple[Callable[..., Any], tuple[Any, ...]]
+Path = tuple[int, tuple[Access, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Variable:
     """Where a value lies beside modules: in a file or a cell of a closure, or where names lead from there."""
 
     holder: Any
@@ -49,30 +49,30 @@ class Key:
         ambient: The grad and autocast mode does.
         attributes: Names of attributes of the block and its children, dotted, that do.
         given: Paths of the parts of arguments that do; True where all that an object holds counts.
-        places: Where other values lie that do.
+        variables: Where other values lie that do.
     """
 
     exact: bool = False
     ambient: bool = False
     attributes: tuple[str, ...] = ()
     given: Mapping[Path, bool] = field(default_factory=dict)
-    places: tuple[Place, ...] = ()
+    variables: tuple[Variable, ...] = ()
 
     def __or__(self, other: "Key") -> "Key":
         """What decides for one of two traces of a block."""
-        places = {(id(one.holder), one.names): one for one in (*self.places, *other.places)}
+        variables = {(id(one.holder), one.names): one for one in (*self.variables, *other.variables)}
         given = {path: whole or self.given.get(path, False) for path, whole in other.given.items()}
         return Key(
             self.exact or other.exact,
             self.ambient or other.ambient,
             tuple(sorted({*self.attributes, *other.attributes})),
             {**self.given, **given},
-            tuple(places.values()),
+            tuple(variables.values()),
         )
 
     def portable(self) -> "Key":
-        """The same without places, which are no good in another process."""
-        return replace(self, places=())
+        """The same without variables, which are no good in another process."""
+        return replace(self, variables=())
 
     def of(
         self, block: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -85,8 +85,8 @@ class Key:
             ambient() if self.ambient else None,
             forward,
             # A compiler would guard on whole files.
-            tuple([state(one.value()) for one in self.places])
-            if self.places and not torch.compiler.is_compiling()
+            tuple([state(one.value()) for one in self.variables])
+            if self.variables and not torch.compiler.is_compiling()
             else (),
         )
 

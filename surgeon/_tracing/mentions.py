@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from surgeon._tracing.key import Place
+from surgeon._tracing.key import Variable
 from surgeon._tracing.library import is_library
 from surgeon._tracing.state import PLAIN, is_iterator
 from surgeon.errors import TraceError
@@ -37,13 +37,13 @@ class Mentions:
 
     Attributes:
         attributes: Names of plain class attributes of the block, dotted where they are those of settings.
-        places: Where other plain values and functions lie.
+        variables: Where other plain values and functions lie.
         beside: Nests, objects and closures that it may change, by name.
         classes: Whether it may ask for the class of a child.
     """
 
     attributes: tuple[str, ...] = ()
-    places: tuple[Place, ...] = ()
+    variables: tuple[Variable, ...] = ()
     beside: dict[str, Any] = field(default_factory=dict)
     classes: bool = False
 
@@ -69,24 +69,24 @@ def _look_around(function: types.FunctionType, found: Mentions) -> None:
     names = _names(function.__code__)
     files = [(holder, name, holder[name]) for holder, name in _named(function, names)]
     cells = [(cell, "cell_contents", _content(cell)) for cell in function.__closure__ or ()]
-    places = {(id(one.holder), one.names): one for one in found.places}
+    variables = {(id(one.holder), one.names): one for one in found.variables}
     for holder, name, value in (*files, *cells):
         for path, inner in _reached({name: value}, names):
-            place = Place(holder, path)
-            said = str(place) if isinstance(holder, dict) else f"a closure of {function.__name__}"
+            variable = Variable(holder, path)
+            said = str(variable) if isinstance(holder, dict) else f"a closure of {function.__name__}"
             if is_iterator(inner):
                 raise TraceError(
                     f"its forward names {said}, a {type(inner).__name__}, which each call moves on"
                 )
             if _is_plain(inner) or _is_code(inner):
-                places[id(holder), path] = place
+                variables[id(holder), path] = variable
             elif not isinstance(inner, (type, types.ModuleType)):
                 found.beside[said] = inner
     for name in ("__defaults__", "__kwdefaults__"):
         if not _is_constant(value := getattr(function, name)):
-            places[id(function), (name,)] = Place(function, (name,))
+            variables[id(function), (name,)] = Variable(function, (name,))
             found.beside[f"a default of {function.__name__}"] = value
-    found.places = tuple(places.values())
+    found.variables = tuple(variables.values())
 
 
 def _named(function: types.FunctionType, names: Collection[str]) -> Iterator[tuple[dict[str, Any], str]]:

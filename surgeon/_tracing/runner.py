@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
 
-from surgeon._tracing.below import Below, StandIn
 from surgeon._tracing.blame import asks_numbers
+from surgeon._tracing.children import Below, StandIn
 from surgeon._tracing.facts import Fact, numbers_asked
 from surgeon._tracing.fake import storage
 from surgeon._tracing.holders import Holder, holders

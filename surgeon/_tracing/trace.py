@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from surgeon._tracing.below import Below
 from surgeon._tracing.capture import Capture
+from surgeon._tracing.children import Below
 from surgeon._tracing.facts import Trace, drop_unused
 from surgeon._tracing.guards import guarded
 from surgeon._tracing.key import Key
@@ -77,7 +77,7 @@ def trace(
     drop_unused(graph, tracer.facts)
     # The block's own mode is part of every key.
     attributes = tuple(sorted(reads.own - {"training"}))
-    key = Key(tracer.exact, tracer.ambient, attributes, tracer.given.read, found.places)
+    key = Key(tracer.exact, tracer.ambient, attributes, tracer.given.read, found.variables)
     return Trace(graph, tracer.facts, key, reads, Below(below.opened, tracer.runner.stood))
 
 
@@ -116,16 +116,18 @@ def _mentioned(block: nn.Module, forward: Any, below: Below) -> Mentions:
         child = block.get_submodule(path)
         inner = mentions(child, plain_forward(child))
         found.attributes += tuple(f"{path}.{name}" for name in inner.attributes)
-        found.places += inner.places
+        found.variables += inner.variables
         found.beside |= inner.beside
         found.classes |= inner.classes
     return found
 
 
 def _around(block: nn.Module, found: Mentions) -> dict[str, Any]:
-    """What is in the attributes and places that are mentioned now, by a name for messages."""
-    places = {f"{place} ({number})": state(place.value()) for number, place in enumerate(found.places)}
-    return places | {f"self.{name}": state(attribute(block, name)) for name in found.attributes}
+    """What is in the attributes and variables that are mentioned now, by a name for messages."""
+    variables = {
+        f"{variable} ({number})": state(variable.value()) for number, variable in enumerate(found.variables)
+    }
+    return variables | {f"self.{name}": state(attribute(block, name)) for name in found.attributes}
 
 
 def _hooked(block: nn.Module) -> str:

@@ -25,9 +25,9 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import noop_context_fn
 
 from surgeon._text import first_line
-from surgeon._tracing.below import Below
 from surgeon._tracing.blame import asks_numbers, is_internal
 from surgeon._tracing.canonical import canonical
+from surgeon._tracing.children import Below
 from surgeon._tracing.facts import Fact, numbers_asked
 from surgeon._tracing.given import Given
 from surgeon._tracing.guards import line

@@ -10,7 +10,7 @@ def with_scales(subject: Subject, gating: GateOptions) -> Subject:
     """Gates the subject's model, in place, where its weights need an evaluation scale; returns the subject.
 
     They do when they were trained with ``scaling="paper"`` and nobody has folded them: the option says so, or
-    the checkpoint does. Weights trained with ``"inverted"`` are complete as they are.
+    the checkpoint does. Weights trained with ``"inverted"`` need no scales.
 
     Raises:
         UsageError: The options ask for scales that the checkpoint has in its weights already, or leave open
@@ -71,6 +71,6 @@ def _noted(subject: Subject, gating: GateOptions) -> Subject:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise UsageError(
             f"{names} without --scaling: give --scaling paper if the weights were trained by the paper's "
-            "rule and need their evaluation scales, --scaling inverted (the default) if they are complete"
+            "rule and need their evaluation scales, --scaling inverted (the default) if they need none"
         )
     return replace(subject, metadata={**subject.metadata, **strings({**given, "scaling": gating.scaling})})

@@ -67,7 +67,9 @@ def command(
         raise UsageError(f"--output is {output}; stock checkpoints are safetensors files, name it so")
     subject, gating = _subject(model, making, gating)
     if not _has_scales(subject, gating):
-        out.note(f"surgeon: the weights in {making.checkpoint} are complete; there is nothing to fold")
+        out.note(
+            f"surgeon: the weights in {making.checkpoint} need no evaluation scales; there is nothing to fold"
+        )
         out.result({"checkpoint": making.checkpoint, "gates": [], "exit_code": NOTHING})
         return NOTHING
     with out.working(f"folding {making.checkpoint}"):

@@ -77,8 +77,9 @@ def test_a_fold_is_exact_and_not_a_silent_nothing() -> None:
 
 
 def test_a_fold_that_leaves_a_gate_out_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgetful(model: nn.Module, plan: FoldPlan, scales: dict[int, float]) -> None:
-        fold.commit(model, replace(plan, steps=tuple(s for s in plan.steps if s.gate != 1)), scales)
+    def forgetful(model: nn.Module, plan: FoldPlan, scales: dict[str, float]) -> None:
+        kept = tuple(p for p in plan.products if p.gate != "second.add")
+        fold.commit(model, replace(plan, products=kept), scales)
 
     monkeypatch.setattr(_removal, "commit", forgetful)
     row = _zoo_checks.folds(Net(1.0).double(), EXAMPLE.double())

@@ -90,7 +90,7 @@ def test_a_checkpoint_from_elsewhere(spec: str, make: Any, folder: Path) -> None
     assert noted["weights"] == "plain"
     again = run("fold", "m.safetensors", "-o", "n.safetensors")
     assert again.exit_code == 4
-    assert "the weights in m.safetensors are complete" in again.stderr
+    assert "the weights in m.safetensors need no evaluation scales" in again.stderr
     assert not Path("n.safetensors").exists()
 
 
@@ -152,7 +152,7 @@ def test_export_and_verify_take_divided_weights_too(folder: Path) -> None:
     assert done.exit_code == 0, done.stderr
 
 
-def test_inverted_weights_are_complete(folder: Path) -> None:
+def test_inverted_weights_need_no_scales(folder: Path) -> None:
     save_checkpoint(
         trained(schedule="linear"), "m.safetensors", {"model": TIMM, "model_args": {"num_classes": 10}}
     )

@@ -214,12 +214,12 @@ def test_a_fold_done_wrong_is_seen(ending: str) -> None:
     model, x = randomised(Gated(branch())), example()
     made = plan(model, (x,), {}, {"0": SCALE})
     wrong = {
-        "nothing": dataclasses.replace(made, steps=()),
-        "twice": dataclasses.replace(made, steps=made.steps * 2),
+        "nothing": dataclasses.replace(made, products=()),
+        "twice": dataclasses.replace(made, products=made.products * 2),
         "inverse": dataclasses.replace(
-            made, steps=tuple(dataclasses.replace(s, exponent=-s.exponent) for s in made.steps)
+            made, products=tuple(dataclasses.replace(s, exponent=-s.exponent) for s in made.products)
         ),
-        "one missing": dataclasses.replace(made, steps=made.steps[1:]),
+        "one missing": dataclasses.replace(made, products=made.products[1:]),
     }
     with torch.no_grad():
         scaled(model, {"0": SCALE})
@@ -304,7 +304,7 @@ def test_a_refusal_says_why(ending: str) -> None:
     branch, example, reason = REFUSED[ending]
     model = randomised(Gated(branch()))
     made = folds(model, example())
-    assert made.steps == ()
+    assert made.products == ()
     assert made.kept == (Kept("0", reason),)
     [kept] = made.kept
     assert not kept.operator or f" {kept.operator} " in reason

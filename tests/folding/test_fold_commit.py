@@ -22,7 +22,7 @@ from folds import (
 )
 from torch import Tensor, nn
 
-from surgeon._folding.fold import FoldPlan, Kept, Step, commit, plan
+from surgeon._folding.fold import FoldPlan, Kept, Product, commit, plan
 from surgeon.errors import FoldError
 
 # The plan changes nothing.
@@ -60,7 +60,7 @@ def test_the_plan_leaves_everything_as_it_was() -> None:
     fast = torch.backends.mha.get_fastpath_enabled()
     made = plan(model, (torch.randn(2, 5, 8),), {}, {"0": SCALE})
     torch.set_rng_state(plain)  # the example itself was drawn after the state was taken
-    assert made.steps
+    assert made.products
     after = model.state_dict(keep_vars=True)
     for name, (identity, value, version) in state.items():
         assert (id(after[name]), after[name]._version) == (identity, version)
@@ -163,7 +163,7 @@ def test_a_scale_must_be_positive(scale: float) -> None:
 
 
 def test_a_plan_for_another_model_is_refused() -> None:
-    made = FoldPlan((Step("branch.weight", "0", 1), Step("elsewhere.weight", "0", 1)), ())
+    made = FoldPlan((Product("branch.weight", "0", 1), Product("elsewhere.weight", "0", 1)), ())
     model = Gated(nn.Linear(8, 8))
     before = model.branch.weight.clone()  # type: ignore[union-attr, operator]
     with pytest.raises(FoldError, match=r"no parameter 'elsewhere\.weight'"):
@@ -174,7 +174,7 @@ def test_a_plan_for_another_model_is_refused() -> None:
 def test_meta_parameters_are_planned_but_not_written() -> None:
     model = Gated(nn.Linear(8, 8)).to("meta")
     made = plan(model, (torch.randn(2, 5, 8, device="meta"),), {}, {"0": SCALE})
-    assert len(made.steps) == 2
+    assert len(made.products) == 2
     with pytest.raises(FoldError, match="on the meta device"):
         commit(model, made, {"0": SCALE})
 
@@ -230,10 +230,10 @@ def test_a_mask_is_seen_to_be_fake(dtype: torch.dtype) -> None:
 
 def test_a_plan_prints_well() -> None:
     steps = (
-        Step("a.weight", "0", 1),
-        Step("b.weight", "0", -1),
-        Step("table", "1", 1, rows=(2, 3)),
-        Step("w", "1", 1, (0, 4), 1),
+        Product("a.weight", "0", 1),
+        Product("b.weight", "0", -1),
+        Product("table", "1", 1, rows=(2, 3)),
+        Product("w", "1", 1, (0, 4), 1),
     )
     made = FoldPlan(steps, (Kept("2", "the branch ends in silu, which does not commute with a scale"),))
     assert str(made).splitlines() == [
@@ -258,7 +258,7 @@ def test_parameters_over_one_memory_are_all_written() -> None:
     assert folds(model, x).kept  # the second use is outside of the branch
     made = folds(twice, x)
     assert not made.kept
-    (step,) = [step for step in made.steps if step.parameter.endswith("weight")]
+    (step,) = [step for step in made.products if step.parameter.endswith("weight")]
     assert step.also == ("0.branch.other.weight",)
     expected = _scaled_by(twice, SCALE, x)
     commit(twice, made, {"0": SCALE})
@@ -280,7 +280,7 @@ def test_a_parameter_that_repeats_a_number_is_not_written() -> None:
     assert exponents(made) == {"gain": 1}
     model.branch.gain = nn.Parameter(torch.full((1,), 0.7, dtype=torch.float64).expand(8))
     assert exponents(folds(model, tokens())) == weights("first")
-    both = FoldPlan((Step("branch.first.bias", "0", 1), *made.steps), ())
+    both = FoldPlan((Product("branch.first.bias", "0", 1), *made.products), ())
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(FoldError, match="one number in memory"):
         commit(model, both, {"0": SCALE})

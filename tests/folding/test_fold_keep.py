@@ -112,7 +112,7 @@ def test_a_division_done_wrong_is_seen(damage: str, monkeypatch: pytest.MonkeyPa
     def wrong(model: nn.Module, plan: FoldPlan, scales: dict[str, float]) -> None:
         if damage == "the other way":
             return commit(model, plan, {gate: 1 / scale for gate, scale in scales.items()})
-        steps = plan.steps[1:] if damage == "one step missing" else (*plan.steps, plan.steps[0])
+        steps = plan.products[1:] if damage == "one step missing" else (*plan.products, plan.products[0])
         return commit(model, FoldPlan(steps, plan.kept, plan.together), scales)
 
     monkeypatch.setattr(_scales, "commit", wrong)
@@ -153,7 +153,7 @@ def test_evaluation_stays_while_the_drop_rate_changes() -> None:
     surgeon.set_drop_rate(model, 0.1)
     assert torch.equal(model(X), expected)
     with pytest.warns(UserWarning, match="the ramp ends at the drop rate 0.3, but under scaling='paper'"):
-        ramp = surgeon.Ramp(model, 0.3, steps=2)
+        ramp = surgeon.Ramp(model, 0.3, factors=2)
     assert torch.equal(model(X), expected)
     ramp.step()
     assert torch.equal(model(X), expected)

@@ -80,7 +80,7 @@ def test_a_weight_that_cannot_be_scaled_is_refused(parametrisation: type[nn.Modu
         else parametrizations.orthogonal(nn.Linear(8, 8, bias=False))
     )
     made = folds(Gated(layer).double().eval(), tokens())
-    assert not made.steps
+    assert not made.products
     assert len(made.kept) == 1
 
 
@@ -98,7 +98,7 @@ def test_quantised_layers_are_refused() -> None:
     branch = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     model = quantize_dynamic(Gated(branch).eval(), {nn.Linear})
     made = plan(model, (tokens().float(),), {}, {"0": SCALE})
-    assert made.steps == ()
+    assert made.products == ()
     assert made.kept[0].operator == "quantized.linear_dynamic"
 
 
@@ -120,4 +120,4 @@ def test_weights_kept_as_integers_stay_and_their_scales_fold() -> None:
 
     assert exponents(folds(Gated(Integers(learnt=True)).double(), tokens())) == {"step": 1}
     made = folds(Gated(Integers(learnt=False)).double(), tokens())
-    assert made.steps == ()
+    assert made.products == ()

@@ -74,7 +74,7 @@ def test_a_random_branch_folds_exactly_or_is_kept(branch: nn.Module, seed: int) 
     torch.manual_seed(seed)
     model, x = randomised(Gated(branch)), image()
     made = plan(model, (x,), {}, {"0": SCALE})
-    assert bool(made.steps) != bool(made.kept)
+    assert bool(made.products) != bool(made.kept)
     with torch.no_grad():
         scaled(model, {"0": SCALE})
         expected = model(x)

@@ -35,7 +35,7 @@ def test_a_bias_that_stands_for_all_columns(shape: tuple[int, ...], rows: int | 
     if rows is None:
         assert made.kept
     else:
-        assert [step.rows for step in made.steps] == [(0, 8)] * rows
+        assert [step.rows for step in made.products] == [(0, 8)] * rows
 
 
 @pytest.mark.parametrize("pool", [F.avg_pool2d, F.max_pool2d])

@@ -54,7 +54,7 @@ class Parts(Gated):
 
 def rows(made: FoldPlan) -> dict[str, tuple[tuple[int, int] | None, int, int]]:
     assert not made.kept, made
-    return {step.parameter: (step.rows, step.dim, step.exponent) for step in made.steps}
+    return {step.parameter: (step.rows, step.dim, step.exponent) for step in made.products}
 
 
 def test_channels_beside_the_shortcut_keep_their_scale() -> None:
@@ -111,8 +111,8 @@ def test_scaling_a_row_twice_is_seen() -> None:
         expected = model(x)
         for part in (None, (0, 3), (1, 2)):
             damaged = copy.deepcopy(model)
-            steps = tuple(dataclasses.replace(step, rows=part) for step in made.steps)
-            commit(damaged, dataclasses.replace(made, steps=steps), {"0": SCALE})
+            steps = tuple(dataclasses.replace(step, rows=part) for step in made.products)
+            commit(damaged, dataclasses.replace(made, products=steps), {"0": SCALE})
             scaled(damaged, {})
             assert difference(damaged(x), expected) > 1e-6, part
 
@@ -134,7 +134,7 @@ class Twice(nn.Module):
 
 def test_tied_weights_fold_together_when_the_scales_agree() -> None:
     made = folds(randomised(Twice()), tokens(), {"0": SCALE, "1": SCALE})
-    assert [str(step) for step in made.steps] == [
+    assert [str(step) for step in made.products] == [
         "gate 0: first.branch.1.weight *= scale",
         "gate 0: first.branch.1.bias *= scale",
     ]
@@ -144,7 +144,7 @@ def test_tied_weights_fold_together_when_the_scales_agree() -> None:
 
 def test_tied_weights_stay_when_the_scales_disagree() -> None:
     made = folds(randomised(Twice()), tokens(), {"0": 0.5, "1": 0.6})
-    assert made.steps == ()
+    assert made.products == ()
     assert [kept.gate for kept in made.kept] == ["0", "1"]
     assert "the parameter 'first.branch.1." in made.kept[0].reason
     assert "is also used outside of the branch" in made.kept[0].reason
@@ -177,7 +177,7 @@ def test_two_parameters_over_one_memory_are_one() -> None:
     model = randomised(Gated(nn.Linear(8, 8), shortcut=nn.Linear(8, 8)))
     model.shortcut.weight = nn.Parameter(model.branch.weight.data)  # type: ignore[union-attr, assignment]
     made = plan(model, (tokens(),), {}, {"0": SCALE})
-    assert not made.steps
+    assert not made.products
     assert "'branch.weight' is also used outside of the branch" in made.kept[0].reason
 
 
@@ -185,7 +185,7 @@ def test_a_parameter_that_shares_part_of_its_memory_stays() -> None:
     model = randomised(Gated(nn.Linear(8, 8, bias=False)))
     model.register_parameter("view", nn.Parameter(model.branch.weight.data[:4]))  # type: ignore[union-attr, index]
     made = plan(model, (tokens(),), {}, {"0": SCALE})
-    assert not made.steps
+    assert not made.products
 
 
 # Several gates, and gates inside branches.
@@ -195,7 +195,7 @@ def test_each_gate_takes_its_own_scale() -> None:
     blocks = [Gated(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)), name) for name in "0123"]
     model = randomised(nn.Sequential(*blocks, nn.Flatten(), nn.Linear(144, 3)))
     made = folds(model, image(), {"0": 0.9, "1": 0.5, "2": 0.1, "3": 1.7})
-    assert [(s.parameter, s.gate) for s in made.steps] == [
+    assert [(s.parameter, s.gate) for s in made.products] == [
         (f"{i}.branch.1.{kind}", i) for i in "0123" for kind in ("weight", "bias")
     ]
 
@@ -205,7 +205,8 @@ def test_nested_gates_multiply() -> None:
     made = folds(randomised(Gated(inner, "0")), tokens(), {"0": 0.9, "1": 0.5})
     assert not made.kept
     both = {
-        step.parameter: {s.gate for s in made.steps if s.parameter == step.parameter} for step in made.steps
+        step.parameter: {s.gate for s in made.products if s.parameter == step.parameter}
+        for step in made.products
     }
     assert both == {
         "branch.branch.weight": {"0", "1"},

@@ -13,7 +13,7 @@ from test_fold_sharing import Parts, rows
 from torch import Tensor, nn
 
 import surgeon
-from surgeon._folding.fold import Step, commit, plan
+from surgeon._folding.fold import Product, commit, plan
 from surgeon._gating.gated import gates_of
 from surgeon.errors import FoldError
 
@@ -37,7 +37,7 @@ def beside(function: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Tensor]
 def test_a_function_of_a_parameter_takes_the_scale(function: str) -> None:
     model = randomised(Gated(Of(beside(FUNCTIONS[function]), fc=nn.Linear(8, 8), alpha=torch.ones(8))))
     made = folds(model, tokens())
-    assert made.steps == (Step("branch.alpha", "0", 1, through=function),)
+    assert made.products == (Product("branch.alpha", "0", 1, through=function),)
     assert str(made).splitlines()[1] == f"gate 0: {function}(branch.alpha) *= scale"
 
 
@@ -56,7 +56,10 @@ def test_a_layer_takes_it_first() -> None:
     model = randomised(
         Gated(Of(lambda m, x: m.alpha.sigmoid() * m.fc(x), fc=nn.Linear(8, 8), alpha=torch.ones(8)))
     )
-    assert {step.parameter for step in folds(model, tokens()).steps} == {"branch.fc.weight", "branch.fc.bias"}
+    assert {step.parameter for step in folds(model, tokens()).products} == {
+        "branch.fc.weight",
+        "branch.fc.bias",
+    }
 
 
 def test_a_parameter_read_elsewhere_too_stays() -> None:
@@ -84,7 +87,7 @@ def test_rows_of_a_table_under_a_function() -> None:
     model = randomised(Parts(table, conv=nn.Conv2d(4, 4, 1), table=torch.ones(3, 4)))
     made = folds(model, image())
     assert rows(made) == {"table": ((1, 2), 0, 1)}
-    assert str(made.steps[0]) == "gate 0: sigmoid(table[1:2]) *= scale"
+    assert str(made.products[0]) == "gate 0: sigmoid(table[1:2]) *= scale"
 
 
 def test_a_value_out_of_range_changes_nothing() -> None:
@@ -121,24 +124,24 @@ def _cheap(**norm: bool) -> nn.Module:
 
 def test_a_norm_hands_a_scale_on_when_its_running_mean_takes_it_too() -> None:
     made = folds(_cheap(), image())
-    assert {step.parameter.removeprefix("branch."): step.exponent for step in made.steps} == {
+    assert {step.parameter.removeprefix("branch."): step.exponent for step in made.products} == {
         "conv.weight": 1,
         "conv.bias": 1,
         "bn.running_mean": 1,
         "bn.bias": 1,
     }
-    assert folds(_cheap(affine=False), image()).steps != ()
+    assert folds(_cheap(affine=False), image()).products != ()
 
 
 def test_a_running_mean_left_alone_is_seen() -> None:
     model, x = _cheap(), image()
     made = plan(model, (x,), {}, {"0": SCALE})
-    steps = tuple(step for step in made.steps if not step.parameter.endswith("running_mean"))
+    steps = tuple(step for step in made.products if not step.parameter.endswith("running_mean"))
     with torch.no_grad():
         scaled(model, {"0": SCALE})
         expected = model(x)
         scaled(model, {})
-        commit(model, dataclasses.replace(made, steps=steps), {"0": SCALE})
+        commit(model, dataclasses.replace(made, products=steps), {"0": SCALE})
         assert difference(model(x), expected) > 1e-3
 
 

@@ -67,7 +67,7 @@ def folded(name: str, pattern: str, size: int) -> tuple[FoldPlan, int, float]:
 
 def landed(made: FoldPlan) -> Counter[str]:
     """How often each kind of parameter was touched, by the last two parts of its name without numbers."""
-    names = (f"{'.'.join(step.parameter.split('.')[-2:])} ** {step.exponent}" for step in made.steps)
+    names = (f"{'.'.join(step.parameter.split('.')[-2:])} ** {step.exponent}" for step in made.products)
     return Counter(re.sub(r"^(\d+|attn|mlp)\.", "", name) for name in names)
 
 
@@ -124,7 +124,7 @@ def test_a_model_folds_where_it_should(
 
 def test_a_branch_that_ends_in_silu_names_the_module() -> None:
     made, gates, error = folded("cs3darknet_s", SLOTS, 64)
-    assert not made.steps
+    assert not made.products
     assert len(made.kept) == gates > 0
     assert re.fullmatch(
         r"the branch ends in silu in 'stages\.0\.blocks\.0\.conv2\.bn\.act', which does not commute .*",

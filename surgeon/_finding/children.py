@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from surgeon._finding.addition import Addition
 from surgeon._finding.flow import Flow
-from surgeon._tracing.below import Below, StandIn
+from surgeon._tracing.children import Below, StandIn
 from surgeon._tracing.nests import tensors
 from surgeon._tracing.operators import drops_rows
 from surgeon._tracing.oplog import Op

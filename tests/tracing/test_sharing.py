@@ -7,8 +7,8 @@ import pytest
 from blocks import Plain, X
 from torch import nn
 
-from surgeon._tracing.alike import likeness
 from surgeon._tracing.record import record
+from surgeon._tracing.sharing import likeness
 
 
 def prints(*blocks: nn.Module) -> list[Hashable]:
