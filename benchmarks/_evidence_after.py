@@ -82,7 +82,7 @@ def lesion(setting: Setting, seed: int, trained: Trained) -> Row:
     tests = data.tests["test"]
     held = [(channels(data.held[0]), data.held[1])]
     names = [one.name for one in surgeon.find(full, held[0][0][:2]) if one.kind in ("identity", "projection")]
-    counts = [round(share * len(names)) for share in SHARES]
+    counts = sorted({round(share * len(names)) for share in SHARES})
     found = surgeon.lesion(full, held, counts=counts, draws=1, candidates=4, seed=seed)
     depths = []
     for one in found.curve:

@@ -39,11 +39,11 @@ def test_a_pair_is_of_one_seed_and_counts_who_was_right_alone():
 
 def test_intervals_cover_what_they_should():
     """Five normal differences; false alarm below 1e-6 for the coverage of 0.93 or more that is asked for."""
-    draw = np.random.default_rng(1).normal(size=(400, 5))
+    draw = np.random.default_rng(1).normal(size=(200, 5))
     inside = sum(low <= 0 <= high for low, high in map(interval, draw))
-    assert stats.binom.cdf(inside, 400, 0.93) > 1e-6
+    assert stats.binom.cdf(inside, 200, 0.93) > 1e-6
     narrow = sum(abs(values.mean()) < 1.0 * values.std() / 5**0.5 for values in draw)  # done wrong on purpose
-    assert stats.binom.cdf(narrow, 400, 0.93) < 1e-6
+    assert stats.binom.cdf(narrow, 200, 0.93) < 1e-6
 
 
 def test_no_effect_is_seldom_called_one():
