@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -74,36 +73,32 @@ def carry_out(run: Run, trained: Trained) -> Row:
 def lesion(setting: Setting, seed: int, trained: Trained) -> Row:
     """The network without each branch and without several, at once, after an epoch, and distilled.
 
-    Branches are chosen on images held back; accuracies are those of the first 1,000 test images.
+    On images held back: which branches are chosen, each one alone, random ones and the last ones. The network
+    without those that were chosen is measured on the first 1,000 test images.
     """
     model = trained.network(setting, seed)
     data = prepare(replace(setting, test=1000), seed, trained.sources)
     full = (model if setting.gates is None else surgeon.fold(model)).eval()
-    tests = data.tests["test"]
-    held = [(channels(data.held[0]), data.held[1])]
+    tests, held = data.tests["test"], [(channels(data.held[0]), data.held[1])]
     names = [one.name for one in surgeon.find(full, held[0][0][:2]) if one.kind in ("identity", "projection")]
     counts = sorted({round(share * len(names)) for share in SHARES})
-    found = surgeon.lesion(full, held, counts=counts, draws=1, candidates=4, seed=seed)
+    found = surgeon.lesion(full, held, counts=counts, draws=3, candidates=2, seed=seed)
     depths = []
     for one in found.curve:
         chosen = surgeon.prune(full, one.chosen)
-        at_random = [np.random.default_rng((seed, i)).permutation(names)[: one.deleted] for i in range(3)]
         depths.append(
             {
                 "deleted": one.deleted,
                 "chosen": list(one.chosen),
                 "at once": _accuracy(chosen, tests),
-                "at random": [_accuracy(surgeon.prune(full, list(some)), tests) for some in at_random],
-                "the last ones": _accuracy(surgeon.prune(full, names[-one.deleted :]), tests),
+                "at random": [worth.accuracy for worth in one.at_random],
+                "the last ones": one.tail.accuracy,
                 "after an epoch": _accuracy(epoch(copy.deepcopy(chosen), data, seed), tests),
                 "distilled": _accuracy(epoch(chosen, data, seed, full), tests),
             }
         )
-    return {
-        "full": _accuracy(full, tests),
-        "alone": {one.name: _accuracy(surgeon.prune(full, [one.name]), tests) for one in found.single},
-        "depths": depths,
-    }
+    alone = {one.name: one.worth.accuracy for one in found.single}
+    return {"full": _accuracy(full, tests), "held": found.full.accuracy, "alone": alone, "depths": depths}
 
 
 def _accuracy(model: nn.Module, tests: tuple[Tensor, Tensor]) -> float:

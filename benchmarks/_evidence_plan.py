@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -137,24 +137,20 @@ CONTROLS = [
 
 def plan() -> Iterator[Run]:
     """Every run, those first whose table is wanted first; seed by seed, so that pairs are whole."""
-    yield from _tuned(range(AFTER_SEEDS))
+    yield from _seeds(FASHION, range(AFTER_SEEDS))
     yield from (Run("control", setting, 0) for setting in CONTROLS)
     for seed in range(AFTER_SEEDS):
-        yield from (Run("train", setting, seed) for setting in (*DEEP, *AGAIN))
-        for kind in ("sample", "lesion"):
+        for kind in ("train", "lesion", "sample"):
             yield from (Run(kind, setting, seed) for setting in DEEP[:2])
         if not seed:
             yield Run("time", DEEP[1], 0)
-    for seed in range(AFTER_SEEDS):
-        yield from (Run("train", setting, seed) for setting in MAP)
-    yield from _tuned(range(AFTER_SEEDS, SEEDS))
-    for seed in range(AFTER_SEEDS, SEEDS):
-        yield from (Run("train", setting, seed) for setting in (*DEEP, *AGAIN))
-    for seed in range(SEEDS):
-        yield from (Run("train", setting, seed) for setting in (*RAMPS, *SIZES))
+    yield from _seeds(EMOJI, range(AFTER_SEEDS))
+    yield from _seeds((*DEEP[2:], *AGAIN, *MAP), range(AFTER_SEEDS))
+    yield from _seeds((*FASHION, *EMOJI, *DEEP, *AGAIN), range(AFTER_SEEDS, SEEDS))
+    yield from _seeds((*RAMPS, *SIZES), range(SEEDS))
 
 
-def _tuned(seeds: range) -> Iterator[Run]:
+def _seeds(settings: Sequence[Setting], seeds: range) -> Iterator[Run]:
     for seed in seeds:
-        for setting in (*FASHION, *EMOJI):
-            yield Run("train", setting, seed, quick=seed < 2)
+        for setting in settings:
+            yield Run("train", setting, seed, quick=seed < 2 and setting.part in ("fashion", "emoji"))
