@@ -102,6 +102,12 @@ def test_no_folder_imports_one_further_on() -> None:
     assert ("_onnx", "") in folders and ("_gating", "_tracing") in folders
 
 
+@pytest.mark.parametrize("folder", ["_tracing", "_gating"])
+def test_files_have_one_subject(folder: str) -> None:
+    lengths = {path.name: len(path.read_text().splitlines()) for path in (HOUSE / folder).glob("*.py")}
+    assert {name: lines for name, lines in lengths.items() if lines > 300} == {}
+
+
 def test_gates_and_folds_know_only_the_mark_of_each_other() -> None:
     for one, other in (("_gating", "_folding"), ("_folding", "_gating")):
         between = {o for room, path in ROOMS.items() if folder_of(room) == one for o in imports(path)}
