@@ -59,18 +59,18 @@ def plan_gates(
         FoldError: The model cannot run on the arguments.
         RecordError: Likewise.
     """
-    with marking(model, [one for one in gates if one.name in scales]):
+    with marking(model, [placed for placed in gates if placed.name in scales]):
         try:
             with watching(model, strict=True) as seen:
-                found = plan(model, args, kwargs, scales)
+                fold_plan = plan(model, args, kwargs, scales)
         except FoldError as error:
             if not isinstance(error.__cause__, UnseenCallError):
                 raise
             # A block has no evaluating forward for this call yet, and none can be traced within a trace.
             _make_forwards(model, args, kwargs)
             with watching(model, strict=False) as seen:
-                found = plan(model, args, kwargs, scales)
-        return in_all_ways(model, found, scales, _called(model, seen))
+                fold_plan = plan(model, args, kwargs, scales)
+        return in_all_ways(model, fold_plan, scales, _called(model, seen))
 
 
 def divide(model: nn.Module, gates: Sequence[Placed], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -88,16 +88,16 @@ def divide(model: nn.Module, gates: Sequence[Placed], args: tuple[Any, ...], kwa
         FoldError: The scale of a gate fits into no parameter, or a quotient does not fit its type.
     """
     scales = scales_of(gates)
-    found = plan_gates(model, gates, scales, args, kwargs)
-    if found.kept:
-        kept = {one.gate: one.reason for one in found.kept}
+    fold_plan = plan_gates(model, gates, scales, args, kwargs)
+    if fold_plan.kept:
+        kept = {left.gate: left.reason for left in fold_plan.kept}
         listed = "; ".join(f"{name}: {reason}" for name, reason in kept.items())
         raise FoldError(
             f"evaluation cannot be kept: no weight takes the scale of {len(kept)} of {len(gates)} gates "
             f"({listed}). Leave them out with exclude={list(kept)}, or gate with scaling='inverted', which "
             "trains alike and never changes evaluation"
         )
-    commit(model, found, {name: 1 / scale for name, scale in scales.items()})
+    commit(model, fold_plan, {name: 1 / scale for name, scale in scales.items()})
 
 
 def check_state_is_free(blocks: Sequence[nn.Module]) -> None:
@@ -121,11 +121,11 @@ def _make_forwards(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     for call in recording.calls:
         gating = gating_of(call.module)
         if gating is not None:
-            given, named, log = recording.arguments(call)
+            inputs = recording.arguments(call)
             with spelled_out(), undisturbed(call.module, training=False):
                 forward = gating.forward(call.module)
-                flow = Flow(trace(call.module, given, named, log, below=gating.below, forward=forward))
-                gating.prepare(call.module, flow, given, named)
+                flow = Flow(trace(call.module, *inputs, below=gating.below, forward=forward))
+                gating.prepare(call.module, flow, *inputs[:2])
 
 
 def _called(model: nn.Module, seen: Seen) -> Iterator[Called]:

@@ -136,11 +136,11 @@ _NOT_HOMOGENEOUS = ("prod", "multiply")
 
 def writes(call: OpCall) -> Laws:
     """Entries of one tensor replaced by, or summed with, those of another or a number."""
-    held = call.arguments
-    new = next(held[name] for name in ("src", "source", "values", "value") if name in held)
-    if held.get("reduce") in _NOT_HOMOGENEOUS or not (isinstance(new, Value) or is_scale_free(new)):
+    args = call.arguments
+    new = next(args[name] for name in ("src", "source", "values", "value") if name in args)
+    if args.get("reduce") in _NOT_HOMOGENEOUS or not (isinstance(new, Value) or is_scale_free(new)):
         return nothing(call)
-    return equal((call.outputs[0], held["self"], new))
+    return equal((call.outputs[0], args["self"], new))
 
 
 def divides(call: OpCall) -> Laws:
@@ -154,28 +154,28 @@ def divides(call: OpCall) -> Laws:
 
 def affine(call: OpCall) -> Laws:
     """A product of two arguments plus a third: convolution, ``addmm`` and their kin."""
-    held, out = call.arguments, call.outputs[0]
-    added = "bias" if "bias" in held else "self"
-    factors = [held[name] for name in held if name != added]
-    return [*product(out, *factors), *equal((out, held[added]))]
+    args, out = call.arguments, call.outputs[0]
+    added = "bias" if "bias" in args else "self"
+    factors = [args[name] for name in args if name != added]
+    return [*product(out, *factors), *equal((out, args[added]))]
 
 
 def normalises(call: OpCall) -> Laws:
     """A normalisation: the statistics hold an epsilon, so its input stays; its affine part scales."""
-    held, out = call.arguments, call.outputs[0]
-    others = [held.get(name) for name in ("input", "running_mean", "running_var")]
+    args, out = call.arguments, call.outputs[0]
+    others = [args.get(name) for name in ("input", "running_mean", "running_var")]
     pinned = [*zero(others, "normalises what it reads"), *zero(call.outputs[1:])]
-    if not isinstance(held["weight"], Value):
-        return [*pinned, *zero((out, held.get("bias")), "has no weight of its own to take a scale")]
-    return [*pinned, *equal((out, held["weight"], held.get("bias")))]
+    if not isinstance(args["weight"], Value):
+        return [*pinned, *zero((out, args.get("bias")), "has no weight of its own to take a scale")]
+    return [*pinned, *equal((out, args["weight"], args.get("bias")))]
 
 
 def normalises_by_buffers(call: OpCall) -> Laws:
     """An evaluating batch norm whose running mean may be scaled with its input; see `_folding.freed`."""
-    held, out = call.arguments, call.outputs[0]
-    pinned = zero((held["running_var"], *call.outputs[1:]))
-    moved = equal((held["input"], held["running_mean"]))
-    return [*pinned, *moved, *product(out, held["input"], held["weight"]), *equal((out, held["bias"]))]
+    args, out = call.arguments, call.outputs[0]
+    pinned = zero((args["running_var"], *call.outputs[1:]))
+    moved = equal((args["input"], args["running_mean"]))
+    return [*pinned, *moved, *product(out, args["input"], args["weight"]), *equal((out, args["bias"]))]
 
 
 def weight_norm(call: OpCall) -> Laws:
@@ -193,18 +193,18 @@ def attends(call: OpCall) -> Laws:
 
 def deforms(call: OpCall) -> Laws:
     """A deformable convolution: a product of input, weight and mask, at offsets that stay."""
-    held, out = call.arguments, call.outputs[0]
-    mask = held["mask"] if held["use_mask"] else None
-    pinned = zero((held["offset"], None if held["use_mask"] else held["mask"]))
-    return [*product(out, held["input"], held["weight"], mask), *equal((out, held["bias"])), *pinned]
+    args, out = call.arguments, call.outputs[0]
+    mask = args["mask"] if args["use_mask"] else None
+    pinned = zero((args["offset"], None if args["use_mask"] else args["mask"]))
+    return [*product(out, args["input"], args["weight"], mask), *equal((out, args["bias"])), *pinned]
 
 
 def adds_product(call: OpCall) -> Laws:
     """``addcmul`` and ``addcdiv``: a tensor plus a product or quotient of two."""
-    held, out = call.arguments, call.outputs[0]
+    args, out = call.arguments, call.outputs[0]
     sign = 1 if "addcmul" in call.name else -1
-    terms = ((out, 1), (held["tensor1"], -1), (held["tensor2"], -sign))
-    return [*equal((out, held["self"])), Law(terms)]
+    terms = ((out, 1), (args["tensor1"], -1), (args["tensor2"], -sign))
+    return [*equal((out, args["self"])), Law(terms)]
 
 
 _EXPONENTS = {"sqrt": Fraction(1, 2), "rsqrt": Fraction(-1, 2), "reciprocal": -1, "square": 2}
@@ -276,8 +276,8 @@ def looks_up(call: OpCall) -> Laws:
 
 def interpolates(call: OpCall) -> Laws:
     """``lerp``: between two tensors, by a number or a tensor that stays."""
-    held = call.arguments
-    return [*equal((call.outputs[0], held["self"], held["end"])), *zero((held["weight"],))]
+    args = call.arguments
+    return [*equal((call.outputs[0], args["self"], args["end"])), *zero((args["weight"],))]
 
 
 def norm_of(call: OpCall) -> Laws:

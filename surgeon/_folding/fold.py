@@ -20,7 +20,7 @@ from surgeon._folding.freed import INVERTIBLE, freed
 from surgeon._folding.recorder import OpCall
 from surgeon._folding.rows import by_rows
 from surgeon._folding.search import Exponents, NoSolution, described, solve, spoken
-from surgeon._folding.state import place, repeats
+from surgeon._folding.state import memory_of, repeats
 from surgeon._mark import MARK
 from surgeon.errors import FoldError
 
@@ -113,21 +113,21 @@ def plan_flat(flat: Flat, scales: Mapping[str, float]) -> FoldPlan:
     on the model taken apart by rows, at last with functions of parameters in place of the parameters.
     """
     balance, decided = Balance(flat), _decided(flat)
-    found = {gate: decided.get(gate) or _solved(balance, gate) for gate in scales}
+    answers = {gate: decided.get(gate) or _solved(balance, gate) for gate in scales}
     together = []
-    for group in _related(found, scales):
+    for group in _related(answers, scales):
         result = solve(balance, frozenset(group))
         if not isinstance(result, NoSolution):
-            found.update({gate: {} for gate in group} | {group[0]: result})
+            answers.update({gate: {} for gate in group} | {group[0]: result})
             together.append(group)
-    products = _products(flat, found)
-    refused = {gate: one for gate, one in found.items() if isinstance(one, NoSolution)}
+    products = _products(flat, answers)
+    refused = {gate: answer for gate, answer in answers.items() if isinstance(answer, NoSolution)}
     if any(gate in balance.marks for gate in refused):
         apart = by_rows(flat)
         for view in (apart, freed(flat), freed(apart)):
             done = products.keys() | decided.keys()
             products |= _further_products(view, [gate for gate in refused if gate not in done])
-    kept = tuple(_kept(gate, one) for gate, one in refused.items() if gate not in products)
+    kept = tuple(_kept(gate, answer) for gate, answer in refused.items() if gate not in products)
     return FoldPlan(
         tuple(product for gate in scales for product in products.get(gate, ())), kept, tuple(together)
     )
@@ -143,17 +143,17 @@ def _decided(flat: Flat) -> dict[str, NoSolution]:
 
     Such a model has run on real numbers, and what they did not choose was not seen.
     """
-    fixed, found = independent_of_inputs(flat), dict[str, NoSolution]()
+    fixed, refused = independent_of_inputs(flat), dict[str, NoSolution]()
     deciding: list[OpCall] = []
     for call in flat.calls:
         if call.decides and not fixed.issuperset(call.inputs):
             deciding.append(call)
         if call.name == MARK:
-            inside = next((one for one in deciding if _is_in(one.module, call.module)), None)
+            inside = next((earlier for earlier in deciding if _is_in(earlier.module, call.module)), None)
             if inside is not None:
                 why = f"values decide what runs ({described(inside)}), so other inputs may use other weights"
-                found.setdefault(call.arguments["gate"], NoSolution(why, frozenset(), inside))
-    return found
+                refused.setdefault(call.arguments["gate"], NoSolution(why, frozenset(), inside))
+    return refused
 
 
 def _is_in(module: str, block: str) -> bool:
@@ -169,16 +169,16 @@ def _solved(balance: Balance, gate: str) -> Exponents | NoSolution:
 def _further_products(flat: Flat, gates: Iterable[str]) -> dict[str, list[Product]]:
     """Steps for those gates that fold on another view of the model."""
     balance = Balance(flat)
-    found = {gate: _solved(balance, gate) for gate in gates}
-    return _products(flat, found)
+    answers = {gate: _solved(balance, gate) for gate in gates}
+    return _products(flat, answers)
 
 
 def _related(
-    found: Mapping[str, Exponents | NoSolution], scales: Mapping[str, float]
+    answers: Mapping[str, Exponents | NoSolution], scales: Mapping[str, float]
 ) -> list[tuple[str, ...]]:
     """Refused gates of equal scale that tried to write the same parameters."""
     groups: list[tuple[float, set[str], set[object]]] = []
-    for gate, result in found.items():
+    for gate, result in answers.items():
         if not isinstance(result, NoSolution) or not result.tried:
             continue
         gates, tried = {gate}, set[object](result.tried)
@@ -186,13 +186,13 @@ def _related(
             groups.remove(other)
             gates, tried = gates | other[1], tried | other[2]
         groups.append((scales[gate], gates, tried))
-    return [tuple(gate for gate in found if gate in gates) for _, gates, _ in groups if len(gates) > 1]
+    return [tuple(gate for gate in answers if gate in gates) for _, gates, _ in groups if len(gates) > 1]
 
 
-def _products(flat: Flat, found: Mapping[str, Exponents | NoSolution]) -> dict[str, list[Product]]:
+def _products(flat: Flat, answers: Mapping[str, Exponents | NoSolution]) -> dict[str, list[Product]]:
     """What the exponents of each gate that has some come to."""
     products = {}
-    for gate, exponents in found.items():
+    for gate, exponents in answers.items():
         if not isinstance(exponents, NoSolution):
             sources = [(flat.parameters[value], exponent) for value, exponent in exponents.items()]
             products[gate] = [
@@ -266,7 +266,7 @@ def _by_parameter(plan: FoldPlan) -> dict[str, list[Product]]:
     return grouped
 
 
-def held(model: nn.Module, name: str) -> Tensor:
+def tensor_named(model: nn.Module, name: str) -> Tensor:
     """A parameter or buffer by its name.
 
     Raises:
@@ -282,9 +282,9 @@ def held(model: nn.Module, name: str) -> Tensor:
 
 def _parameters(model: nn.Module, names: Iterable[str]) -> list[Tensor]:
     """What some names stand for, each piece of memory once: a copy of a model has Parameters taken apart."""
-    found: dict[object, Tensor] = {}
+    parameters: dict[object, Tensor] = {}
     for name in names:
-        parameter = held(model, name)
+        parameter = tensor_named(model, name)
         if parameter.is_meta or parameter.is_inference():
             raise FoldError(
                 f"the parameter {name!r} cannot be written: it is on the meta device or an inference tensor"
@@ -293,8 +293,8 @@ def _parameters(model: nn.Module, names: Iterable[str]) -> list[Tensor]:
             raise FoldError(
                 f"the parameter {name!r} cannot be written: several of its entries are one number in memory"
             )
-        found.setdefault(place(parameter), parameter)
-    return list(found.values())
+        parameters.setdefault(memory_of(parameter), parameter)
+    return list(parameters.values())
 
 
 def _scaled(parameter: Tensor, products: list[Product], scales: Mapping[str, float]) -> Tensor:

@@ -84,8 +84,8 @@ class _Splitter:
             self._emit_readers(value)
         if (read := _spans(call)) is not None:
             source, dim, spans = read
-            for span, made in zip(spans, call.outputs, strict=True):
-                self._want(source, _Want(dim, span, made, call))
+            for span, output in zip(spans, call.outputs, strict=True):
+                self._want(source, _Want(dim, span, output, call))
         else:
             self._emit(call)
 
@@ -108,8 +108,8 @@ class _Splitter:
         if out in self.whole:
             wants.append(_Want(dim, (0, out.shape[dim]), out, call))
         for want in wants:
-            found = [self._touched(piece, dim, want.span, call) for piece in pieces]
-            joined = tuple(value for value in found if value is not None)
+            touched = [self._touched(piece, dim, want.span, call) for piece in pieces]
+            joined = tuple(value for value in touched if value is not None)
             module = want.call.module
             self._emit(OpCall("aten.cat", {"tensors": joined, "dim": dim}, joined, (want.made,), module))
 
@@ -153,10 +153,10 @@ class _Splitter:
 
     def _rows_of(self, argument: Value, dim: int, part: Span, call: OpCall) -> Value:
         """Rows of an argument as a value of their own."""
-        made = self._like(argument, dim, part)
-        cut = OpCall("aten.slice", {"self": argument}, (argument,), (made,), call.module)
-        self._want(argument, _Want(dim, part, made, cut))
-        return made
+        rows = self._like(argument, dim, part)
+        cut = OpCall("aten.slice", {"self": argument}, (argument,), (rows,), call.module)
+        self._want(argument, _Want(dim, part, rows, cut))
+        return rows
 
     def _like(self, value: Value, dim: int, span: Span) -> Value:
         shape = (*value.shape[:dim], span[1] - span[0], *value.shape[dim + 1 :])
@@ -207,23 +207,23 @@ def _values_in(arguments: Iterable[Any]) -> Iterable[Value]:
 
 def _spans(call: OpCall) -> tuple[Value, int, list[Span]] | None:
     """What a call reads rows of, along which dimension, and which rows each output holds."""
-    held = call.arguments
-    source = held.get("self")
+    args = call.arguments
+    source = args.get("self")
     read = _READERS.get(named(call.name))
     if not isinstance(source, Value) or read is None:
         return None
-    dim = held["dim"] % len(source.shape)
-    spans = read(held, source.shape[dim])
+    dim = args["dim"] % len(source.shape)
+    spans = read(args, source.shape[dim])
     return (source, dim, spans) if spans else None
 
 
-def _sliced(held: Mapping[str, Any], size: int) -> list[Span] | None:
-    start, end, step = slice(held["start"], held["end"], held["step"]).indices(size)
+def _sliced(args: Mapping[str, Any], size: int) -> list[Span] | None:
+    start, end, step = slice(args["start"], args["end"], args["step"]).indices(size)
     return [(start, end)] if step == 1 and start < end else None
 
 
-def _selected(held: Mapping[str, Any], size: int) -> list[Span]:
-    index = held["index"] % size
+def _selected(args: Mapping[str, Any], size: int) -> list[Span]:
+    index = args["index"] % size
     return [(index, index + 1)]
 
 
@@ -231,13 +231,13 @@ def _separated(_: Mapping[str, Any], size: int) -> list[Span]:
     return [(index, index + 1) for index in range(size)]
 
 
-def _divided(held: Mapping[str, Any], size: int) -> list[Span] | None:
-    sizes = held.get("split_sizes") or [held["split_size"]] * size
+def _divided(args: Mapping[str, Any], size: int) -> list[Span] | None:
+    sizes = args.get("split_sizes") or [args["split_size"]] * size
     if 0 in sizes:
         return None
     edges = [0]
-    for one in sizes:
-        edges.append(min(edges[-1] + one, size))
+    for length in sizes:
+        edges.append(min(edges[-1] + length, size))
     return [span for span in pairwise(edges) if span[0] < span[1]]
 
 
@@ -266,21 +266,21 @@ class _Piece:
 
 def _pieces(call: OpCall) -> tuple[int, list[_Piece]] | None:
     """What a call puts together along which dimension; None for other calls."""
-    held, out = call.arguments, call.outputs[0]
+    args, out = call.arguments, call.outputs[0]
     if family_of(call.name) is Family.CATS and all(
-        len(one.shape) == len(out.shape) for one in held["tensors"]
+        len(tensor.shape) == len(out.shape) for tensor in args["tensors"]
     ):
-        dim, found, at = held["dim"] % len(out.shape), [], 0
-        for one in held["tensors"]:
-            found.append(_Piece((at, at + one.shape[dim]), one, at))
-            at += one.shape[dim]
-        return dim, found
-    if named(call.name) == "slice_scatter" and held["step"] == 1:
-        dim, old, size = held["dim"] % len(out.shape), held["self"], out.shape[held["dim"]]
-        start, end, _ = slice(held["start"], held["end"]).indices(size)
+        dim, pieces, at = args["dim"] % len(out.shape), [], 0
+        for tensor in args["tensors"]:
+            pieces.append(_Piece((at, at + tensor.shape[dim]), tensor, at))
+            at += tensor.shape[dim]
+        return dim, pieces
+    if named(call.name) == "slice_scatter" and args["step"] == 1:
+        dim, old, size = args["dim"] % len(out.shape), args["self"], out.shape[args["dim"]]
+        start, end, _ = slice(args["start"], args["end"]).indices(size)
         return dim, [
             _Piece((0, start), old, 0),
-            _Piece((start, end), held["src"], start),
+            _Piece((start, end), args["src"], start),
             _Piece((end, size), old, 0),
         ]
     return None
@@ -293,20 +293,20 @@ def _owners(call: OpCall, dim: int) -> Owners | None:
     """Which arguments' rows make the rows of the output along ``dim``; None where that is not so simple."""
     kind = family_of(call.name)
     rule = _each_entry if call.name == MARK else _OWNERS.get(kind) if kind else None
-    found = rule(call, dim) if rule else None
-    return found and {name: at for name, at in found.items() if isinstance(call.arguments.get(name), Value)}
+    owners = rule(call, dim) if rule else None
+    return owners and {name: at for name, at in owners.items() if isinstance(call.arguments.get(name), Value)}
 
 
 def _each_entry(call: OpCall, dim: int) -> Owners | None:
     """Entry by entry, with broadcasting."""
-    out, found = call.outputs[0], {}
+    out, owners = call.outputs[0], {}
     for name in ("self", "other", "branch"):
         value = call.arguments.get(name)
         if isinstance(value, Value):
             at = dim - len(out.shape) + len(value.shape)
             if at >= 0 and value.shape[at] != 1:
-                found[name] = at
-    return found
+                owners[name] = at
+    return owners
 
 
 def _each_channel(call: OpCall, dim: int) -> Owners | None:
@@ -320,10 +320,10 @@ def _of_norm(_: OpCall, dim: int) -> Owners | None:
 
 
 def _of_convolution(call: OpCall, dim: int) -> Owners | None:
-    held = call.arguments
-    if dim != 1 or held["groups"] != 1:
+    args = call.arguments
+    if dim != 1 or args["groups"] != 1:
         return None
-    return {"weight": 1 if held["transposed"] else 0, "bias": 0}
+    return {"weight": 1 if args["transposed"] else 0, "bias": 0}
 
 
 def _of_matmul(call: OpCall, dim: int) -> Owners | None:
@@ -359,8 +359,8 @@ def _reshaped(call: OpCall, dim: int) -> Owners | None:
 
 def _of_layer_norm(call: OpCall, dim: int) -> Owners | None:
     """Rows that are normalised one by one."""
-    held = call.arguments
-    return {"input": dim} if dim < len(held["input"].shape) - len(held["normalized_shape"]) else None
+    args = call.arguments
+    return {"input": dim} if dim < len(args["input"].shape) - len(args["normalized_shape"]) else None
 
 
 _OWNERS: dict[Family, Callable[[OpCall, int], Owners | None]] = answers(

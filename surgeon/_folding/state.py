@@ -27,7 +27,7 @@ def named_tensors(model: nn.Module) -> list[Named]:
     groups: dict[object, list[tuple[str, Tensor]]] = {}
     state = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in state:
-        groups.setdefault(place(tensor), []).append((name, tensor))
+        groups.setdefault(memory_of(tensor), []).append((name, tensor))
     blocked = _overlapping([group[0][1] for group in groups.values()])
     return [
         Named(
@@ -52,7 +52,7 @@ def address(tensor: Tensor) -> tuple[str, int] | None:
     return (str(tensor.device), start) if start else None
 
 
-def place(tensor: Tensor) -> object:
+def memory_of(tensor: Tensor) -> object:
     """Equal for two tensors that are the same entries of the same memory."""
     at = address(tensor)
     layout = (tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride()) if at else ()

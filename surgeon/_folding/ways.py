@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from surgeon._folding.flat import Flat
-from surgeon._folding.fold import FoldPlan, Kept, held, plan_flat
+from surgeon._folding.fold import FoldPlan, Kept, plan_flat, tensor_named
 from surgeon._folding.operators import laws
-from surgeon._folding.state import place
+from surgeon._folding.state import memory_of
 from surgeon._mark import MARK
 from surgeon.errors import FoldError, UnseenCallError
 
@@ -43,42 +43,42 @@ class Called:
 
 
 def in_all_ways(
-    model: nn.Module, found: FoldPlan, scales: Mapping[str, float], blocks: Iterable[Called]
+    model: nn.Module, plan: FoldPlan, scales: Mapping[str, float], blocks: Iterable[Called]
 ) -> FoldPlan:
     """The plan without the gates whose scale would have to go elsewhere in another call of their block.
 
     Args:
         model: The model that the plan was made for.
-        found: The plan.
+        plan: The plan.
         scales: A scale above 0 for each gate.
         blocks: Those of its blocks that have been called in several ways.
     """
     stays: dict[str, str] = {}
     for called in blocks:
-        gates = [gate for gate in called.marks if gate in found.folded]
+        gates = [gate for gate in called.marks if gate in plan.folded]
         if called.attributes_choose:
             stays |= dict.fromkeys(gates, _CHOSEN)
             continue
         for way in called.others if gates else ():
-            stays |= _differing(model, found, called, way, {gate: scales[gate] for gate in gates})
-    return _without(found, stays, list(scales))
+            stays |= _differing(model, plan, called, way, {gate: scales[gate] for gate in gates})
+    return _without(plan, stays, list(scales))
 
 
-def _without(found: FoldPlan, stays: Mapping[str, str], order: Sequence[str]) -> FoldPlan:
+def _without(plan: FoldPlan, stays: Mapping[str, str], order: Sequence[str]) -> FoldPlan:
     """The plan without some gates, and those that fold only together with them."""
-    torn = [group for group in found.together if not stays.keys().isdisjoint(group)]
+    torn = [group for group in plan.together if not stays.keys().isdisjoint(group)]
     all_ = {gate: _ELSEWHERE for group in torn for gate in group} | dict(stays)
-    kept = [*found.kept, *(Kept(gate, reason) for gate, reason in all_.items())]
+    kept = [*plan.kept, *(Kept(gate, reason) for gate, reason in all_.items())]
     return replace(
-        found,
-        products=tuple(product for product in found.products if product.gate not in all_),
+        plan,
+        products=tuple(product for product in plan.products if product.gate not in all_),
         kept=tuple(sorted(kept, key=lambda one: order.index(one.gate))),
-        together=tuple(group for group in found.together if group not in torn),
+        together=tuple(group for group in plan.together if group not in torn),
     )
 
 
 def _differing(
-    model: nn.Module, found: FoldPlan, called: Called, way: Way, scales: Mapping[str, float]
+    model: nn.Module, plan: FoldPlan, called: Called, way: Way, scales: Mapping[str, float]
 ) -> dict[str, str]:
     """Those of the gates whose scale other parameters would take in this way; why.
 
@@ -87,17 +87,17 @@ def _differing(
     """
     try:
         there = way()
-        by_rows = any(product.rows for product in found.products if product.gate in scales)
+        by_rows = any(product.rows for product in plan.products if product.gate in scales)
         if not by_rows and any(_laws(planned()) == _laws(there) for planned in called.planned):
             return {}
         here = plan_flat(there, scales)
     except (FoldError, UnseenCallError):
         return dict.fromkeys(scales, _UNKNOWN)
-    leads = {gate: group[0] for group in found.together for gate in group}
+    leads = {gate: group[0] for group in plan.together for gate in group}
     return {
         gate: _ELSEWHERE
         for gate in scales
-        if _targets(model, found, leads.get(gate, gate)) != _targets(called.block, here, gate)
+        if _targets(model, plan, leads.get(gate, gate)) != _targets(called.block, here, gate)
     }
 
 
@@ -108,7 +108,9 @@ def _laws(flat: Flat) -> Any:
     return named, flat.outputs, calls
 
 
-def _targets(model: nn.Module, found: FoldPlan, gate: str) -> set[tuple[Any, ...]]:
+def _targets(model: nn.Module, plan: FoldPlan, gate: str) -> set[tuple[Any, ...]]:
     """What a plan does for a gate, whatever the parameters are called."""
-    own = (product for product in found.products if product.gate == gate)
-    return {(place(held(model, one.parameter)), replace(one, parameter="", gate="")) for one in own}
+    own = (product for product in plan.products if product.gate == gate)
+    return {
+        (memory_of(tensor_named(model, one.parameter)), replace(one, parameter="", gate="")) for one in own
+    }

@@ -16,10 +16,10 @@ from surgeon._finding.residual import meant
 from surgeon._gating.around import method_behind
 from surgeon._gating.call_forms import Arguments, forms, leaves, spoken
 from surgeon._gating.gate import Gate
-from surgeon._gating.generated import Run
 from surgeon._gating.lifted import weights
 from surgeon._gating.matching import Traits, again, located
 from surgeon._gating.splice import Spliced, splice
+from surgeon._gating.writer import Run
 from surgeon._torch import FakeTensorMode, global_forward_hooks, pytree
 from surgeon._tracing.children import Below
 from surgeon._tracing.facts import Trace
@@ -108,12 +108,11 @@ class Gating:
             UnseenCallError: The trace lacks one of the residual adds that carry a gate.
         """
         spliced = self._spliced(block, flow, batch, shown)
-        found = flow.trace
-        self.below |= found.below
-        self.key |= found.key
+        self.below |= flow.trace.below
+        self.key |= flow.trace.key
         key = self._key(block, args, kwargs)
         self.runs[key] = spliced.run
-        self.weights.setdefault((*key[:2], key[3]), set()).add(_weights(block, found))
+        self.weights.setdefault((*key[:2], key[3]), set()).add(_weights(block, flow.trace))
         return spliced
 
     def _spliced(self, block: nn.Module, flow: Flow, batch: int | None, shown: bool) -> Spliced:
@@ -203,32 +202,32 @@ class Gating:
         located_again = again(flow, self.traits, all_gated=self.all_gated)
         for place, (gate, addition) in enumerate(zip(self.gates, located_again, strict=True)):
             ordinal, kind = gate.branch.ordinal, gate.branch.kind
-            one = meant(flow, addition, kind, self.sides.get(ordinal))
-            if one is not None and (one.kind == "mean") != (kind == "mean"):
-                one = None
-            if one is None and shown:
+            own = meant(flow, addition, kind, self.sides.get(ordinal))
+            if own is not None and (own.kind == "mean") != (kind == "mean"):
+                own = None
+            if own is None and shown:
                 self.optional.add(ordinal)
-            if one is None and ordinal not in self.optional:
+            if own is None and ordinal not in self.optional:
                 name = gate_name(self.name, ordinal)
                 raise UnseenCallError(
                     f"{self.name or 'the model'} is called in a way in which it does not perform the gated "
                     f"addition {name}; exclude it (exclude={name!r}) or call it as on the example"
                 )
-            if one is not None:
-                chosen[place] = replace(one, ordinal=ordinal)
+            if own is not None:
+                chosen[place] = replace(own, ordinal=ordinal)
         return chosen
 
     def _features(self, flow: Flow) -> dict[int, Addition]:
         """The same where the gates are on new features, of which a block makes as many in each way."""
-        found = {one.ordinal: one for one in concats(flow)}
-        self.features = self.features or len(found)
-        if len(found) != self.features:
+        features = {feature.ordinal: feature for feature in concats(flow)}
+        self.features = self.features or len(features)
+        if len(features) != self.features:
             raise UnseenCallError(
-                f"{self.name or 'the model'} is called in a way in which it concatenates {len(found)} new "
+                f"{self.name or 'the model'} is called in a way in which it concatenates {len(features)} new "
                 f"features instead of {self.features}; exclude it (exclude={self.name!r}) or call it as on "
                 "the example"
             )
-        return {place: found[gate.branch.ordinal] for place, gate in enumerate(self.gates)}
+        return {place: features[gate.branch.ordinal] for place, gate in enumerate(self.gates)}
 
     def way(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What of the arguments decides which code the block's forward runs."""
@@ -274,9 +273,9 @@ def _hooked(block: nn.Module) -> bool:
     return hooked and not held.open  # a recording's own hooks look on while nothing drops
 
 
-def _weights(block: nn.Module, found: Trace) -> frozenset[str]:
+def _weights(block: nn.Module, traced: Trace) -> frozenset[str]:
     """The children with weights, and the weights, that a trace has to do with."""
-    targets = {str(node.target) for node in found.graph.nodes if node.op in ("call_module", "get_attr")}
+    targets = {str(node.target) for node in traced.graph.nodes if node.op in ("call_module", "get_attr")}
     return frozenset(name for name in targets if weights(block, [name]))
 
 

@@ -70,8 +70,8 @@ def grouped_gates(model: nn.Module) -> list[list[Placed]]:
     for name, block, gating in gated_blocks(model):
         for gate in gating.gates:
             if not gate.folded:
-                found = Placed(gate_name(name, gate.branch.ordinal), name, block, gate)
-                seen.setdefault(id(gate), found)  # a shallow copy of a block has the very same gates
+                one = Placed(gate_name(name, gate.branch.ordinal), name, block, gate)
+                seen.setdefault(id(gate), one)  # a shallow copy of a block has the very same gates
     calls: dict[tuple[str, ...], list[Placed]] = {}
     for placed in seen.values():
         calls.setdefault(placed.gate.decided.ran, []).append(placed)

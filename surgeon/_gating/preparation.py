@@ -10,11 +10,10 @@ from surgeon._finding.addition import Addition
 from surgeon._finding.analysis import Analysis, Block
 from surgeon._finding.findings import Residual
 from surgeon._finding.flow import Flow
-from surgeon._gating.batch import Batch, Sum, batch_of
 from surgeon._gating.block import gated_class
 from surgeon._gating.forwards import Gating
 from surgeon._gating.gate import Gate
-from surgeon._gating.samples import Samples, dimensions, doubtful
+from surgeon._gating.samples import Batch, Samples, Sum, batch_of, dimensions, doubtful
 from surgeon._gating.saved_tensors import keeps_result
 from surgeon._gating.splice import Spliced
 from surgeon._tracing.nests import tensors

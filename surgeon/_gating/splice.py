@@ -19,11 +19,10 @@ from surgeon._finding.joins import joins
 from surgeon._finding.paths import side
 from surgeon._gating.adds import evaluating_add, evaluating_value, masked_add, masked_value
 from surgeon._gating.features import batch_value, rows_value
-from surgeon._gating.generated import Run
 from surgeon._gating.joins import PathRun
 from surgeon._gating.skip import Adding, batch_add, rows_add
 from surgeon._gating.subsets import Subset, look
-from surgeon._gating.writer import Writer
+from surgeon._gating.writer import Run, Writer
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,12 +57,12 @@ def look(
         return Subset("", False, 0, 0, Samples(tuple(shortcut.shape), mixes=False, apart=lambda _: True))
     lifted, reads = part
     branch = _Branch(flow, block, lifted, reads, shortcut)
-    found = branch.on_rows(batch)
+    outcome = branch.on_rows(batch)
     rows = shortcut.shape[0] if shortcut.ndim else 1
     moved = sum(_bytes(flow, node) for node in (*(reads[i] for i in branch.lifted.rows), addition.shortcut))
-    samples = Samples(tuple(shortcut.shape), found.mixes, branch.apart)
+    samples = Samples(tuple(shortcut.shape), outcome.mixes, branch.apart)
     per_row = addition.flops // max(rows, 1), moved // max(rows, 1)
-    return Subset(found.reason, found.statistics, *per_row, samples, branch.lifted)
+    return Subset(outcome.reason, outcome.statistics, *per_row, samples, branch.lifted)
 
 
 def _bytes(flow: Flow, node: fx.Node) -> int:
@@ -104,13 +104,13 @@ class _Branch:
         count = self.shortcut.shape[:1]
         return active and nested(value) and any(t.shape[:1] == count for t in tensors(value))
 
-    def _settled(self, found: Rowwise) -> Rowwise:
-        sizes = {1} if not found.reason else {1, self.shortcut.shape[0]}
+    def _settled(self, outcome: Rowwise) -> Rowwise:
+        sizes = {1} if not outcome.reason else {1, self.shortcut.shape[0]}
         more = [i for i in self._places(sizes) if i not in self.lifted.rows]
         wider = tuple(sorted((*self.lifted.rows, *more)))
-        again = self._runs(wider) if more and not found.mixes else found
+        again = self._runs(wider) if more and not outcome.mixes else outcome
         if more and not again.reason:
-            found, self.lifted = again, replace(self.lifted, rows=wider)
+            outcome, self.lifted = again, replace(self.lifted, rows=wider)
         single = [
             (i, place)
             for i in self.given
@@ -118,7 +118,7 @@ class _Branch:
             if i not in self.lifted.rows and tensor.shape[:1] == (1,)
         ]
         self.lifted = replace(self.lifted, single=tuple(single))
-        return found
+        return outcome
 
     def _places(self, sizes: set[int]) -> list[int]:
         """The inputs that are tensors of one of these first sizes; weights never change theirs."""

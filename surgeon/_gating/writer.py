@@ -1,4 +1,4 @@
-"""Copies a block's trace node by node into a new graph, with gates in place of some additions."""
+"""Copies a block's trace node by node, with gates in place of some additions, into generated Python."""
 
 import functools
 import operator
@@ -13,7 +13,6 @@ from surgeon._finding.drops import row_mask
 from surgeon._finding.flow import Flow
 from surgeon._finding.joins import Join
 from surgeon._finding.paths import writes_to
-from surgeon._gating.generated import Run, argument, compiled, receiver
 from surgeon._gating.joins import masked_mean
 from surgeon._gating.lifted import Lifted
 from surgeon._gating.rowwise import nested
@@ -21,6 +20,8 @@ from surgeon._gating.skip import Adding
 from surgeon._tracing.facts import is_size
 from surgeon._tracing.fake import storage
 from surgeon._tracing.nests import tensors
+
+Run = Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,7 @@ class Writer:
 
     def write(self) -> Run:
         graph = fx.Graph()
-        receiver(graph)
+        _receiver(graph)
         gates = graph.placeholder("_gates")
 
         def gate(index: int) -> fx.Node:
@@ -133,7 +134,7 @@ class Writer:
 
         env: dict[fx.Node, fx.Node] = {}
         self._copy([node for node in self.flow.order if node not in self.left_out], graph, env, gate)
-        return compiled(graph)
+        return _compiled(graph)
 
     def _copy(
         self,
@@ -151,7 +152,7 @@ class Writer:
             elif node in self.passed:
                 env[node] = env[self.passed[node]]
             elif node.op == "placeholder":
-                env[node] = argument(graph, node)
+                env[node] = _argument(graph, node)
             else:
                 env[node] = graph.node_copy(node, env.__getitem__)
 
@@ -170,19 +171,19 @@ class Writer:
     def _branch(self, addition: Addition) -> tuple[Run, list[fx.Node], tuple[int, ...]]:
         """The branch as a function ``(block, *reads, *gates)``, the nodes that it reads, the gates inside."""
         graph, env, reads = fx.Graph(), dict[fx.Node, fx.Node](), list[fx.Node]()
-        receiver(graph)
+        _receiver(graph)
         own = self._inside(addition)
         for node in [n for n in addition.region if n in own]:
             self._gather(node, own, reads)
         for node in reads:
-            env[node] = argument(graph, node)
+            env[node] = _argument(graph, node)
         todo = sorted(own, key=self.flow.position)
         gated = (self.replaced[node] for node in todo if node in self.replaced)
         inside = tuple(dict.fromkeys(index for one in gated for index in one.gates))
         gates = {index: graph.placeholder(f"_gate_{index}") for index in inside}
         self._copy(todo, graph, env, gates.__getitem__)
         graph.output(env[addition.branch])
-        return compiled(graph), reads, inside
+        return _compiled(graph), reads, inside
 
     def _inside(self, addition: Addition) -> set[fx.Node]:
         """The nodes that move. What only picks an item out of a nest made outside costs nothing and stays.
@@ -257,3 +258,30 @@ def _bound(form: Adding, lifted: Lifted) -> Run:
     bound.__name__, bound.__qualname__, bound.__module__ = form.__name__, form.__name__, __name__
     made: Run = bound
     return made
+
+
+def _receiver(graph: fx.Graph) -> fx.Node:
+    """The block as a value in generated code; fx clears names after their last use, ``self`` must stay."""
+    return graph.create_node("placeholder", "self", name="block")
+
+
+def _argument(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A placeholder for ``node``; its target is private, so that no argument's name can clash."""
+    return graph.create_node("placeholder", f"_{node.name}_", name=node.name)
+
+
+_KNOWN: dict[tuple[Any, ...], Run] = {}
+
+
+def _compiled(graph: fx.Graph) -> Run:
+    """Python source of a graph as a function; equal blocks share one, so that compilers see it once."""
+    for node in graph.nodes:
+        node.type = None
+    code = graph.python_code("self")
+    key = (code.src, tuple(sorted((name, id(value)) for name, value in code.globals.items())))
+    if key not in _KNOWN:
+        graph.lint()
+        scope = dict(code.globals)
+        exec(compile(code.src, "<surgeon>", "exec"), scope)  # noqa: S102 - what fx wrote, as GraphModule does
+        _KNOWN[key] = scope["forward"]
+    return _KNOWN[key]

@@ -17,8 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from surgeon._tracing.library import is_library
-from surgeon._tracing.state import PLAIN, held_by, is_iterator
+from surgeon._tracing.state import PLAIN, held_by, is_iterator, is_library
 from surgeon.errors import TraceError
 
 _DEEP = 6  # settings in a list in settings

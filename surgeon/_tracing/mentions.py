@@ -19,8 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgeon._tracing.key import Variable
-from surgeon._tracing.library import is_library
-from surgeon._tracing.state import PLAIN, is_iterator
+from surgeon._tracing.state import PLAIN, is_iterator, is_library
 from surgeon.errors import TraceError
 
 _FUNCTIONS = 200  # looked into for one forward

@@ -20,8 +20,7 @@ from torch import fx, nn
 
 from surgeon._torch import FakeTensor
 from surgeon._tracing.holders import contents, stand_in
-from surgeon._tracing.library import is_library
-from surgeon._tracing.state import is_iterator
+from surgeon._tracing.state import is_iterator, is_library
 
 Namespace = Mapping[str, Any]
 _CACHED: Any = functools._lru_cache_wrapper

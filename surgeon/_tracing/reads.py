@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from surgeon._torch import MODULE_GETATTR
 from surgeon._tracing.holders import same_value
-from surgeon._tracing.library import is_library
-from surgeon._tracing.state import PLAIN, attribute, draws_numbers, held_by, is_iterator, state
+from surgeon._tracing.state import PLAIN, attribute, draws_numbers, held_by, is_iterator, is_library, state
 from surgeon.errors import TraceError
 
 # What PyTorch itself keeps on a module, and surgeon on a gated block.

@@ -14,13 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon._tracing.library import is_library
 from surgeon.errors import TraceError
 
 CONSTANTS = (type(None), bool, str, Enum, torch.dtype, torch.device, torch.memory_format, torch.layout)
 PLAIN = (*CONSTANTS, int, float)
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
+_LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "sympy", "surgeon"}
 _ATOMS = frozenset({type(None), bool, str, int, float, torch.dtype, torch.device, torch.Size})
+
+
+def is_library(module: str | None) -> bool:
+    """Whether a module of that name is Python's, PyTorch's or surgeon's own: its state is its own affair."""
+    return (module or "torch").split(".")[0] in _LIBRARIES
 
 
 def kind(value: Any, exact: bool) -> Any:  # noqa: PLR0911 - one for each make of value
