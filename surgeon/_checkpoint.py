@@ -7,7 +7,8 @@ read with ``weights_only=True``: no code in them is ever run.
 Weights of a model gated by the paper's rule need its evaluation scales. A checkpoint notes
 them in one of these places: the ``_extra_state`` of blocks gated with ``keep_eval=True``, the metadata that
 PyTorch keeps beside a ``state_dict``, the metadata of a safetensors file, and, where other libraries have
-saved the weights, ``"surgeon_scales"`` in the ``config.json`` beside them. `read_state` finds them all.
+saved the weights, ``"surgeon_scales"`` in their file or in the ``config.json`` beside it. `read_state` finds
+them all.
 """
 
 import json
@@ -119,9 +120,11 @@ def read_state(path: Path_) -> tuple[dict[str, Tensor], dict[str, str]]:
         state, metadata = _read_safetensors(place, tensors=True)
         scales = {} if metadata.keys() & {"scales", "weights"} else _scales_in_config(place)
     else:
-        held = _unnest(_read_torch(place))
+        loaded = _read_torch(place)
+        held = _unnest(loaded)
         state, metadata = _tensors_only(held, place), {}
-        scales = _scales_beside(held) or _scales_in_config(place)
+        noted = loaded.get(NOTE) if isinstance(loaded, Mapping) else None
+        scales = _scales_beside(held) or noted or _scales_in_config(place)
     return state, metadata | (strings({"weights": "gated", "scales": scales}) if scales else {})
 
 

@@ -110,9 +110,13 @@ class Ramp:
                 stacklevel=3,
             )
 
-    def step(self) -> float:
-        """Counts one step, sets the rate of the next and returns it."""
-        self.count += 1
+    def step(self, count: int | None = None) -> float:
+        """Counts one step, sets the rate of the next and returns it.
+
+        Args:
+            count: How many steps are over, for a loop that counts them itself; by default one more.
+        """
+        self.count = self.count + 1 if count is None else count
         return self._set()
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from surgeon._gating.block import check_class, ungate_block
 from surgeon._gating.decided import Leftover
 from surgeon._gating.gated import Placed, gated_blocks, is_gated, placed_gates, recorded_inputs
 from surgeon._meant import says_the_call
+from surgeon._note import renew_note
 from surgeon._scales import plan_gates, scales_of
 from surgeon._tracing.example import Example
 from surgeon.errors import FoldError, NotGatedError
@@ -82,6 +83,7 @@ def remove(model: nn.Module) -> nn.Module:
         return _settled(model, plan, gates)
     for _, block, _ in list(gated_blocks(model)):
         ungate_block(block)
+    renew_note(model)
     return model
 
 
@@ -107,6 +109,7 @@ def _settled(target: nn.Module, plan: FoldPlan, gates: Sequence[Placed]) -> nn.M
     for _, block, gating in list(gated_blocks(target)):
         if all(gate.folded for gate in gating.gates):
             ungate_block(block)
+    renew_note(target)
     return target
 
 

@@ -136,6 +136,23 @@ def _networks(placed: Sequence[Placed], ran: Sequence[str]) -> list[list[Placed]
     return [[one for _, one in sorted(group, key=lambda pair: pair[0])] for group in built_in.values()]
 
 
+def gated_network(model: nn.Module) -> str | None:
+    """Where in ``model`` the network is that `surgeon.apply` was given: ``""`` if it is the model itself.
+
+    None without gates. Where several networks have gates, or a part was taken out of one, it is the model.
+    """
+    placed = placed_gates(model)
+    inside = {_before(one.name, one.gate.decided.ran) for one in placed}
+    if not placed:
+        return None
+    return inside.pop().removesuffix(".") if len(inside) == 1 else ""
+
+
+def _before(name: str, ran: Sequence[str]) -> str:
+    """What stands before the name that a residual add had when `apply` saw it."""
+    return next((name[:start] for start in _starts(name) if name[start:] in ran), "")
+
+
 def _starts(name: str) -> list[int]:
     """Where the parts of a dotted name begin."""
     return [0, *(place + 1 for place, letter in enumerate(name) if letter == ".")]

@@ -13,7 +13,7 @@ from surgeon.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 HOUSE = ROOT / "surgeon"
-ORDER = ["_tracing", "_finding", "_gating", "_folding", "", "_pruning", "_onnx", "cli"]
+ORDER = ["_tracing", "_finding", "_gating", "_folding", "", "_pruning", "_onnx", "integrations", "cli"]
 """The folders as design.md has them; "" is what lies flat in the package."""
 FOR_ALL = {
     f"surgeon.{room}"
@@ -21,7 +21,7 @@ FOR_ALL = {
 }
 TESTED_IN = {
     **{folder: {folder.removeprefix("_")} for folder in ORDER},
-    "": {"promises", "gating", "folding", "pruning", "recipes", "cli"},
+    "": {"promises", "gating", "folding", "pruning", "recipes", "cli", "integrations"},
 }
 
 
