@@ -89,12 +89,13 @@ def _leaves(output: Any) -> list[torch.Tensor]:
 @click.option("--match", multiple=True, help="Glob patterns on families, as timm.models.resnet.")
 @click.option("--resume", is_flag=True, help="Leave out models that have a row.")
 @click.option("--onnx", is_flag=True, help="Export the pruned model, too.")
-def main(match: tuple[str, ...], resume: bool, onnx: bool) -> None:
+@click.option("--rows", type=click.Path(path_type=Path), default=ROWS, show_default=True)
+def main(match: tuple[str, ...], resume: bool, onnx: bool, rows: Path) -> None:
     """Deletes a quarter of the branches of one model of every family."""
-    lines = ROWS.read_text().splitlines() if resume and ROWS.exists() else []
+    lines = rows.read_text().splitlines() if resume and rows.exists() else []
     done = {json.loads(line)["model"] for line in lines}
     if not resume:
-        ROWS.unlink(missing_ok=True)
+        rows.unlink(missing_ok=True)
     for entry in families(match or ("*",), ZOO):
         if str(entry) in done:
             continue
@@ -104,7 +105,7 @@ def main(match: tuple[str, ...], resume: bool, onnx: bool) -> None:
             found = {"result": "failed", "cause": f"{type(error).__name__}: {error}"}
         except Exception as error:  # noqa: BLE001 - a sweep goes on
             found = {"result": "failed", "cause": f"unexpected {type(error).__name__}: {error}"}
-        with ROWS.open("a") as file:
+        with rows.open("a") as file:
             file.write(json.dumps({"model": str(entry), "torch": torch.__version__, **found}) + "\n")
         click.echo(f"{entry}: {found}")
 

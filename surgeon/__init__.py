@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from surgeon._load import load
     from surgeon._meter import DepthMeter
     from surgeon._onnx.export import export
+    from surgeon._onnx.latency import latency
     from surgeon._onnx.verify import verify
     from surgeon._plan import plan
     from surgeon._pruning.lesion import lesion
@@ -41,6 +42,7 @@ __all__ = [
     "export",
     "find",
     "fold",
+    "latency",
     "lesion",
     "load",
     "load_model",
@@ -65,6 +67,7 @@ _HOMES = {
     "export": "_onnx.export",
     "find": "_surgery",
     "fold": "_removal",
+    "latency": "_onnx.latency",
     "lesion": "_pruning.lesion",
     "load": "_load",
     "load_model": "_source",
@@ -80,7 +83,11 @@ _HOMES = {
 }
 _RUNS_ONNX = ("onnx", "onnx-ir", "onnxruntime")
 # Older versions of onnxscript leave control flow in plain graphs.
-_NEEDS = {"export": (*_RUNS_ONNX, "onnxscript>=0.7.2"), "verify": _RUNS_ONNX}
+_NEEDS = {
+    "export": (*_RUNS_ONNX, "onnxscript>=0.7.2"),
+    "latency": (*_RUNS_ONNX, "onnxscript>=0.7.2"),
+    "verify": _RUNS_ONNX,
+}
 
 
 def __getattr__(name: str) -> Any:

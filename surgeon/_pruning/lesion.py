@@ -4,18 +4,17 @@ Veit et al. 2016 (section 4.1) delete single blocks of a trained residual networ
 hardly missed; networks trained with stochastic depth miss them less still. `lesion` measures that.
 """
 
+import os
 import random
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from surgeon._meant import says_the_call
 from surgeon._pruning.choose import choose
-from surgeon._pruning.deletion import Deleter
-from surgeon._pruning.prune import analysed, ungated
-from surgeon._pruning.score import Data, Score, Worth, scorer
+from surgeon._pruning.score import NOTHING, Data, Score, Worth
 from surgeon._pruning.trial import Trial
 from surgeon._text import Drawn, Part
 from surgeon._text import count as counted
@@ -127,7 +126,9 @@ def lesion(
     draws: int = 5,
     candidates: int = 8,
     seed: int = 0,
+    cache: str | os.PathLike[str] | None = None,
     example: Example = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Lesions:
     """Measures what ``model`` is worth without each of its branches; ``model`` is left as it was.
 
@@ -142,31 +143,36 @@ def lesion(
         draws: How many random sets for each.
         candidates: As in `prune`.
         seed: Of the random sets.
+        cache: As in `prune`; a lesion that was stopped goes on.
         example: As in `find`.
+        progress: Is called after each measurement with the number of them so far.
 
     Raises:
         UsageError: Neither or both of ``data`` and ``score``, or a count out of range.
         NoResidualsError: The model has no residual add.
     """
-    plain, args, kwargs = ungated(model, example)
-    analysis = analysed(plain, args, kwargs)
-    deleter, worth = Deleter(analysis), scorer(plain, data, score)
-    names = list(deleter.blocks)
+    if data is None and score is None:
+        raise UsageError(NOTHING)
+    trial = Trial(model, data=data, score=score, example=example, cache=cache, progress=progress)
     for count in counts:
-        if not 0 < count < len(names):
+        if not 0 < count < len(trial.names):
             raise UsageError(
-                f"counts has {count}; the network has {len(names)} branches, so give 1 to {len(names) - 1}"
+                f"counts has {count}; the network has {len(trial.names)} branches, so give 1 to "
+                f"{len(trial.names) - 1}"
             )
-    trial, flops = Trial(plain, deleter, worth), max(analysis.recording.flops, 1)
-    residuals = [r for r in analysis.findings.residuals if r.name in deleter.blocks]
+    analysis = trial.deleter.analysis
+    flops = max(analysis.recording.flops, 1)
+    residuals = [r for r in analysis.findings.residuals if r.name in trial.deleter.blocks]
     single = tuple(Loss(r.name, r.block_type, r.flops / flops, trial([r.name])) for r in residuals)
     generator = random.Random(seed)  # noqa: S311 - which branches, no secret
-    curve = []
-    chosen = choose(trial, names, max(counts, default=0), candidates) if counts else []
-    for count in sorted(counts):
-        at_random = tuple(trial(generator.sample(names, count)) for _ in range(draws))
-        curve.append(
-            Row(count, tuple(chosen[:count]), trial(chosen[:count]), at_random, trial(names[-count:]))
-        )
-    labelled = bool(getattr(worth, "labelled", False))
-    return Lesions(trial([]), single, tuple(curve), labelled)
+    most = max(counts, default=0)
+    chosen = choose(trial, trial.names, lambda gone: len(gone) == most, candidates)
+    curve = tuple(beside(trial, chosen[:count], draws, generator) for count in sorted(counts))
+    return Lesions(trial([]), single, curve, trial.labelled)
+
+
+def beside(trial: Trial, chosen: Sequence[str], draws: int, generator: random.Random) -> Row:
+    """What a network is worth without some branches, without as many at random, and without the last ones."""
+    count = len(chosen)
+    at_random = tuple(trial(generator.sample(trial.names, count)) for _ in range(draws))
+    return Row(count, tuple(chosen), trial(chosen), at_random, trial(trial.names[-count:]))

@@ -1,36 +1,32 @@
 """Branches out of a network for good."""
 
 import math
+import os
 from collections.abc import Collection
-from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch import nn
 
-from surgeon._copy import copied
-from surgeon._finding.analysis import Analysis, analyse
-from surgeon._gating.gated import gates_of, is_gated, recorded_inputs
 from surgeon._meant import meant, says_the_call
-from surgeon._plain import check_plain
-from surgeon._pruning.choose import choose
-from surgeon._pruning.deletion import Deleter
-from surgeon._pruning.score import Data, Score, scorer
-from surgeon._pruning.trial import Trial, install, needs_blocks
-from surgeon._removal import fold
-from surgeon._tracing.example import Example, inputs
-from surgeon.errors import NoResidualsError, UsageError
+from surgeon._pruning.choose import Costs, choose
+from surgeon._pruning.score import Data, Score
+from surgeon._pruning.trial import Trial
+from surgeon._tracing.example import Example
+from surgeon.errors import UsageError
 
 
 @says_the_call
-def prune(
+def prune(  # noqa: PLR0913 - what to delete, how to choose it, how to run it
     model: nn.Module,
     drop: Collection[str] = (),
     *,
     depth: float | None = None,
+    budget: float | None = None,
+    costs: Costs | None = None,
     data: Data | None = None,
     score: Score | None = None,
     candidates: int = 8,
+    cache: str | os.PathLike[str] | None = None,
     example: Example = None,
     inplace: bool = False,
 ) -> nn.Module:
@@ -42,20 +38,23 @@ def prune(
     names of all other parameters stay. The result trains on, takes gates, pickles, exports, and loads its
     own ``state_dict``; to load that into a fresh model, prune that one with the same ``drop`` first.
 
-    Which branches to delete is either said (``drop``) or chosen (``depth``): of every branch it is measured
-    what the network is worth without it, then one after another goes, each time the best of the
+    Which branches to delete is either said (``drop``) or chosen (``depth``, ``budget``): of every branch it
+    is measured what the network is worth without it, then one after another goes, each time the best of the
     ``candidates`` that came out best before, measured again with those that are gone already, as deletions
-    interact.
+    interact. For a ``budget``, harm counts per what is saved.
 
     Args:
         model: A network with residual adds.
         drop: Names of residual adds as `find` gives them, or glob patterns on them.
         depth: The share of the branches that stays, in (0, 1).
-        data: For ``depth``: batches ``(images, labels)``, scored by cross-entropy and accuracy, or batches of
+        budget: What the network may cost, in the unit of ``costs``; nothing is deleted where it costs less.
+        costs: For ``budget``: what it and its branches cost; `surgeon.latency` measures that.
+        data: To choose by: batches ``(images, labels)``, scored by cross-entropy and accuracy, or batches of
             inputs alone, scored by agreement with the full network.
-        score: For ``depth``, instead of ``data``: a function of a network in evaluation mode, the higher the
+        score: Instead of ``data``: a function of a network in evaluation mode, the higher the
             better.
         candidates: How many branches are measured again at each step.
+        cache: A file that keeps what was measured: the next call with these weights and data finds it there.
         example: As in `find`. What is left of a block is made for this way of calling it, and where its
             forward looks at sizes, for these sizes.
         inplace: Change and return ``model`` itself.
@@ -64,55 +63,48 @@ def prune(
         The pruned network, in the mode that ``model`` is in.
 
     Raises:
-        UsageError: A name is no residual add, ``depth`` is out of range, or nothing says what to delete.
+        UsageError: A name is no residual add, ``depth`` is out of range, the budget cannot be met, or nothing
+            says what to delete.
         PruneError: A branch cannot be deleted; nothing was changed.
         NoResidualsError: The model has no residual add.
     """
-    if bool(drop) == (depth is not None):
-        raise UsageError("give either drop (what to delete) or depth (how much is to stay)")
-    plain, args, kwargs = ungated(model, example, inplace=inplace)
-    deleter = Deleter(analysed(plain, args, kwargs))
-    if depth is None:
-        names = named(drop, deleter)
+    if [bool(drop), depth is not None, budget is not None].count(True) != 1:
+        raise UsageError(
+            "give one of drop (what to delete), depth (how much is to stay) and budget (what it may cost)"
+        )
+    if drop:
+        trial = Trial(model, example=example, inplace=inplace)
+        names = named(drop, trial)
     else:
-        tried = Trial(plain, deleter, scorer(plain, data, score))
-        names = choose(tried, list(deleter.blocks), _count(depth, len(deleter.blocks)), candidates)
-    deletions = deleter.delete(names)
-    if needs_blocks(plain, deletions, args, kwargs):
-        deletions = [replace(one, identity=False) for one in deletions]
-    return install(plain if inplace or plain is not model else copied(plain), deletions)
+        trial = Trial(model, data=data, score=score, example=example, cache=cache, inplace=inplace)
+        names = chosen(trial, depth, budget, costs, candidates)
+    return trial.shorter(names, inplace=inplace or trial.full is not model)
 
 
-def ungated(
-    model: nn.Module, example: Example, *, inplace: bool = False
-) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """A network without gates, and the example as arguments; a copy of a gated one unless ``inplace``."""
-    check_plain(model)
-    if not is_gated(model):
-        return model, *inputs(model, example)
-    args, kwargs = recorded_inputs(model, gates_of(model)[0].decided, example)
-    return fold(model, inplace=inplace, example=example), args, kwargs
-
-
-def analysed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Analysis:
-    """The residual adds of a network.
+def chosen(
+    trial: Trial, depth: float | None, budget: float | None, costs: Costs | None, candidates: int
+) -> list[str]:
+    """The branches whose deletion leaves ``depth``, or meets ``budget``, in the order of their choice.
 
     Raises:
-        NoResidualsError: It has none.
+        UsageError: ``depth`` is out of range, or the budget cannot be met.
     """
-    analysis = analyse(model, args, kwargs)
-    if not Deleter(analysis).blocks:
-        raise NoResidualsError(f"{type(model).__name__} has no residual add, so no branch can be deleted")
-    return analysis
+    if depth is not None:
+        count = _count(depth, len(trial.names))
+        return choose(trial, trial.names, lambda gone: len(gone) == count, candidates)
+    if budget is None or costs is None:
+        raise UsageError("a budget needs costs, what each branch costs; surgeon.latency(model) measures that")
+    costs.check(budget)
+    return choose(trial, trial.names, lambda gone: costs.without(gone) <= budget, candidates, costs.branches)
 
 
-def named(patterns: Collection[str], deleter: Deleter) -> list[str]:
+def named(patterns: Collection[str], trial: Trial) -> list[str]:
     """The residual adds that names or glob patterns mean.
 
     Raises:
         UsageError: One of them means none.
     """
-    known, found = list(deleter.blocks), dict[str, None]()
+    known, found = trial.names, dict[str, None]()
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         hits = [name for name in known if fnmatchcase(name, pattern)]
         if not hits:

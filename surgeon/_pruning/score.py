@@ -12,6 +12,7 @@ from surgeon.errors import UsageError
 
 Score = Callable[[nn.Module], float]
 Data = Iterable[Any]
+NOTHING = "give either data (batches to measure on) or score (a function of a network)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ def scorer(full: nn.Module, data: Data | None, score: Score | None) -> Callable[
         UsageError: Neither or both were given.
     """
     if (data is None) == (score is None):
-        raise UsageError("give either data (batches to measure on) or score (a function of a network)")
+        raise UsageError(NOTHING)
     if data is not None:
         return Scorer(full, data)
     return lambda model: Worth(-float(score(model.eval())))  # type: ignore[misc]

@@ -119,10 +119,13 @@ def test_deletions_that_interact_are_measured_together() -> None:
         harm = sum({"a": 1.0, "b": 1.1, "c": 2.0, "d": 9.0}[name] for name in names)
         return Worth(harm + (50 if {"a", "b"} <= set(names) else 0))
 
-    assert choose(worth, list("abcd"), 2, candidates=4) == ["a", "c"]
-    assert choose(worth, list("abcd"), 2, candidates=1) == ["a", "b"]  # the first measurement is trusted
+    def two(gone: Collection[str]) -> bool:
+        return len(gone) == 2
+
+    assert choose(worth, list("abcd"), two, candidates=4) == ["a", "c"]
+    assert choose(worth, list("abcd"), two, candidates=1) == ["a", "b"]  # the first measurement is trusted
     best = min(itertools.combinations("abcd", 2), key=lambda pair: worth(pair).loss)
-    assert set(choose(worth, list("abcd"), 2, candidates=4)) == set(best)
+    assert set(choose(worth, list("abcd"), two, candidates=4)) == set(best)
 
 
 def test_prune_takes_the_least_missed() -> None:

@@ -318,7 +318,7 @@ def test_a_child_that_is_called_from_outside_stays() -> None:
 
 def test_messages() -> None:
     model = Net2(Plain(), Plain())
-    with pytest.raises(UsageError, match="give either drop"):
+    with pytest.raises(UsageError, match="give one of drop"):
         surgeon.prune(model, example=X)
     with pytest.raises(UsageError, match=r"'blocks.1.ad' is no residual add.*Did you mean 'blocks.1.add'"):
         surgeon.prune(model, ["blocks.1.ad"], example=X)
