@@ -9,7 +9,7 @@
 `--help` lists the configs and every key, `--print-config` shows what a command would do, `--dry-run` does it
 in two steps on made-up images. Beside this file lie its parts: `finetune_settings.py` (every key, explained),
 `finetune_config.py` (reading them), `finetune_data.py` and `finetune_images.py` (the images),
-`finetune_model.py`, `finetune_log.py` and `finetune_files.py` (numbers and resumable state),
+`finetune_model.py`, `finetune_prune.py`, `finetune_log.py` and `finetune_files.py` (numbers, resumable state),
 `finetune_show.py` (what is printed), `finetune_deliver.py` and `finetune_report.py` (fold, export, checks),
 `finetune_plot.py`. Copy the folder and change what you like; nothing else depends on it.
 """
@@ -31,6 +31,7 @@ from finetune_data import Images, find_images, first_classes, prepare_images, se
 from finetune_deliver import deliver
 from finetune_log import RunLog, check_continues, occupied, prepare_folder, read_state
 from finetune_model import Features, check_network, check_output, image_settings, load_network, reset_head
+from finetune_prune import shortened
 from finetune_settings import Config
 from finetune_show import Display, epoch_line, header, resume_command
 from timm.data import Mixup
@@ -99,14 +100,18 @@ class Job:
         starts = not self.state or (settings.compare and not twin_state.exists())
         if settings.pretrain and starts:
             self.pretrain(settings.pretrain.classes, settings.pretrain.epochs)
+        whole = copy.deepcopy(model) if settings.prune and settings.train.distill else None
+        gone = shortened(settings, model, images, self.accelerator, fresh=starts) if settings.prune else []
         if not settings.model.keep_head:
             reset_head(model, len(images.classes))
         check_output(model, images.input_size, len(images.classes))
-        teacher = copy.deepcopy(model) if settings.train.distill else None
+        teacher = whole or (copy.deepcopy(model) if settings.train.distill else None)
         twin = copy.deepcopy(model) if settings.compare else None
         if settings.gates:
             gates = settings.gates.model_dump(exclude={"ramp", "ramp_epochs"})
             surgeon.apply(model.cpu(), example=torch.zeros(2, *images.input_size), **gates)
+        if gone:
+            self.display.line(f"deleted    {len(gone)} branches: {', '.join(gone)}")
         self.display.line(header(settings, images, model, accelerator.device, accelerator.num_processes))
         accelerator.init_trackers("", config={"settings": dump_config(settings)})
 
@@ -118,7 +123,7 @@ class Job:
         accelerator.end_training()
         if not accelerator.is_main_process:
             return {}
-        return deliver(settings, trained, images, accelerator.device, self.display, figures, there)
+        return deliver(settings, trained, images, accelerator.device, self.display, figures, there, gone)
 
     def train(
         self, model: nn.Module, part: str, state: dict[str, Any] | None, teacher: nn.Module | None

@@ -7,7 +7,7 @@ checkpoint against the gated network, and ONNX Runtime against that stock networ
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,6 +35,7 @@ def deliver(
     display: Display,
     figures: dict[str, Any],
     there: set[Path],
+    gone: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Folds, saves, exports, compares, times and plots; prints and returns the report. `trained` stays so.
 
@@ -46,20 +47,23 @@ def deliver(
         display: Shows how far the work is.
         figures: Of the held-out split, "before" and "after", and "ungated" if there was a second training.
         there: Files of the output folder that are not this run's.
+        gone: Names of the branches that were deleted before the training.
     """
     output = settings.output
     status = surgeon.status(trained) if settings.gates else None
-    told = facts(settings, images)
+    told, example = facts(settings, images, gone), torch.zeros(2, *images.input_size)
     with explained(output, "Free some space; resume=true delivers what is trained"):
         plain = surgeon.fold(trained) if status else trained
         surgeon.save_checkpoint(plain, output / "model.safetensors", told)
+        weights = output / "model.safetensors"
         stock = fresh_network(
-            settings.model, settings.data.image_size, len(images.classes), output / "model.safetensors"
+            settings.model, settings.data.image_size, len(images.classes), weights, gone, example
         ).eval()
         report: dict[str, Any] = {
             "gates": len(status.gates) if status else 0,
             "expected_depth": status.expected_depth if status else None,
             "samples": len(images.test),
+            "deleted": list(gone),
             **{name: figures[name]["top1"] for name in ("before", "after", "ungated") if name in figures},
         }
         logits, targets = predict(on(trained, device), images, settings, display, "gated")
@@ -68,7 +72,7 @@ def deliver(
         stock.cpu()
         report["stock"] = _compared(answers, logits, targets)
         if settings.deliver.onnx:
-            place, example = output / "model.onnx", torch.zeros(2, *images.input_size)
+            place = output / "model.onnx"
             exported = surgeon.export(
                 trained, place, example=example, overwrite=True, metadata=told, labels=images.classes
             )
@@ -124,7 +128,8 @@ def _write_pages(
 ) -> None:
     """What others read: timm's config, the model card, the report with its curves."""
     output = settings.output
-    timm_config(stock, settings, images, output / "config.json")
+    if not report["deleted"]:  # timm makes networks of their full depth only
+        timm_config(stock, settings, images, output / "config.json")
     pictures = []
     curves = {"gated" if status else "network": epochs_of(output / "metrics.jsonl")}
     if settings.compare:

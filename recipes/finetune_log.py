@@ -36,7 +36,7 @@ _OWN = (
         "report.md",
         "README.md",
     ),
-    *("model.safetensors", "model.onnx", "config.json", "survival.png", "curves.png"),
+    *("pruned.json", "model.safetensors", "model.onnx", "config.json", "survival.png", "curves.png"),
     *("ungated/last.pt", "ungated/metrics.jsonl"),
 )
 _PACKAGES = (

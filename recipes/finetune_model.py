@@ -1,5 +1,6 @@
 """The network of `finetune.py`: made or fetched, and given a head for the classes at hand."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,19 @@ def library(config: Model) -> str:
     return resolve(config.name).partition(":")[0]
 
 
-def fresh_network(config: Model, image_size: int | None, classes: int, checkpoint: Path) -> nn.Module:
-    """A stock network as anybody would make it, with the weights of a checkpoint."""
+def fresh_network(
+    config: Model,
+    image_size: int | None,
+    classes: int,
+    checkpoint: Path,
+    gone: Sequence[str],
+    example: Tensor,
+) -> nn.Module:
+    """A stock network as anybody would make it, without the deleted branches, with a checkpoint's weights."""
     model = load_network(config.model_copy(update={"pretrained": False, "checkpoint": None}), image_size)
     reset_head(model, classes)
+    if gone:
+        surgeon.prune(model, gone, example=example, inplace=True)
     surgeon.load(model, checkpoint)
     return model
 

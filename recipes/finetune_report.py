@@ -1,6 +1,7 @@
 """What `finetune.py` writes for others to read: facts in the files, timm's config, a model card, a report."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,13 +14,14 @@ from timm.models import save_for_hf
 from torch import nn
 
 
-def facts(settings: Config, images: Images) -> dict[str, object]:
+def facts(settings: Config, images: Images, gone: Sequence[str]) -> dict[str, object]:
     """What a user of the weights must know, for the metadata of model.safetensors and model.onnx."""
     gates, known = settings.gates, images.known
     found = {
         "model": settings.model.name,
         "model_args": settings.model.kwargs or None,
         "classes": list(images.classes),
+        "pruned": list(gone) or None,
         **{name: _plain(known[name]) for name in _PREPARATION},
     }
     if gates is not None:
@@ -71,6 +73,13 @@ def model_card(settings: Config, images: Images, report: dict[str, Any]) -> str:
         "transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))\n"
         'logits = model(transform(image.convert("RGB")).unsqueeze(0))',
     }.get(home, f'import surgeon\n\nmodel = surgeon.load_model("{name}", checkpoint="model.safetensors")')
+    deleted = f", without {len(gone)} branches" if (gone := report["deleted"]) else ""
+    if gone:
+        load = (
+            f'import surgeon\n\nmodel = surgeon.load_model("{name}", num_classes={len(images.classes)})\n'
+            f"model = surgeon.prune(model, {gone})\n"
+            'surgeon.load(model, "model.safetensors")'
+        )
     start = "from its published weights" if settings.model.pretrained else "from random weights"
     start = f"from {settings.model.checkpoint}" if settings.model.checkpoint else start
     return f"""---
@@ -82,7 +91,7 @@ tags:
 # {bare}, {len(images.classes)} classes
 
 `{name}` trained {start} on {len(images.train):,} images: top-1 {top1:.2f} % of {report["samples"]:,} held-out
-images. The file is a stock checkpoint: {_history(settings)}
+images. The file is a stock checkpoint{deleted}: {_history(settings)}
 
 ```python
 {load}

@@ -185,7 +185,9 @@ class Train(Section):
     label_smoothing: float = Key(0.0, "", ge=0, lt=1)
     mixup: float = Key(0.0, "alpha of timm's Mixup; 0 is off", ge=0)
     cutmix: float = Key(0.0, "alpha of CutMix; 0 is off", ge=0)
-    distill: float = Key(0.0, "weight of a loss that keeps features near the pretrained network's", ge=0)
+    distill: float = Key(
+        0.0, "weight of a loss that keeps features near the pretrained network's, as it was", ge=0
+    )
     clip_norm: float | None = Key(None, "largest norm of the gradient", gt=0)
     ema: float | None = Key(None, "decay of an average of the weights, which is then kept", gt=0, lt=1)
     patience: int | None = Key(None, "stop after so many epochs without a better top-1", ge=1)
@@ -197,6 +199,13 @@ class Train(Section):
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"mixup and cutmix pair images: batch_size must be even, not {self.batch_size}")
         return self
+
+
+class Prune(Section):
+    """Shortens the network before the training: the branches go that it misses least on training images."""
+
+    depth: float = Key(..., "share of the branches that stays", gt=0, lt=1)
+    images: int = Key(512, "how many training images to choose by", ge=1)
 
 
 class Pretrain(Section):
@@ -232,6 +241,7 @@ class Config(Section):
     optimizer: Optimizer = Key(..., "")
     train: Train = Key(..., "")
     pretrain: Pretrain | None = Key(None, "")
+    prune: Prune | None = Key(None, "")
     deliver: Deliver = Key(Deliver(), "")
     log: Log = Key(Log(), "")
 

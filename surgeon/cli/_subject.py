@@ -142,8 +142,8 @@ def _left_to_the_collector_later() -> Iterator[None]:
 def load_subject(model: str, making: Making) -> Subject:
     """Makes the model, with the checkpoint's weights.
 
-    A checkpoint of surgeon remembers the arguments that its model was made with and its input size; options
-    win over both.
+    A checkpoint of surgeon remembers the arguments that its model was made with, its input size (options win
+    over both) and the branches that were deleted.
 
     Raises:
         UsageError: An option does not make sense, or the model is unknown.
@@ -162,9 +162,13 @@ def load_subject(model: str, making: Making) -> Subject:
     side = size[-1] if size and size[-1] == size[-2] else None
     make = functools.partial(load_model, spec, img_size=side, **arguments)
     made = make()
+    example = _example(made, size or _noted_size(metadata))
+    if gone := _json(metadata.get("pruned"), []):
+        from surgeon import prune
+
+        prune(made, gone, example=example, inplace=True)
     if making.checkpoint:
         metadata = load_checkpoint(made, making.checkpoint)
-    example = _example(made, size or _noted_size(metadata))
     weighted = bool(making.checkpoint or arguments.keys() & {"pretrained", "weights"})
     unknown = spec.partition(":")[0] in LIBRARIES and not weighted
     return Subject(spec, made, example, metadata, random=unknown, arguments=arguments, make=make)
