@@ -9,7 +9,7 @@
 `--help` lists the configs and every key, `--print-config` shows what a command would do, `--dry-run` does it
 in two steps on made-up images. Beside this file lie its parts: `finetune_settings.py` (every key, explained),
 `finetune_config.py` (reading them), `finetune_data.py` and `finetune_images.py` (the images),
-`finetune_model.py`, `finetune_prune.py`, `finetune_log.py` and `finetune_files.py` (numbers, resumable state),
+`finetune_model.py`, `finetune_prune.py`, `finetune_log.py`, `finetune_files.py` (numbers, resumable state),
 `finetune_show.py` (what is printed), `finetune_deliver.py` and `finetune_report.py` (fold, export, checks),
 `finetune_plot.py`. Copy the folder and change what you like; nothing else depends on it.
 """

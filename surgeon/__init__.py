@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from surgeon._onnx.latency import latency
     from surgeon._onnx.verify import verify
     from surgeon._plan import plan
+    from surgeon._probe import Probe
     from surgeon._pruning.lesion import lesion
+    from surgeon._pruning.paths import path_gradients
     from surgeon._pruning.prune import prune
     from surgeon._ramp import Ramp
     from surgeon._removal import fold, remove
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DepthMeter",
+    "Probe",
     "Ramp",
     "SurgeonError",
     "__version__",
@@ -46,6 +49,7 @@ __all__ = [
     "lesion",
     "load",
     "load_model",
+    "path_gradients",
     "plan",
     "prune",
     "remove",
@@ -59,6 +63,7 @@ __all__ = [
 
 _HOMES = {
     "DepthMeter": "_meter",
+    "Probe": "_probe",
     "Ramp": "_ramp",
     "apply": "_surgery",
     "calibration": "_sample",
@@ -71,6 +76,7 @@ _HOMES = {
     "lesion": "_pruning.lesion",
     "load": "_load",
     "load_model": "_source",
+    "path_gradients": "_pruning.paths",
     "plan": "_plan",
     "prune": "_pruning.prune",
     "remove": "_removal",

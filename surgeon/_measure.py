@@ -20,7 +20,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -121,8 +121,8 @@ def measure(model: nn.Module, settings: Settings, *, batch: int, rounds: int = 9
     args, kwargs = _batch(model, settings, batch)
 
     def gated(**changed: Any) -> nn.Module:
-        asked = {f: getattr(replace(settings, **changed), f) for f in Settings.__dataclass_fields__}
-        return apply(copied(model), **asked)
+        asked = replace(settings, **changed)
+        return apply(copied(model), **{f.name: getattr(asked, f.name) for f in fields(Settings)})
 
     always = {"schedule": "uniform", "drop_rate": _NEVER, "overrides": None, "rounding": "random"}
     models = {

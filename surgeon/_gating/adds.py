@@ -31,6 +31,8 @@ def evaluating_value(gate: Gate, value: Tensor) -> Tensor:
 
 def masked_add(gate: Gate, shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:
     """Training, the branch computed: ``shortcut + mask * branch``."""
+    if gate.watch is not None:
+        shortcut, branch = gate.watch.see(shortcut, branch)
     return combine(shortcut, masked_value(gate, branch), onto)
 
 

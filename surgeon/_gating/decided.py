@@ -23,6 +23,14 @@ class Draws(Protocol):
         ...
 
 
+class Watch(Protocol):
+    """Looks at the two sides of a residual add before they are added, where the branch runs."""
+
+    def see(self, shortcut: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """What is added instead, of the same numbers; the branch is as it was before any factor."""
+        ...
+
+
 @dataclass(eq=False)
 class Columns:
     """What the joins of one network share: the column that a step was given.

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from surgeon._gating.cost import Cost, assumed, measured, pays
-from surgeon._gating.decided import BranchFacts, Columns, Decision, Leftover
+from surgeon._gating.decided import BranchFacts, Columns, Decision, Leftover, Watch
 from surgeon._gating.regions import Compiler
 from surgeon._torch import transformed
 from surgeon._tracing.fake import held
@@ -69,6 +69,7 @@ class Gate:
         compiler: What `surgeon.compile` compiles its branch with; None: nothing.
         marked_as: While a fold looks on, the name that stands in the graph in place of the scale.
         tally: What it drew, where a `DepthMeter` counts that.
+        watch: Who looks at its sides in training, if anybody does.
     """
 
     decided: Decision
@@ -79,6 +80,7 @@ class Gate:
     leftover: Leftover | None = None
     marked_as: str | None = field(default=None, init=False, repr=False)
     tally: Tally | None = field(default=None, init=False, repr=False)
+    watch: Watch | None = field(default=None, init=False, repr=False)
     types: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     choices: dict[tuple[str, float], bool] = field(default_factory=dict, init=False, repr=False)
     compiler: Compiler | None = field(default=None, init=False, repr=False)

@@ -50,7 +50,7 @@ def batch_add(
     if gate.compiler is not None and not (onto or lifted.gates or is_compiling() or transformed()):
         owns = [attribute(block, name) for name in lifted.owns]
         return gate.compiler.add(lifted.run, owns, block, shortcut, gate.scale / gate.keep, inputs)
-    return _whole(lifted, shortcut, onto, block, inputs, gate.correction())
+    return _whole(lifted, gate, shortcut, onto, block, inputs, gate.correction())
 
 
 def rows_add(
@@ -60,19 +60,21 @@ def rows_add(
     if is_compiling() and gate.decided.ranks is None:
         return _compiled_add(lifted, gate, shortcut, onto, block, inputs)
     if gate.drop_rate == 0:
-        return _whole(lifted, shortcut, onto, block, inputs, gate.correction())
+        return _whole(lifted, gate, shortcut, onto, block, inputs, gate.correction())
     if masks(lifted, gate, shortcut, inputs) or lifted.asks_ranks(gate, block):
         return masked_add(gate, shortcut, lifted.run(block, *inputs), onto)
     count = shortcut.shape[0]
     kept = gate.survivors(count)
     factor = factor_of(gate, count, kept, block)
     if kept == count:
-        return _whole(lifted, shortcut, onto, block, inputs, factor)
+        return _whole(lifted, gate, shortcut, onto, block, inputs, factor)
     if kept == 0:
         return _dropped(lifted, gate, shortcut, onto, fresh, block, inputs)
     rows = gate.rows(count, kept, shortcut.device)
     into, taken = lifted.gathered(shortcut, onto, rows, inputs)
     result = lifted.on_rows(block, inputs, taken, rows)
+    if gate.watch is not None:
+        _, result = gate.watch.see(shortcut[rows], result)
     return _put_back(into, result, rows, factor, onto)
 
 
@@ -131,9 +133,17 @@ def _weighed(result: Tensor, factor: Tensor | float) -> Tensor:
 
 
 def _whole(
-    lifted: Lifted, shortcut: Tensor, onto: str, block: nn.Module, inputs: Sequence[Any], factor: float
+    lifted: Lifted,
+    gate: Gate,
+    shortcut: Tensor,
+    onto: str,
+    block: nn.Module,
+    inputs: Sequence[Any],
+    factor: float,
 ) -> Tensor:
     result = lifted.run(block, *inputs)
+    if gate.watch is not None:
+        shortcut, result = gate.watch.see(shortcut, result)
     return combine(shortcut, result if factor == 1.0 else result * factor, onto)
 
 

@@ -71,7 +71,7 @@ class Scorer:
         try:
             with torch.no_grad():
                 for given, _ in self.batches:
-                    yield _two_dimensional(_called(model, given, device))
+                    yield rows(_called(model, given, device))
         finally:
             for module, training in modes:
                 module.training = training
@@ -108,7 +108,7 @@ def _called(model: nn.Module, given: Any, device: torch.device) -> Any:
     return model(given.to(device))
 
 
-def _two_dimensional(output: Any) -> Tensor:
+def rows(output: Any) -> Tensor:
     """The logits among what a model gives: itself, ``.logits``, or the first tensor."""
     found = getattr(output, "logits", output)
     if isinstance(found, Mapping):
