@@ -5,9 +5,9 @@ same time, so all of a make are deleted together, exported and timed beside the 
 instead of one per branch, and a difference that stands out of the noise. Without all branches a run is
 shorter by somewhat more than the sum; all take their part of that.
 
-On one thread the clock counts processor time, so that a wait on a busy machine is not counted. In each round
-every file runs once, in an order drawn anew; what is reported is the median over the rounds of a file's run
-over the whole network's run of the same round.
+On one thread the clock counts processor time, so that a wait on a busy machine is not counted. Each run
+stands between two runs of the whole network, in an order drawn anew in each round; what counts is the median
+over the rounds of a run over the mean of those two.
 """
 
 import random
@@ -32,8 +32,6 @@ from surgeon._pruning.trial import Trial
 from surgeon._text import Drawn, Part
 from surgeon._tracing.example import Example
 from surgeon.errors import ExportError, PruneError, UsageError
-
-_WARM_UP = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +83,13 @@ def latency(model: nn.Module, example: Example = None, *, batch: int = 1, rounds
             continue
         parts.append(names)
     none = trial.shorter([name for names in parts for name in names])
-    shares, full = timed({"full": trial.full, "none": none, **shorter}, example, batch=batch, rounds=rounds)
+    called = signature(trial.full, trial.args or trial.kwargs)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {
+            name: _written(one, called, Path(folder) / f"{name}.onnx")
+            for name, one in {"full": trial.full, "none": none, **shorter}.items()
+        }
+        shares, full = timed(files, called, batch=batch, rounds=rounds)
     saved = [max(0.0, 1 - shares[str(place)]) for place in range(len(parts))]
     together = (1 - shares["none"]) / max(sum(saved), 1e-9)
     branches = {
@@ -101,45 +105,42 @@ def _make(residual: Residual) -> tuple[Any, ...]:
 
 
 def timed(
-    models: Mapping[str, nn.Module | Path], example: Example = None, *, batch: int = 1, rounds: int = 30
+    files: Mapping[str, Path], called: Signature, *, batch: int = 1, rounds: int = 30
 ) -> tuple[dict[str, float], float]:
-    """Runs networks, or ONNX files of them, in turns.
+    """Runs ONNX files in turns, each between two runs of the first, on one thread.
 
     Args:
-        models: By name; the first is what the others are measured against.
-        example: As in `find`.
+        files: By name; the first is what the others are measured against.
+        called: How they are called.
         batch: Samples in a run.
         rounds: How often each runs.
 
     Returns:
-        The time of each over that of the first, and the first's in milliseconds: medians over the rounds.
+        The time of each other over that of the first, and the first's in milliseconds: medians.
 
     Raises:
-        ExportError: One does not export, or its file does not run at this batch.
+        ExportError: A file does not run at this batch.
     """
     if batch < 1 or rounds < 1:
         raise UsageError(f"batch is {batch} and rounds is {rounds}; give 1 or more of each")
-    called = signature(evaluating_copy(_first_module(models)), example)
     tensors = called.draw(batch, torch.Generator().manual_seed(0))
-    with tempfile.TemporaryDirectory() as folder:
-        runs = {
-            name: _run(_file(one, called, Path(folder) / f"{place}.onnx"), called, tensors)
-            for place, (name, one) in enumerate(models.items())
-        }
-    taken = _in_turns(runs, rounds)
-    first = next(iter(taken.values()))
-    shares = {n: statistics.median(a / b for a, b in zip(t, first, strict=True)) for n, t in taken.items()}
-    return shares, 1e3 * statistics.median(first)
+    runs = {name: _run(path, called, tensors) for name, path in files.items()}
+    first, *others = runs
+    shares: dict[str, list[float]] = {name: [] for name in others}
+    whole: list[float] = []
+    for round_ in range(rounds + 1):  # the first one warms up
+        before = runs[first]()
+        for name in random.sample(others, len(others)):
+            seconds, after = runs[name](), runs[first]()
+            if round_:
+                shares[name].append(2 * seconds / (before + after))
+                whole.append(after)
+            before = after
+    return {n: statistics.median(s) for n, s in shares.items()}, 1e3 * statistics.median(whole)
 
 
-def _first_module(models: Mapping[str, nn.Module | Path]) -> nn.Module:
-    return next(one for one in models.values() if isinstance(one, nn.Module))
-
-
-def _file(one: nn.Module | Path, called: Signature, place: Path) -> Path:
-    if isinstance(one, Path):
-        return one
-    ir.save(to_onnx(evaluating_copy(one), called, opset=None, dynamic_batch=True), place)
+def _written(model: nn.Module, called: Signature, place: Path) -> Path:
+    ir.save(to_onnx(evaluating_copy(model), called, opset=None, dynamic_batch=True), place)
     return place
 
 
@@ -161,13 +162,3 @@ def _run(path: Path, called: Signature, tensors: Sequence[torch.Tensor]) -> Call
         return time.thread_time() - start
 
     return run
-
-
-def _in_turns(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(rounds + _WARM_UP):
-        for name in random.sample(list(runs), len(runs)):
-            seconds = runs[name]()
-            if round_ >= _WARM_UP:
-                taken[name].append(seconds)
-    return taken

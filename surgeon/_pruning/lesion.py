@@ -160,19 +160,31 @@ def lesion(
                 f"counts has {count}; the network has {len(trial.names)} branches, so give 1 to "
                 f"{len(trial.names) - 1}"
             )
+    most = max(counts, default=0)
+    chosen = choose(trial, trial.names, lambda gone: len(gone) == most, candidates)
+    return lesions(trial, chosen, sorted(counts), draws, seed)
+
+
+def lesions(trial: Trial, chosen: Sequence[str], counts: Sequence[int], draws: int, seed: int) -> Lesions:
+    """What a network is worth without each branch, and without several.
+
+    Args:
+        trial: Of the network.
+        chosen: Branches, the least important one first.
+        counts: How many of these go, each beside as many at random and as many at the end.
+        draws: How often at random.
+        seed: Of that.
+    """
     analysis = trial.deleter.analysis
     flops = max(analysis.recording.flops, 1)
     residuals = [r for r in analysis.findings.residuals if r.name in trial.deleter.blocks]
     single = tuple(Loss(r.name, r.block_type, r.flops / flops, trial([r.name])) for r in residuals)
     generator = random.Random(seed)  # noqa: S311 - which branches, no secret
-    most = max(counts, default=0)
-    chosen = choose(trial, trial.names, lambda gone: len(gone) == most, candidates)
-    curve = tuple(beside(trial, chosen[:count], draws, generator) for count in sorted(counts))
+    curve = tuple(_row(trial, chosen[:count], draws, generator) for count in counts)
     return Lesions(trial([]), single, curve, trial.labelled)
 
 
-def beside(trial: Trial, chosen: Sequence[str], draws: int, generator: random.Random) -> Row:
-    """What a network is worth without some branches, without as many at random, and without the last ones."""
+def _row(trial: Trial, chosen: Sequence[str], draws: int, generator: random.Random) -> Row:
     count = len(chosen)
     at_random = tuple(trial(generator.sample(trial.names, count)) for _ in range(draws))
     return Row(count, tuple(chosen), trial(chosen), at_random, trial(trial.names[-count:]))

@@ -98,6 +98,18 @@ class Output:
         with Console(stderr=True, highlight=False).status(text):
             yield
 
+    @contextlib.contextmanager
+    def counting(self, text: str) -> Iterator[Callable[[int], object]]:
+        """As `working`, with a number that it yields a function to set."""
+        from rich.console import Console
+
+        console = Console(stderr=True, highlight=False)
+        if self.quiet or not console.is_terminal:
+            yield lambda _: None
+            return
+        with console.status(text) as status:
+            yield lambda number: status.update(f"{text}: {number}")
+
 
 def command(
     name: str, short: str, *, examples: str, more: str = "", kind: type[click.Command] = click.Command

@@ -1,7 +1,7 @@
 """``surgeon export``: a model as one plain ONNX file."""
 
+import functools
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,10 @@ import click
 
 from surgeon.cli._complete import models
 from surgeon.cli._gated import with_scales
-from surgeon.cli._images import Measuring, batches, data_options
+from surgeon.cli._images import Measuring, data_options
 from surgeon.cli._run import MODEL_HELP, Output
 from surgeon.cli._run import command as surgeon_command
+from surgeon.cli._shorten import Shortening, choose, shortening_options, told
 from surgeon.cli._subject import GateOptions, Making, Subject, load_subject, model_options, schedule_options
 from surgeon.errors import UsageError
 
@@ -21,6 +22,7 @@ surgeon export torchvision:vit_b_16 --checkpoint last.pt -o vit.onnx --opset 23 
 surgeon export timm:resnet50 --checkpoint paper.pt --scaling paper --drop-rate 0.5 -o model.onnx
 surgeon export timm:convnext_atto --dynamic-size --fp16 -o half.onnx
 surgeon export timm:resnet50 --checkpoint model.safetensors --depth 0.75 --data photos/val -o short.onnx
+surgeon export timm:resnet50 --checkpoint model.safetensors --latency-budget 30 --data photos/val -o fast.onnx
 surgeon export my_networks:tiny -o tiny.onnx --input-size 1x28x28 --overwrite --json
 """
 
@@ -34,10 +36,7 @@ _CARRIED = ("mean", "std", "classes", "schedule", "drop_rate", "scaling", "unit"
 @model_options
 @schedule_options
 @data_options
-@click.option(
-    "--drop-blocks", multiple=True, metavar="PATTERN", help="Delete these branches; may be repeated."
-)
-@click.option("--depth", type=float, help="Delete branches until this share is left, as --data tells.")
+@shortening_options
 @click.option("--opset", type=int, help="Version of ONNX's operators; default is PyTorch's.")
 @click.option("--static-batch", is_flag=True, help="Fix the batch to one.")
 @click.option("--dynamic-size", is_flag=True, help="Let height and width of the images vary.")
@@ -62,8 +61,7 @@ def command(  # noqa: PLR0913 - one for each option
     making: Making,
     gating: GateOptions,
     measuring: Measuring,
-    drop_blocks: tuple[str, ...],
-    depth: float | None,
+    shortening: Shortening,
     opset: int | None,
     static_batch: bool,
     dynamic_size: bool,
@@ -82,22 +80,20 @@ def command(  # noqa: PLR0913 - one for each option
     folded into them first; name the schedule and the drop rate of the training.
 
     --drop-blocks deletes branches by name before the export, --depth 0.75 the quarter that is missed least on
-    the images in --data: the file is that of the shorter network.
+    the images in --data, --latency-budget as many as it takes: the file is that of the shorter network, and it
+    is measured beside the whole one.
     """
-    from surgeon import export, prune
+    import surgeon
     from surgeon._files import destination
 
     destination(output, overwrite=overwrite)
     names = _labels(labels)
     with out.working(f"exporting {model}"):
         subject = with_scales(load_subject(model, making), gating)
-        if drop_blocks or depth is not None:
-            data = None if depth is None else batches(measuring, subject)
-            shorter = prune(subject.model, drop_blocks, depth=depth, data=data, example=subject.example)
-            subject = replace(subject, model=shorter)
-        report = export(
-            subject.model,
-            output,
+        choice = choose(out, subject, shortening, measuring)
+        shorter = subject.model if choice is None else choice.shorter()
+        export = functools.partial(
+            surgeon.export,
             example=_one_sample(subject.example) if static_batch else subject.example,
             opset=opset,
             overwrite=overwrite,
@@ -111,9 +107,14 @@ def command(  # noqa: PLR0913 - one for each option
             labels=names,
             tolerance=tolerance,
         )
+        report = export(shorter, output)
+        found, shown = {"model": subject.spec, **report.to_dict()}, list(report.parts())
+        if choice is not None:
+            result = told(out, subject, shortening, choice, shorter, export, report)
+            found, shown = {**found, "shorter": result.to_dict()}, [*shown, *result.parts()]
     if subject.random:
         out.note("surgeon: the weights are random; give --checkpoint to export trained ones")
-    out.result({"model": subject.spec, **report.to_dict()}, report.parts(), of=subject.spec)
+    out.result(found, shown, of=subject.spec)
 
 
 def _one_sample(example: Any) -> Any:

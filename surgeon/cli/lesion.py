@@ -28,6 +28,9 @@ surgeon lesion timm:vit_small_patch16_224 --checkpoint vit.safetensors --data im
 @click.option(
     "--draws", type=click.IntRange(min=1), default=5, show_default=True, help="Random sets of each."
 )
+@click.option(
+    "--cache", type=click.Path(), help="Keep what was measured here; a lesion that stopped goes on."
+)
 @click.option("--plot", type=click.Path(), help="Draw it into this file (png, svg or pdf).")
 def command(
     out: Output,
@@ -38,6 +41,7 @@ def command(
     measuring: Measuring,
     together: str,
     draws: int,
+    cache: str | None,
     plot: str | None,
 ) -> None:
     """Measures MODEL without each of its branches, and without several together.
@@ -53,8 +57,16 @@ def command(
         data = batches(measuring, subject)
     if subject.random:
         out.note("surgeon: the weights are random; give --checkpoint to measure trained ones")
-    with out.working(f"measuring {model} without each branch"):
-        found = surgeon.lesion(subject.model, data, counts=counts, draws=draws, example=subject.example)
+    with out.counting(f"measuring {model} without branches") as counted:
+        found = surgeon.lesion(
+            subject.model,
+            data,
+            counts=counts,
+            draws=draws,
+            cache=cache,
+            example=subject.example,
+            progress=counted,
+        )
     if plot:
         from surgeon._pruning.picture import draw
 
