@@ -63,9 +63,7 @@ def shortening_options(body: Body) -> Body:
         click.option(
             "--drop-blocks", multiple=True, metavar="PATTERN", help="Delete these branches; may be repeated."
         ),
-        click.option(
-            "--depth", type=float, help="Delete branches until this share is left, as --data tells."
-        ),
+        click.option("--depth", type=float, help="Delete branches until this share is left."),
         click.option(
             "--latency-budget",
             type=click.FloatRange(min=0, min_open=True),
@@ -122,21 +120,17 @@ def choose(out: Output, subject: Subject, shortening: Shortening, measuring: Mea
 
     by_data = not shortening.drop_blocks or measuring.data is not None
     data = batches(measuring, subject) if by_data else None
-    trial = Trial(
-        subject.model, data=data, example=subject.example, cache=shortening.cache if by_data else None
-    )
+    cache = shortening.cache if by_data else None
+    trial = Trial(subject.model, data=data, example=subject.example, cache=cache)
     if shortening.drop_blocks:
         return Choice(trial, named(shortening.drop_blocks, trial), None, by_data)
-    costs, budget = None, shortening.latency_budget
-    if budget is not None:
-        costs = surgeon.latency(subject.model, subject.example)
+    budget = shortening.latency_budget
+    costs = None if budget is None else surgeon.latency(subject.model, subject.example)
     names = chosen(trial, shortening.depth, budget, costs, _CANDIDATES)
-    if names:
+    if names or costs is None:
         return Choice(trial, names, costs, by_data)
-    assert costs is not None
-    out.note(
-        f"surgeon: the whole network takes {costs.full:.4g} ms, within {budget:g} ms; nothing was deleted"
-    )
+    takes = f"the whole network takes {costs.full:.4g} ms, within {budget:g} ms"
+    out.note(f"surgeon: {takes}; nothing was deleted")
     return None
 
 
@@ -169,9 +163,9 @@ def told(
 
         draw(found, Path(shortening.plot), subject.spec)
     budget = shortening.latency_budget
-    if budget is not None and result.shorter.ms > budget:
+    if budget is not None and costs is not None and result.shorter.ms > budget:
         out.note(
             f"surgeon: the file takes {result.shorter.ms:.4g} ms now, above {budget:g} ms: the whole network "
-            f"takes {result.whole.ms:.4g} ms, and took {costs.full if costs else 0:.4g} when it was measured first"
+            f"takes {result.whole.ms:.4g} ms now, and took {costs.full:.4g} when branches were chosen"
         )
     return result

@@ -80,8 +80,8 @@ def command(  # noqa: PLR0913 - one for each option
     folded into them first; name the schedule and the drop rate of the training.
 
     --drop-blocks deletes branches by name before the export, --depth 0.75 the quarter that is missed least on
-    the images in --data, --latency-budget as many as it takes: the file is that of the shorter network, and it
-    is measured beside the whole one.
+    the images in --data, --latency-budget as many as it takes: the file is that of the shorter network, and
+    it is measured beside the whole one.
     """
     import surgeon
     from surgeon._files import destination

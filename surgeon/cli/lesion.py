@@ -28,9 +28,7 @@ surgeon lesion timm:vit_small_patch16_224 --checkpoint vit.safetensors --data im
 @click.option(
     "--draws", type=click.IntRange(min=1), default=5, show_default=True, help="Random sets of each."
 )
-@click.option(
-    "--cache", type=click.Path(), help="Keep what was measured here; a lesion that stopped goes on."
-)
+@click.option("--cache", type=click.Path(), help="Keep what was measured in this file.")
 @click.option("--plot", type=click.Path(), help="Draw it into this file (png, svg or pdf).")
 def command(
     out: Output,
