@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from surgeon._finding.findings import Residual
+from surgeon._meant import says_the_call
 from surgeon._onnx.exporter import to_onnx
 from surgeon._onnx.signature import Signature, evaluating_copy, signature
 from surgeon._pruning.choose import Costs
@@ -54,6 +55,7 @@ class Latency(Costs, Drawn):
         return (Part(title, ("branch", "ms", "share"), rows, frozenset({"ms", "share"})),)
 
 
+@says_the_call
 def latency(model: nn.Module, example: Example = None, *, batch: int = 1, rounds: int = 30) -> Latency:
     """Measures what ``model`` takes in ONNX Runtime, and how much of that each branch; ``model`` stays.
 

@@ -18,6 +18,7 @@ from torch.nn import functional
 from surgeon._copy import copied
 from surgeon._depth import interval, path_lengths
 from surgeon._gating.gated import gates_of, is_gated
+from surgeon._meant import says_the_call
 from surgeon._pruning.score import Data, Scorer, rows
 from surgeon._sample import gates_alone
 from surgeon._surgery import apply, set_drop_rate
@@ -59,6 +60,7 @@ class PathGradients(Drawn):
         return (Part("gradient by length of path", head, rows, frozenset(head), (most,)),)
 
 
+@says_the_call
 def path_gradients(
     model: nn.Module,
     data: Data,
