@@ -97,10 +97,8 @@ class Measured(Drawn):
         if self.break_even <= 0:
             return "break-even  none: skipping takes less than a mask at any drop rate"
         if self.break_even >= 1:
-            return "break-even  none: at this batch a mask takes less at every drop rate"
-        return (
-            f"break-even  skipping takes less than a mask from a last drop rate of {self.break_even:.2g} on"
-        )
+            return "break-even  none: a mask takes less than skipping at every drop rate"
+        return f"break-even  skipping takes less than a mask from drop rate {self.break_even:.2g} on"
 
 
 def measure(model: nn.Module, settings: Settings, *, batch: int, rounds: int = 9) -> Measured:
@@ -118,6 +116,11 @@ def measure(model: nn.Module, settings: Settings, *, batch: int, rounds: int = 9
     """
     if batch < 1 or rounds < 1:
         raise UsageError(f"batch is {batch} and rounds is {rounds}; give 1 or more of each")
+    with torch.random.fork_rng():  # inputs, draws and whatever layers draw
+        return _measured(model, settings, batch, rounds)
+
+
+def _measured(model: nn.Module, settings: Settings, batch: int, rounds: int) -> Measured:
     args, kwargs = _batch(model, settings, batch)
 
     def gated(**changed: Any) -> nn.Module:
@@ -199,16 +202,15 @@ def _in_turns(
     own = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if own else time.perf_counter
     taken: dict[str, list[float]] = {name: [] for name in steps}
-    with torch.random.fork_rng(devices=[device] if device.type != "cpu" else []):
-        for round_ in range(rounds + 1):  # the first warms up
-            for name in random.sample(list(steps), len(steps)):
-                torch.manual_seed(seeds[round_ % len(seeds)])
-                start = clock()
-                steps[name]()
-                if device.type != "cpu":
-                    torch.accelerator.synchronize(device)
-                if round_:
-                    taken[name].append(clock() - start)
+    for round_ in range(rounds + 1):  # the first warms up
+        for name in random.sample(list(steps), len(steps)):
+            torch.manual_seed(seeds[round_ % len(seeds)])
+            start = clock()
+            steps[name]()
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            if round_:
+                taken[name].append(clock() - start)
     return taken
 
 
@@ -217,12 +219,11 @@ def _typical(gates: Sequence[Gate], unit: str, batch: int) -> list[int]:
     if unit != "batch" and batch > 2:
         return list(range(_DRAWS))
     expected, away = sum(g.branch.flops_share * g.survival for g in gates), dict[int, float]()
-    with torch.random.fork_rng(devices=[]):
-        for seed in range(_SEEDS):
-            torch.manual_seed(seed)
-            kept = [_kept(gate, unit, batch) for gate in gates]
-            drawn = sum(g.branch.flops_share * share for g, share in zip(gates, kept, strict=True))
-            away[seed] = abs(drawn - expected)
+    for seed in range(_SEEDS):
+        torch.manual_seed(seed)
+        kept = [_kept(gate, unit, batch) for gate in gates]
+        drawn = sum(g.branch.flops_share * share for g, share in zip(gates, kept, strict=True))
+        away[seed] = abs(drawn - expected)
     return sorted(away, key=away.__getitem__)[:_DRAWS]
 
 
