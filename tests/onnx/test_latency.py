@@ -11,7 +11,10 @@ from torch import Tensor, nn
 import surgeon
 from surgeon._onnx import latency
 from surgeon._onnx.latency import Latency, timed
+from surgeon._onnx.shorter import beside
 from surgeon._onnx.signature import signature
+from surgeon._pruning.lesion import lesions
+from surgeon._pruning.trial import Trial
 from surgeon.errors import NoResidualsError, UsageError
 
 X = torch.randn(2, 8, 16, 16)
@@ -82,3 +85,24 @@ def test_what_is_refused() -> None:
         surgeon.latency(nn.Linear(4, 4), torch.zeros(1, 4))
     with pytest.raises(UsageError, match="batch is 0"):
         surgeon.latency(net(), X, batch=0)
+
+
+def test_a_shorter_file_is_measured_beside_the_whole_one(tmp_path: Path) -> None:
+    """Without the dear branch: fewer weights, FLOPs and bytes, and most of the time gone."""
+    model = net().eval()
+    trial = Trial(model, data=[X], example=X)
+    shorter = trial.shorter(["2.add"])
+    reports = tuple(
+        surgeon.export(one, tmp_path / f"{i}.onnx", example=X) for i, one in enumerate((model, shorter))
+    )
+    found = beside(
+        trial, shorter, reports, ["2.add"], lesions=lesions(trial, ["2.add"], [1], 2, 0), predicted=0.5
+    )
+    assert found.shorter.ms < 0.7 * found.whole.ms and found.predicted == pytest.approx(0.5 * found.whole.ms)
+    assert found.shorter.parameters == sum(p.numel() for p in shorter.parameters()) < found.whole.parameters
+    assert found.shorter.bytes == (tmp_path / "1.onnx").stat().st_size < found.whole.bytes
+    assert found.shorter.flops == found.whole.flops - 2 * 2 * 16 * 16 * 8 * 128 * 9 * 2
+    assert found.whole.worth == found.lesions.full and found.shorter.worth == trial(["2.add"])
+    said = str(found)
+    assert "1 branch of 4 deleted" in said and "agreement" in said and "as many at random: " in said
+    assert "without  2.add" in said and "predicted, ms" in said
