@@ -43,6 +43,14 @@ KEEPS_MEMORY = {
 }
 
 
+def keep_memory(module: str) -> None:
+    """Starts the program anew with `KEEPS_MEMORY`, which is read when a process starts."""
+    if not KEEPS_MEMORY.items() <= os.environ.items():
+        os.execve(  # noqa: S606
+            sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], os.environ | KEEPS_MEMORY
+        )
+
+
 @click.command()
 @click.option("--models", default=",".join(NETS), show_default=True)
 @click.option("--variants", "only", default=",".join(VARIANTS), show_default=True)
@@ -178,10 +186,5 @@ def _device(device: str) -> str:
 
 
 if __name__ == "__main__":
-    if not KEEPS_MEMORY.items() <= os.environ.items():  # read when a process starts
-        os.execve(  # noqa: S606
-            sys.executable,
-            [sys.executable, "-m", "benchmarks.step", *sys.argv[1:]],
-            os.environ | KEEPS_MEMORY,
-        )
+    keep_memory("benchmarks.step")
     main()

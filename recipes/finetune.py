@@ -198,6 +198,7 @@ class Trainer:
             self.ramp = surgeon.Ramp(model, gates.drop_rate, steps=gates.ramp_epochs, shape=gates.ramp)
 
         self.meter = surgeon.DepthMeter(model) if gated and gates else None
+        self.probe = surgeon.Probe(model) if gated and gates and settings.log.probe else None
 
         # timm reads no_weight_decay and group_matcher off the model: gates leave its methods where they are.
         optimizer = create_optimizer_v2(
@@ -263,6 +264,8 @@ class Trainer:
                 figures = self.evaluate(advance)
                 self.epoch += 1
                 self.record({**numbers, **figures, **depth})
+                if self.probe and self.log:
+                    self.log.write("probe", self.epoch, self.step, **_flat(self.probe.take()))
         return figures
 
     def goes_on(self) -> bool:
@@ -293,6 +296,8 @@ class Trainer:
                 self.accelerator.backward(loss)
                 if train.clip_norm and self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(self.wrapped.parameters(), train.clip_norm)
+                if self.probe and self.accelerator.sync_gradients:
+                    self.probe.step()
                 rate = self.optimizer.param_groups[-1]["lr"]
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -405,8 +410,18 @@ class Trainer:
             self.model.load_state_dict(self.average.module.state_dict())
         if self.seen:
             self.seen[0].remove()
+        if self.probe:
+            if self.probe.history and self.settings.deliver.plot and self.accelerator.is_main_process:
+                self.probe.plot(self.settings.output / "probe.png")
+            self.probe.close()
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)  # takes autocast off self.model
         return self.model.cpu().eval()
+
+
+def _flat(signals: Any) -> Metrics:
+    """What a probe took, as numbers by gate."""
+    told = {f"{one.name}/{what}": getattr(one, what) for one in signals for what in ("ratio", "gradient")}
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def command(arguments: list[str]) -> int:

@@ -36,7 +36,15 @@ _OWN = (
         "report.md",
         "README.md",
     ),
-    *("pruned.json", "model.safetensors", "model.onnx", "config.json", "survival.png", "curves.png"),
+    *(
+        "pruned.json",
+        "model.safetensors",
+        "model.onnx",
+        "config.json",
+        "survival.png",
+        "curves.png",
+        "probe.png",
+    ),
     *("ungated/last.pt", "ungated/metrics.jsonl"),
 )
 _PACKAGES = (

@@ -224,6 +224,7 @@ class Deliver(Section):
 
 class Log(Section):
     every: int = Key(50, "steps between two lines of metrics.jsonl", ge=1)
+    probe: bool = Key(False, "activations and gradients at every gate, in probe.png and metrics.jsonl")
     trackers: Trackers = Key((), "where numbers go besides")
 
 

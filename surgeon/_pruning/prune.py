@@ -7,10 +7,12 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from surgeon._gating.gated import is_gated
 from surgeon._meant import meant, says_the_call
 from surgeon._pruning.choose import Costs, choose
 from surgeon._pruning.score import Data, Score
 from surgeon._pruning.trial import Trial
+from surgeon._removal import fold
 from surgeon._tracing.example import Example
 from surgeon.errors import UsageError
 
@@ -73,12 +75,14 @@ def prune(  # noqa: PLR0913 - what to delete, how to choose it, how to run it
             "give one of drop (what to delete), depth (how much is to stay) and budget (what it may cost)"
         )
     if drop:
-        trial = Trial(model, example=example, inplace=inplace)
+        trial = Trial(model, example=example)
         names = named(drop, trial)
     else:
-        trial = Trial(model, data=data, score=score, example=example, cache=cache, inplace=inplace)
+        trial = Trial(model, data=data, score=score, example=example, cache=cache)
         names = chosen(trial, depth, budget, costs, candidates)
-    return trial.shorter(names, inplace=inplace or trial.full is not model)
+    if not inplace:
+        return trial.shorter(names)
+    return trial.shorter(names, fold(model, inplace=True, example=example) if is_gated(model) else model)
 
 
 def chosen(

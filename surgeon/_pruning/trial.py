@@ -34,7 +34,6 @@ class Trial:
         model: The full network, which is left as it was; of a gated one its folded copy is looked at.
         data, score, example: As in `surgeon.prune`; with neither data nor score nothing can be measured.
         cache: A file to keep what was measured in.
-        inplace: A gated model is folded in place.
         progress: Is told after each measurement how many there were.
 
     Attributes:
@@ -56,10 +55,9 @@ class Trial:
         score: Score | None = None,
         example: Example = None,
         cache: str | os.PathLike[str] | None = None,
-        inplace: bool = False,
         progress: Callable[[int], object] | None = None,
     ) -> None:
-        self.full, self.args, self.kwargs = _ungated(model, example, inplace=inplace)
+        self.full, self.args, self.kwargs = _ungated(model, example)
         self.deleter = Deleter(analyse(self.full, self.args, self.kwargs))
         self.names = list(self.deleter.blocks)
         if not self.names:
@@ -83,12 +81,12 @@ class Trial:
                 self.progress(len(self.known.held))
         return found
 
-    def shorter(self, names: Collection[str], *, inplace: bool = False) -> nn.Module:
-        """The network without these branches: a copy, or the full one itself."""
+    def shorter(self, names: Collection[str], into: nn.Module | None = None) -> nn.Module:
+        """The network without these branches: a copy, or ``into``, which is the whole one without gates."""
         deletions = self.deleter.delete(names)
         if needs_blocks(self.full, deletions, self.args, self.kwargs):
             deletions = [replace(one, identity=False) for one in deletions]
-        return install(self.full if inplace else copied(self.full), deletions)
+        return install(copied(self.full) if into is None else into, deletions)
 
     @property
     def labelled(self) -> bool:
@@ -96,15 +94,13 @@ class Trial:
         return isinstance(self.worth, Scorer) and self.worth.labelled
 
 
-def _ungated(
-    model: nn.Module, example: Example, *, inplace: bool
-) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """A network without gates, and the example as arguments; a copy of a gated one unless ``inplace``."""
+def _ungated(model: nn.Module, example: Example) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """A network without gates, and the example as arguments; a copy of a gated one."""
     check_plain(model)
     if not is_gated(model):
         return model, *inputs(model, example)
     args, kwargs = recorded_inputs(model, gates_of(model)[0].decided, example)
-    return fold(model, inplace=inplace, example=example), args, kwargs
+    return fold(model, example=example), args, kwargs
 
 
 def twin(model: nn.Module) -> nn.Module:
