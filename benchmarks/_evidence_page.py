@@ -102,7 +102,7 @@ def _counts(found: Found) -> str:
         arms, seeds = {run.setting.arm for run in runs}, {run.seed for run in runs}
         rows = Counter(row["seed"] for row in found.rows if (row["kind"], row["part"]) == (kind, part))
         whole = sum(count == len(arms) for count in rows.values())
-        name = part if kind == "train" else f"{part}, {kind}"
+        name = part if kind in ("train", part) else f"{part}, {kind}"
         lines.append(f"{name} | {whole} of {len(seeds)} | {ran[kind, part]} of {planned[kind, part]}")
     total = f"{len(found.rows)} of {sum(planned.values())} planned runs have been made"
     return f"## What has run\n\n{total}; the program goes on where it stopped.\n\n" + _table(

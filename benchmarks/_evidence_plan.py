@@ -144,7 +144,8 @@ def plan() -> Iterator[Run]:
             yield from (Run(kind, setting, seed) for setting in DEEP[:2])
         if not seed:
             yield Run("time", DEEP[1], 0)
-    yield from _seeds(EMOJI, range(AFTER_SEEDS))
+    yield from _seeds(EMOJI[::2], range(AFTER_SEEDS))
+    yield from _seeds(EMOJI[1::2], range(AFTER_SEEDS))
     yield from _seeds((*DEEP[2:], *AGAIN, *MAP), range(AFTER_SEEDS))
     yield from _seeds((*FASHION, *EMOJI, *DEEP, *AGAIN), range(AFTER_SEEDS, SEEDS))
     yield from _seeds((*RAMPS, *SIZES), range(SEEDS))
