@@ -32,6 +32,7 @@ from finetune_deliver import deliver
 from finetune_log import RunLog, check_continues, occupied, prepare_folder, read_state
 from finetune_model import Features, check_network, check_output, image_settings, load_network, reset_head
 from finetune_prune import shortened
+from finetune_report import facts
 from finetune_settings import Config
 from finetune_show import Display, epoch_line, header, resume_command
 from timm.data import Mixup
@@ -102,6 +103,7 @@ class Job:
             self.pretrain(settings.pretrain.classes, settings.pretrain.epochs)
         whole = copy.deepcopy(model) if settings.prune and settings.train.distill else None
         gone = shortened(settings, model, images, self.accelerator, fresh=starts) if settings.prune else []
+        self.told = facts(settings, images, gone)
         if not settings.model.keep_head:
             reset_head(model, len(images.classes))
         check_output(model, images.input_size, len(images.classes))
@@ -134,6 +136,7 @@ class Job:
             state["epoch"] if state else None,
             active=self.accelerator.is_main_process,
             part=part,
+            told=self.told,
         )
         trainer = Trainer(
             model,

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +17,7 @@ from finetune_settings import Config
 from pydantic import ValidationError
 from torch import nn
 
+from surgeon._checkpoint import description
 from surgeon.errors import SurgeonError, UsageError
 
 # What may differ between a run and its continuation: where things are, how it runs, how long, what it writes.
@@ -131,10 +132,18 @@ def check_continues(state: dict[str, Any], processes: int, images: dict[str, Any
 
 
 class RunLog:
-    """Writes what a run leaves in its folder while it trains; only if `active`."""
+    """Writes what a run leaves in its folder while it trains; only if `active`. `told` says of what."""
 
-    def __init__(self, config: Config, resumed_epoch: int | None, *, active: bool, part: str = "") -> None:
-        self.active, self.config, self.part = active, config, part
+    def __init__(
+        self,
+        config: Config,
+        resumed_epoch: int | None,
+        *,
+        active: bool,
+        part: str = "",
+        told: Mapping[str, object] | None = None,
+    ) -> None:
+        self.active, self.config, self.part, self.told = active, config, part, told or {}
         self.folder = config.output / part
         self.path = self.folder / "metrics.jsonl"
         if not active:
@@ -156,12 +165,17 @@ class RunLog:
         """Writes a state that `torch.load(weights_only=True)` reads: tensors, numbers, strings, nothing else.
 
         It is for going on, not for handing on: with `scaling: paper` its weights still lack the factors that
-        `surgeon.fold` puts in. `model.safetensors` is the file to hand on.
+        `surgeon fold` puts in, for which it says what it is of. `model.safetensors` is the file to hand on.
         """
         if not self.active:
             return
         settings = json.dumps(self.config.model_dump(mode="json"))
-        held = {"config": settings, "model": model.state_dict(), **state}
+        held = {
+            "config": settings,
+            "metadata": description(model, self.told),
+            "model": model.state_dict(),
+            **state,
+        }
         with explained(self.folder / name, f"The state before that is whole. {_RESUME_LATER}"):
             write_file(self.folder / name, lambda file: torch.save(held, file))
 

@@ -13,13 +13,15 @@ from finetune_settings import Config
 from timm.models import save_for_hf
 from torch import nn
 
+from surgeon._source import LIBRARIES
+
 
 def facts(settings: Config, images: Images, gone: Sequence[str]) -> dict[str, object]:
     """What a user of the weights must know, for the metadata of model.safetensors and model.onnx."""
     gates, known = settings.gates, images.known
     found = {
         "model": settings.model.name,
-        "model_args": settings.model.kwargs or None,
+        "model_args": _arguments(settings, images) or None,
         "classes": list(images.classes),
         "pruned": list(gone) or None,
         **{name: _plain(known[name]) for name in _PREPARATION},
@@ -32,6 +34,13 @@ def facts(settings: Config, images: Images, gone: Sequence[str]) -> dict[str, ob
             "scaling": gates.scaling,
         }
     return found
+
+
+def _arguments(settings: Config, images: Images) -> dict[str, Any]:
+    """What makes the network with its new head; one of your own makes it as it likes."""
+    makes = library(settings.model) in LIBRARIES and not settings.model.keep_head
+    head = {"num_classes": len(images.classes)} if makes else {}
+    return settings.model.kwargs | head
 
 
 _PREPARATION = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")

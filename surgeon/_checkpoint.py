@@ -1,46 +1,43 @@
 """Checkpoints: what is in one, whether it fits a model, and how one is written.
 
 A surgeon checkpoint is a safetensors file with the model's stock keys and string metadata (model, schedule,
-drop rate, scaling, unit, versions), so that stock timm and torchvision models load it. Files of torch are
-read with ``weights_only=True``: no code in them is ever run.
+drop rate, scaling, unit, versions), so that stock timm and torchvision models load it. What others have
+written is read by `surgeon._container`, and `surgeon._entry` tells which of it is the model's.
 
 Weights of a model gated by the paper's rule need its evaluation scales. A checkpoint notes
 them in one of these places: the ``_extra_state`` of blocks gated with ``keep_eval=True``, the metadata that
 PyTorch keeps beside a ``state_dict``, the metadata of a safetensors file, and, where other libraries have
-saved the weights, ``"surgeon_scales"`` in their file or in the ``config.json`` beside it. `read_state` finds
-them all.
+saved the weights, ``"surgeon_scales"`` in their file or in the ``config.json`` beside it. `read_weights`
+finds them all.
 """
 
 import json
 import os
-import pickle
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from surgeon._entry import Entry, find_entry
 from surgeon._files import beside, settle
 from surgeon._finding.findings import gate_name
 from surgeon._gating.block import NOTE, KeepingBlock
 from surgeon._gating.gated import is_gated, scales_by_name
 from surgeon._meant import says_the_call
-from surgeon._text import first_line
+from surgeon._text import some
 from surgeon._version import __version__
 from surgeon.errors import CheckpointError
 
 Path_ = str | os.PathLike[str]
 
-# In timm's order of preference: averaged weights before raw ones.
-_NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _EXTRA = "_extra_state"
 _STATISTICS = ("running_mean", "running_var")
-_SHOWN = 4
 
 
 @says_the_call
@@ -68,15 +65,11 @@ def save_checkpoint(model: nn.Module, path: Path_, metadata: Mapping[str, object
     if other := [key for key, value in held.items() if not isinstance(value, Tensor)]:
         raise CheckpointError(
             f"cannot write the checkpoint {path}: a safetensors file holds tensors only, and the state of "
-            f"{type(model).__name__} holds something else: {_some(other)}. torch.save takes it"
+            f"{type(model).__name__} holds something else: {some(other)}. torch.save takes it"
         )
     # A clone per key: safetensors refuses views and shared memory, and tied weights share theirs.
     state = {key: value.detach().cpu().clone().contiguous() for key, value in held.items()}
-    # Gated weights still need their evaluation scales; plain ones must not get them a second time.
-    weights = "gated" if is_gated(model) else "plain"
-    scales = scales_by_name(model)
-    own = {"weights": weights, "surgeon": __version__, "format": "pt"}
-    noted = strings({**(metadata or {}), **own, **({"scales": scales} if scales else {})})
+    noted = description(model, {**(metadata or {}), "format": "pt"})
     try:
         with beside(place) as folder:
             made = folder / place.name
@@ -90,6 +83,14 @@ def save_checkpoint(model: nn.Module, path: Path_, metadata: Mapping[str, object
     return place
 
 
+def description(model: nn.Module, metadata: Mapping[str, object]) -> dict[str, str]:
+    """What a file of the model's weights has to say: metadata, and which evaluation scales they need."""
+    # Gated weights still need their evaluation scales; plain ones must not get them a second time.
+    weights = "gated" if is_gated(model) else "plain"
+    scales = scales_by_name(model) or None
+    return strings({**metadata, "weights": weights, "surgeon": __version__, "scales": scales})
+
+
 def strings(metadata: Mapping[str, object]) -> dict[str, str]:
     """Metadata as safetensors and ONNX keep it: strings as they are, ``None`` left out, the rest as JSON."""
     return {
@@ -99,54 +100,67 @@ def strings(metadata: Mapping[str, object]) -> dict[str, str]:
     }
 
 
-def read_metadata(path: Path_) -> dict[str, str]:
-    """The string metadata of a checkpoint; empty for files of torch, which carry none.
+def read_weights(model: nn.Module, path: Path_, wanted: str | None = None) -> Entry:
+    """The model's weights in a file or folder of any origin, with the scales that they need in the metadata.
+
+    Args:
+        model: The model; it is only read.
+        path: The file or folder.
+        wanted: The entry to take, see `find_entry`.
 
     Raises:
-        CheckpointError: The file is missing or is no safetensors file although it is named one.
+        CheckpointError: As `find_entry` has it.
     """
-    place = _existing(path)
-    return _read_safetensors(place, tensors=False)[1] if place.suffix == ".safetensors" else {}
+    place = Path(path)
+    home = place if place.is_dir() else place.parent
+    entry = _renamed(model, find_entry(model, place, wanted), place, home)
+    if entry.metadata.keys() & {"scales", "weights"}:
+        return entry
+    scales = _scales_beside(entry.noted) or _scales_in_config(home)
+    noted = strings({"weights": "gated", "scales": scales}) if scales else {}
+    return replace(entry, metadata=entry.metadata | noted)
 
 
-def read_state(path: Path_) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors by name, freed from nesting in a training checkpoint, and the metadata.
+def _renamed(model: nn.Module, entry: Entry, place: Path, home: Path) -> Entry:
+    """The entry under the model's present names, where its class has had others and can read them.
 
-    Raises:
-        CheckpointError: The file is missing, truncated, of another kind, holds code, or holds no tensors.
+    Hugging Face's classes read folders with older names, and write such; ``from_pretrained`` knows which, and
+    tells what it has not found.
     """
-    place = _existing(path)
-    if place.suffix == ".safetensors":
-        state, metadata = _read_safetensors(place, tensors=True)
-        scales = {} if metadata.keys() & {"scales", "weights"} else _scales_in_config(place)
-    else:
-        loaded = _read_torch(place)
-        held = _unnest(loaded)
-        state, metadata = _tensors_only(held, place), {}
-        noted = loaded.get(NOTE) if isinstance(loaded, Mapping) else None
-        scales = _scales_beside(held) or noted or _scales_in_config(place)
-    return state, metadata | (strings({"weights": "gated", "scales": scales}) if scales else {})
+    read = getattr(type(model), "from_pretrained", None)
+    if read is None or model.state_dict().keys() <= entry.state.keys() or not (home / "config.json").exists():
+        return entry
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            other, told = read(str(home), output_loading_info=True)
+        unread = {*told["missing_keys"], *(key[0] for key in told["mismatched_keys"])}
+    except Exception:  # noqa: BLE001 - not a folder of this class: the names that do not fit are the message
+        return entry
+    name = f"{entry.name or place.name}, renamed by {type(model).__name__}.from_pretrained"
+    state = {key: tensor for key, tensor in other.state_dict().items() if key not in unread}
+    return replace(entry, name=name, state=state, noted=None)
 
 
-def load_checkpoint(model: nn.Module, path: Path_) -> dict[str, str]:
-    """Loads the weights of a checkpoint as they are into a plain model, in place; returns the metadata.
+def load_checkpoint(model: nn.Module, path: Path_, wanted: str | None = None) -> Entry:
+    """Loads the weights of a checkpoint as they are into a plain model, in place; returns what was loaded.
 
     Everything is checked first; on an error the model is as it was. Evaluation scales that the weights need
     are in the metadata under ``"scales"``, by gate, as JSON: the caller has to see to them. `surgeon.load`
     does.
 
     Raises:
-        CheckpointError: The file cannot be read or does not fit, see `read_state` and `check_state`.
+        CheckpointError: The file cannot be read or does not fit, see `find_entry` and `check_state`.
     """
-    read, metadata = read_state(path)
-    prefix = wrapper_prefix(model, read)
-    state, scales = split_scales(model, without_prefix(read, prefix))
-    check_state(model, state, path, metadata.get("model"))
-    model.load_state_dict(loadable(model, state, read, prefix))
+    entry = read_weights(model, path, wanted)
+    state, scales = split_scales(model, entry.state)
+    check_state(model, state, path, entry.metadata.get("model"))
+    model.load_state_dict(loadable(model, state, entry.noted))
     if not scales:
-        return metadata
-    noted = json.loads(metadata.get("scales", "{}"))
-    return {**metadata, **strings({"weights": "divided", "scales": {**noted, **scales}})}
+        return entry
+    noted = json.loads(entry.metadata.get("scales", "{}"))
+    needed = strings({"weights": "divided", "scales": {**noted, **scales}})
+    return replace(entry, metadata={**entry.metadata, **needed})
 
 
 def split_scales(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -166,19 +180,19 @@ def split_scales(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[st
     return rest, scales
 
 
-def _scales_beside(held: Any) -> dict[str, float]:
+def _scales_beside(noted: Mapping[str, Mapping[str, Any]] | None) -> dict[str, float]:
     """The scales in the metadata that PyTorch keeps beside a state dict, by gate."""
-    found = {}
-    for block, noted in dict(getattr(held, "_metadata", {})).items():
-        for ordinal, scale in noted.get(NOTE, ()) if isinstance(noted, Mapping) else ():
-            found[gate_name(block, ordinal)] = float(scale)
-    return found
+    return {
+        gate_name(block, ordinal): float(scale)
+        for block, held in (noted or {}).items()
+        for ordinal, scale in held.get(NOTE, ())
+    }
 
 
-def _scales_in_config(place: Path) -> dict[str, float]:
+def _scales_in_config(home: Path) -> dict[str, float]:
     """The scales in the configuration that Hugging Face's and timm's savers write beside the weights."""
     try:
-        config = json.loads((place.parent / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((home / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     homes = [config, config.get("pretrained_cfg")] if isinstance(config, dict) else []
@@ -215,16 +229,16 @@ def check_state(
     types = [key for key in own if key in state and not _holds(own[key], state[key])]
     kind = type(model).__name__
     faults = [
-        *([f"{len(missing)} missing: {_some(missing)}"] if missing else []),
-        *([f"{len(unexpected)} unexpected: {_some(unexpected)}"] if unexpected else []),
-        *([f"{len(shapes)} of another shape: {_some(_shape_lines(shapes, state, own))}"] if shapes else []),
-        *([f"{len(types)} of another type: {_some(_type_lines(types, state, own))}"] if types else []),
+        *([f"{len(missing)} missing: {some(missing)}"] if missing else []),
+        *([f"{len(unexpected)} unexpected: {some(unexpected)}"] if unexpected else []),
+        *([f"{len(shapes)} of another shape: {some(_shape_lines(shapes, state, own))}"] if shapes else []),
+        *([f"{len(types)} of another type: {some(_type_lines(types, state, own))}"] if types else []),
     ]
     if faults:
         hint = _hint(own, state, missing, shapes, trained)
         raise CheckpointError(f"{path} does not fit {kind}: {'; '.join(faults)}. {hint}Nothing was loaded.")
     if bad := non_finite(model, state):
-        raise CheckpointError(f"{path} holds values that are not finite: {_some(bad)}. Nothing was loaded.")
+        raise CheckpointError(f"{path} holds values that are not finite: {some(bad)}. Nothing was loaded.")
 
 
 def non_finite(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
@@ -243,104 +257,8 @@ def non_finite(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     return found
 
 
-def _existing(path: Path_) -> Path:
-    place = Path(path)
-    if not place.is_file():
-        what = "is a directory" if place.is_dir() else "does not exist"
-        raise CheckpointError(f"cannot read the checkpoint {path}: it {what}")
-    if place.stat().st_size == 0:
-        raise CheckpointError(f"cannot read the checkpoint {path}: the file is empty")
-    return place
-
-
-def _read_safetensors(place: Path, *, tensors: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(place, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()} if tensors else {}  # noqa: SIM118
-            metadata = dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"cannot read the checkpoint {place}: it is truncated or no safetensors file ({error})"
-        ) from error
-    if tensors and not state:
-        raise CheckpointError(f"cannot use the checkpoint {place}: it holds no tensors")
-    return state, metadata
-
-
-def _read_torch(place: Path) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Hints on how to load what is refused here.
-            return torch.load(place, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # Files of torch are zip archives, or, from before version 1.6, pickles.
-        with place.open("rb") as file:
-            first_bytes = file.read(2)
-        if first_bytes == b"PK" or first_bytes[:1] == b"\x80":
-            raise CheckpointError(
-                f"will not read the checkpoint {place}: it holds more than tensors, and loading it could run "
-                "code from it. Load it where you trust it, and save the state_dict as safetensors."
-            ) from error
-        raise CheckpointError(f"cannot read the checkpoint {place}: it is no file of torch") from error
-    except Exception as error:  # A spoiled pickle ends in whatever error its bytes lead to.
-        raise CheckpointError(
-            f"cannot read the checkpoint {place}: it is truncated or no file of torch ({first_line(error)})"
-        ) from error
-
-
-def _unnest(loaded: Any) -> Any:
-    for key in _NESTS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            return loaded[key]
-    return loaded
-
-
-def _tensors_only(loaded: Any, place: Path) -> dict[str, Tensor]:
-    if not isinstance(loaded, Mapping) or not any(isinstance(value, Tensor) for value in loaded.values()):
-        raise CheckpointError(
-            f"cannot use the checkpoint {place}: it holds a {type(loaded).__name__} and no tensors by name, "
-            f"neither at its top nor under {', '.join(_NESTS)}"
-        )
-    other = [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]
-    if other:
-        raise CheckpointError(f"cannot use the checkpoint {place}: not all of it are tensors: {_some(other)}")
-    found: Any = OrderedDict((str(key), value) for key, value in loaded.items())
-    found._metadata = getattr(loaded, "_metadata", None)
-    tensors: dict[str, Tensor] = found
-    return tensors
-
-
-def wrapper_prefix(model: nn.Module, names: Iterable[str]) -> str:
-    """What a wrapper (DDP, a weight average, Lightning) has put in front of every name, if that fits better.
-
-    A prefix comes off only where every key has it; a model may have a child that is called ``module``.
-    """
-    own = model.state_dict().keys()
-    # AveragedModel counts beside its module.
-    names = [name for name in names if name != "n_averaged" or name in own]
-    best, prefix = "", ""
-    most = sum(name in own for name in names)
-    while found := _shared(names):
-        prefix += found
-        names = [name.removeprefix(found) for name in names]
-        if (count := sum(name in own for name in names)) > most:
-            best, most = prefix, count
-    return best
-
-
-def _shared(names: list[str]) -> str:
-    """The part before the first dot, with the dot, if it is the same in all names."""
-    first = names[0].partition(".")[0] + "." if names else ""
-    return first if first and all(name.startswith(first) for name in names) else ""
-
-
-def without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """What of a state is under a prefix, by its name without it."""
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-
 def loadable(
-    model: nn.Module, state: Mapping[str, Tensor], read: Mapping[str, Tensor], prefix: str
+    model: nn.Module, state: Mapping[str, Tensor], noted: Mapping[str, Mapping[str, Any]] | None
 ) -> dict[str, Tensor]:
     """A checked state as ``load_state_dict`` takes it: complete, with the versions of the model's classes.
 
@@ -350,17 +268,14 @@ def loadable(
     Args:
         model: The model that the state is for.
         state: The state; what it may lack is taken from the model.
-        read: As `read_state` gave it.
-        prefix: What a wrapper has put in front of the names in ``read``.
+        noted: What the file has beside it, by module.
     """
     own: Any = model.state_dict()
     full: Any = OrderedDict({**own, **state})
-    full._metadata, noted = own._metadata, getattr(read, "_metadata", None)
-    if isinstance(noted, Mapping):
+    full._metadata = own._metadata
+    if noted is not None:
         full._metadata = {
-            f"{name}."[len(prefix) : -1]: {key: value for key, value in held.items() if key != NOTE}
-            for name, held in noted.items()
-            if f"{name}.".startswith(prefix) and isinstance(held, Mapping)
+            name: {key: value for key, value in held.items() if key != NOTE} for name, held in noted.items()
         }
     tensors: dict[str, Tensor] = full
     return tensors
@@ -406,9 +321,3 @@ def _hint(
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a scalar"
-
-
-def _some(items: Iterable[str]) -> str:
-    listed = list(items)
-    more = len(listed) - _SHOWN
-    return ", ".join(listed[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -24,11 +24,10 @@ from torch import Tensor, nn
 from surgeon._checkpoint import (
     check_state,
     loadable,
-    read_state,
+    read_weights,
     split_scales,
-    without_prefix,
-    wrapper_prefix,
 )
+from surgeon._entry import taken
 from surgeon._folding.fold import FoldPlan, check_products, commit
 from surgeon._gating.gate import Gate
 from surgeon._gating.gated import Placed, placed_gates, recorded_inputs
@@ -57,7 +56,9 @@ class LoadReport(Drawn):
     """What a load found and did; iterating gives the parameters that were multiplied.
 
     Attributes:
-        path: The file.
+        path: The file or folder.
+        entry: Where in it the weights are; empty where it holds nothing else.
+        others: What else of the kind it holds: entries that fit as well, and tensors beside the model's.
         found: What its weights are: ``"stock"``, ``"gated"``, ``"divided"``, or ``"unknown"`` where it notes
             no scales; those are taken as stock weights.
         into: What the model's weights are, likewise.
@@ -67,6 +68,8 @@ class LoadReport(Drawn):
     """
 
     path: str
+    entry: str
+    others: tuple[str, ...]
     found: Weights
     into: Weights
     scales: dict[str, float]
@@ -84,7 +87,11 @@ class LoadReport(Drawn):
         done = f"converted in {len(self.converted)} parameters" if self.converted else "as they are"
         same = self.into == self.found or (self.found, self.into) == ("unknown", "stock")
         into = "" if same else f" into a model with {_SPOKEN[self.into]}"
-        return (Part(lines=(f"{self.path}: {_SPOKEN[self.found]}{into}, {done}", *self._doubt())),)
+        lines = (f"{self.path}: {_SPOKEN[self.found]}{into}, {done}", *self._source(), *self._doubt())
+        return (Part(lines=lines),)
+
+    def _source(self) -> tuple[str, ...]:
+        return (taken(self.entry, self.others),) if self.entry or self.others else ()
 
     def _doubt(self) -> tuple[str, ...]:
         return (f"if gates with scaling='paper' trained them: {_OPTION}",) if self.found == "unknown" else ()
@@ -101,6 +108,7 @@ def load(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
+    entry: str | None = None,
     scales: Mapping[str, float] | Literal["model"] | None = None,
     example: Example = None,
 ) -> LoadReport:
@@ -112,9 +120,13 @@ def load(
 
     Args:
         model: The model, gated or not.
-        path: A safetensors file, or one of torch (read with ``weights_only=True``), of a plain state dict or
-            a training checkpoint that holds one. Scales may be noted in the file, or under
+        path: A file of safetensors or torch, or a folder with such files, shards or a checkpoint of
+            ``torch.distributed``: whatever a training of any library has left. Files of torch are read with
+            ``weights_only=True``, and no code in them is run. Scales may be noted in the file, or under
             ``"surgeon_scales"`` in a ``config.json`` beside it.
+        entry: Which weights, where there are several: their name, or a part of it that no other name has
+            (``"ema"``, ``"state_dict"``). By default those that fit best; of several an average; of several
+            still, what is called ``state_dict`` or ``model``. The report says what was taken.
         scales: For a file without a note of scales whose weights gates with ``scaling="paper"`` have trained:
             the evaluation scale of each gate by its name, as in ``surgeon.status(model).scales``, in (0, 1].
             ``"model"``: those of this model's gates, with which it was trained.
@@ -129,10 +141,10 @@ def load(
     """
     check_plain(model)
     check_filled(model)
-    read, metadata = read_state(path)
-    prefix = wrapper_prefix(model, read)
-    noted = {name.removeprefix(prefix): scale for name, scale in noted_scales(metadata).items()}
-    state, divided = split_scales(model, without_prefix(read, prefix))
+    held = read_weights(model, path, entry)
+    metadata = held.metadata
+    noted = {name.removeprefix(held.prefix): scale for name, scale in noted_scales(metadata).items()}
+    state, divided = split_scales(model, held.state)
     own = {one.name: one.gate for one in placed_gates(model) if one.gate.scale != 1.0}
     if scales is not None:
         noted = _told(scales, own, noted | divided, path)
@@ -148,10 +160,10 @@ def load(
     factors = _factors(trained, own)
     conversion = _conversion(model, factors, example, path)
     _check_products(model, state, conversion, factors, path)
-    model.load_state_dict(loadable(model, state, read, prefix))
+    model.load_state_dict(loadable(model, state, held.noted))
     commit(model, conversion, factors)
     converted = tuple(dict.fromkeys(product.parameter for product in conversion.products))
-    return LoadReport(str(path), found, into, trained, converted, metadata)
+    return LoadReport(str(path), held.name, held.others, found, into, trained, converted, metadata)
 
 
 def _without_note(metadata: Mapping[str, str]) -> Weights:

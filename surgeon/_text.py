@@ -4,7 +4,7 @@ The command prints the same parts; it adds colour and fits them into the termina
 """
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,6 +67,13 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message that says something, its type where there is none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
+
+
+def some(items: Iterable[str], shown: int = 4) -> str:
+    """The first few items with commas between, and how many more there are."""
+    listed = list(items)
+    more = len(listed) - shown
+    return ", ".join(listed[:shown]) + (f" and {more} more" if more > 0 else "")
 
 
 def _lines(part: Part) -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgeon.cli._complete import schedules
+from surgeon.cli._run import Output
 from surgeon.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Making:
     """The options that say how a model is made."""
 
     checkpoint: str | None
+    entry: str | None
     num_classes: int | None
     img_size: int | None
     input_size: str | None
@@ -86,7 +88,7 @@ class GateOptions:
 def model_options(body: Body) -> Body:
     """Adds the options of `Making`, which the body gets as ``making``."""
     checkpoint = click.option(
-        "--checkpoint", type=click.Path(), help="Weights: a safetensors file, or one of torch."
+        "--checkpoint", type=click.Path(), help="Weights: what a training of any library has left."
     )
     return checkpoint(made_options(body))
 
@@ -94,6 +96,7 @@ def model_options(body: Body) -> Body:
 def made_options(body: Body) -> Body:
     """As `model_options`, for a command that is given its checkpoint in another way."""
     options = (
+        click.option("--entry", help="Which weights of the checkpoint, as ema or state_dict."),
         click.option("--num-classes", type=click.IntRange(min=0), help="Size of the classifier."),
         click.option("--img-size", type=click.IntRange(min=1), help="Side of the square images, in pixels."),
         click.option("--input-size", metavar="CxHxW", help="Size of the input, as 1x28x28."),
@@ -139,8 +142,8 @@ def _left_to_the_collector_later() -> Iterator[None]:
 
 
 @_left_to_the_collector_later()
-def load_subject(model: str, making: Making) -> Subject:
-    """Makes the model, with the checkpoint's weights.
+def load_subject(out: Output, model: str, making: Making) -> Subject:
+    """Makes the model, with the checkpoint's weights; where a file has more than these, says which it took.
 
     A checkpoint of surgeon remembers the arguments that its model was made with, its input size (options win
     over both) and the branches that were deleted.
@@ -149,7 +152,9 @@ def load_subject(model: str, making: Making) -> Subject:
         UsageError: An option does not make sense, or the model is unknown.
         CheckpointError: The checkpoint cannot be read or does not fit.
     """
-    from surgeon._checkpoint import load_checkpoint, read_metadata
+    from surgeon._checkpoint import load_checkpoint
+    from surgeon._container import read_metadata
+    from surgeon._entry import taken
     from surgeon._source import LIBRARIES, load_model, resolve
 
     size = _size(making)
@@ -159,7 +164,8 @@ def load_subject(model: str, making: Making) -> Subject:
     arguments = {**_remembered(metadata, spec), **arguments}
     if making.num_classes is not None:
         arguments["num_classes"] = making.num_classes
-    side = size[-1] if size and size[-1] == size[-2] else None
+    known = size or _noted_size(metadata)
+    side = known[-1] if known and known[-1] == known[-2] else None
     make = functools.partial(load_model, spec, img_size=side, **arguments)
     made = make()
     example = _example(made, size or _noted_size(metadata))
@@ -168,7 +174,10 @@ def load_subject(model: str, making: Making) -> Subject:
 
         prune(made, gone, example=example, inplace=True)
     if making.checkpoint:
-        metadata = load_checkpoint(made, making.checkpoint)
+        entry = load_checkpoint(made, making.checkpoint, making.entry)
+        metadata = entry.metadata
+        if entry.name or entry.others:
+            out.note(f"surgeon: weights {taken(entry.name, entry.others)}")
     weighted = bool(making.checkpoint or arguments.keys() & {"pretrained", "weights"})
     unknown = spec.partition(":")[0] in LIBRARIES and not weighted
     return Subject(spec, made, example, metadata, random=unknown, arguments=arguments, make=make)
@@ -212,7 +221,8 @@ def _example(model: "nn.Module", size: tuple[int, ...] | None) -> "Tensor | None
 
 
 def _remembered(metadata: dict[str, str], spec: str) -> dict[str, Any]:
-    return dict(_json(metadata.get("model_args"), {})) if metadata.get("model") == spec else {}
+    told = metadata.get("model") in (spec, spec.partition(":")[2])
+    return dict(_json(metadata.get("model_args"), {})) if told else {}
 
 
 def _pair(text: str) -> tuple[str, Any]:

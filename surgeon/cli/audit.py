@@ -50,7 +50,7 @@ def command(out: Output, *, model: str, making: Making, drop_rate: float | None)
         given = (*making.model_args, f"drop_path_rate={drop_rate}")
         making = dataclasses.replace(making, model_args=given)
     with out.working(f"looking at {model}"):
-        subject = load_subject(model, making)
+        subject = load_subject(out, model, making)
         report = audit(subject.model, subject.example)
     found = {"model": subject.spec, **report.to_dict()}
     if not report.sites and not report.random:

@@ -89,7 +89,7 @@ def command(  # noqa: PLR0913 - one for each option
     destination(output, overwrite=overwrite)
     names = _labels(labels)
     with out.working(f"exporting {model}"):
-        subject = with_scales(load_subject(model, making), gating)
+        subject = with_scales(load_subject(out, model, making), gating)
         choice = choose(out, subject, shortening, measuring)
         shorter = subject.model if choice is None else choice.shorter()
         export = functools.partial(

@@ -65,7 +65,7 @@ def command(
     place = destination(output, overwrite=overwrite)
     if place.suffix != ".safetensors":
         raise UsageError(f"--output is {output}; stock checkpoints are safetensors files, name it so")
-    subject, gating = _subject(model, making, gating)
+    subject, gating = _subject(out, model, making, gating)
     if not _has_scales(subject, gating):
         out.note(
             f"surgeon: the weights in {making.checkpoint} need no evaluation scales; there is nothing to fold"
@@ -91,17 +91,21 @@ def command(
     return DONE
 
 
-def _subject(model: str | None, making: Making, gating: GateOptions) -> tuple[Subject, GateOptions]:
+def _subject(
+    out: Output, model: str | None, making: Making, gating: GateOptions
+) -> tuple[Subject, GateOptions]:
     """The checkpoint's model with its weights, and the options with what they imply."""
     from dataclasses import replace
 
-    from surgeon._checkpoint import read_metadata
+    from surgeon._container import read_metadata
 
     noted = read_metadata(str(making.checkpoint))
     spec = model or noted.get("model")
     if spec is None:
         raise UsageError(f"{making.checkpoint} does not say of which model it is; name it with --model")
-    subject = load_subject(spec, making)
+    if model is None:
+        _check_told(spec, making)
+    subject = load_subject(out, spec, making)
     knows = {"scales", "weights"} & subject.metadata.keys()
     if not knows and not (gating.schedule or gating.drop_rate is not None):
         raise UsageError(
@@ -110,6 +114,18 @@ def _subject(model: str | None, making: Making, gating: GateOptions) -> tuple[Su
         )
     implied = gating.scaling or (None if knows else "paper")
     return subject, replace(gating, scaling=implied)
+
+
+def _check_told(spec: str, making: Making) -> None:
+    """A training script's name for its model need not be one that makes it."""
+    from surgeon._source import check_spec
+
+    try:
+        check_spec(spec)
+    except UsageError as error:
+        raise UsageError(
+            f"{making.checkpoint} says that its model is {spec!r}; name it with --model. {error}"
+        ) from error
 
 
 def _has_scales(subject: Subject, gating: GateOptions) -> bool:

@@ -63,7 +63,7 @@ def command(
 
     place = destination(page, overwrite=overwrite) if page else None
     with out.working(f"looking at {model}"):
-        subject = load_subject(model, making)
+        subject = load_subject(out, model, making)
         settings = gating.settings(subject.metadata)
         plan = surgeon.plan(subject.model, unit=unit, example=subject.example, **settings)
         steps = _measured(subject.model, plan, batch_size, rounds) if measure and plan.gates else None

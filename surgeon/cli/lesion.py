@@ -51,7 +51,7 @@ def command(
 
     counts = _numbers(together)
     with out.working(f"loading {model}"):
-        subject = with_scales(load_subject(model, making), gating)
+        subject = with_scales(load_subject(out, model, making), gating)
         data = batches(measuring, subject)
     if subject.random:
         out.note("surgeon: the weights are random; give --checkpoint to measure trained ones")

@@ -55,7 +55,7 @@ def command(
     with out.working(f"comparing {file} with {model}"):
         with open_onnx(file):  # A bad file is said before a large model is made.
             pass
-        subject = with_scales(load_subject(model, making), gating)
+        subject = with_scales(load_subject(out, model, making), gating)
         report = verify(
             subject.model,
             file,

@@ -21,7 +21,8 @@ from folds import zoo_randomised
 from torch import Tensor, nn
 
 import surgeon
-from surgeon._checkpoint import read_metadata, save_checkpoint
+from surgeon._checkpoint import save_checkpoint
+from surgeon._container import read_metadata
 from surgeon._source import load_model
 from surgeon.cli.main import main
 
@@ -231,7 +232,7 @@ BAD = {
     another: "does not fit ResNet: .*It holds another architecture",
     other_classes: "does not fit ResNet: .*Make the model with num_classes=7",
     not_finite: r"not finite: layer1\.0\.bn2\.weight \(1 of \d+\), fc\.bias \(2 of 10\)",
-    no_tensors: "holds a dict and no tensors by name",
+    no_tensors: "it holds no tensors by name",
     empty: "the file is empty",
     absent: "it does not exist",
 }

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import surgeon
-from surgeon._checkpoint import read_state
+from surgeon._checkpoint import read_weights
 from surgeon._gating.gated import grouped_gates, placed_gates
 from surgeon._load import noted_scales
 
@@ -337,7 +337,8 @@ def test_load_of_save_is_the_identity_after_many_moves(scaling: str, data: st.Da
 def test_a_part_of_what_was_saved(kind: str, scaling: str, tmp_path: Path) -> None:
     """The encoder's part of a file of the whole network, under names of its own, in a network of its own."""
     model = surgeon.apply(randomise(Net()).double(), drop_rate=0.6, example=X, **SCALINGS[scaling]).eval()
-    state, metadata = read_state(saved(model, tmp_path / f"whole.{kind}"))
+    entry = read_weights(model, saved(model, tmp_path / f"whole.{kind}"))
+    state, metadata = entry.state, entry.metadata
     part = {name.removeprefix("blocks."): t for name, t in state.items() if name.startswith("blocks.")}
     scales = {name.removeprefix("blocks."): scale for name, scale in noted_scales(metadata).items()}
     plain = stock(model.blocks)

@@ -123,6 +123,38 @@ def test_the_networks_of_the_papers_are_there(recipe: ModuleType, name: str) -> 
     check_spec(recipe.load_config(name, []).model.name)
 
 
+def test_the_state_of_a_run_knows_its_model(recipe: ModuleType, small: str, tmp_path: Path) -> None:
+    """`surgeon fold run/last.pt` gives the weights that the run itself delivers."""
+    from click.testing import CliRunner
+
+    from surgeon.cli.main import main
+
+    recipe.main(small, ["train.epochs=1", "gates.scaling=paper", "gates.unit=batch", "train.ema=0.9"])
+    run = tmp_path / "run"
+    done = CliRunner().invoke(main, ["fold", str(run / "last.pt"), "-o", str(tmp_path / "mine.safetensors")])
+    assert done.exit_code == 0, done.stderr
+    assert "weights taken from average; there is also model" in done.stderr
+    own, delivered = load_file(tmp_path / "mine.safetensors"), load_file(run / "model.safetensors")
+    assert own.keys() == delivered.keys()
+    assert all(torch.allclose(own[key], delivered[key], rtol=1e-6) for key in own)
+    again = ["fold", str(run / "last.pt"), "-o", str(tmp_path / "raw.safetensors"), "--entry", "model"]
+    assert CliRunner().invoke(main, again).exit_code == 0
+    raw = load_file(tmp_path / "raw.safetensors")
+    assert any(not torch.allclose(raw[key], own[key]) for key in own)  # the control
+
+
+def test_the_state_of_a_complete_run_needs_no_fold(recipe: ModuleType, small: str, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from surgeon.cli.main import main
+
+    recipe.main(small, ["train.epochs=1", "gates.scaling=inverted"])
+    line = ["fold", str(tmp_path / "run" / "last.pt"), "-o", str(tmp_path / "mine.safetensors")]
+    done = CliRunner().invoke(main, line)
+    assert done.exit_code == 4, done.stderr
+    assert "are complete; there is nothing to fold" in done.stderr
+
+
 def test_checkpoint_loads_into_a_stock_model(recipe: ModuleType, small: str, tmp_path: Path) -> None:
     recipe.main(small, ["train.epochs=1"])
     state = load_file(tmp_path / "run" / "model.safetensors")
