@@ -87,8 +87,9 @@ def description(model: nn.Module, metadata: Mapping[str, object]) -> dict[str, s
     """What a file of the model's weights has to say: metadata, and which evaluation scales they need."""
     # Gated weights still need their evaluation scales; plain ones must not get them a second time.
     weights = "gated" if is_gated(model) else "plain"
-    scales = scales_by_name(model) or None
-    return strings({**metadata, "weights": weights, "surgeon": __version__, "scales": scales})
+    scales = scales_by_name(model)
+    needed = {"scales": scales} if scales else {}
+    return strings({**metadata, "weights": weights, "surgeon": __version__, **needed})
 
 
 def strings(metadata: Mapping[str, object]) -> dict[str, str]:
