@@ -23,7 +23,7 @@ from surgeon._gating.writer import Run
 from surgeon._torch import FakeTensorMode, global_forward_hooks, pytree
 from surgeon._tracing.children import Below
 from surgeon._tracing.facts import Trace
-from surgeon._tracing.fake import held, to_fake
+from surgeon._tracing.fake import coins, to_fake
 from surgeon._tracing.key import Key
 from surgeon._tracing.nests import tensors
 from surgeon._tracing.oplog import OpLog
@@ -270,7 +270,7 @@ class Gating:
 def _hooked(block: nn.Module) -> bool:
     """Whether hooks get the result of a block that may drop, which must not be the shortcut itself then."""
     hooked = block.training and bool(block._forward_hooks or global_forward_hooks)
-    return hooked and not held.open  # a recording's own hooks look on while nothing drops
+    return hooked and not coins.stopped  # a recording's own hooks look on while nothing drops
 
 
 def _weights(block: nn.Module, traced: Trace) -> frozenset[str]:

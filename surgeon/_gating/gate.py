@@ -27,7 +27,7 @@ from surgeon._gating.cost import Cost, assumed, measured, pays
 from surgeon._gating.decided import BranchFacts, Columns, Decision, Leftover, Watch
 from surgeon._gating.regions import Compiler
 from surgeon._torch import transformed
-from surgeon._tracing.fake import held
+from surgeon._tracing.fake import coins
 
 PARTS = 1 << 20
 CELLS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)
@@ -174,7 +174,7 @@ class Gate:
         rows, shape = 1, [1] * branch.ndim
         if self.decided.unit == "sample":
             rows = shape[self.branch.dim] = branch.shape[self.branch.dim]
-        if self.decided.ranks is not None and not held.open:
+        if self.decided.ranks is not None and not coins.stopped:
             mask = (self.decided.ranks.numbers(self, rows) < self.survival).view(shape).to(branch)
         elif is_compiling():
             keep = self.keep.to(branch.device)
@@ -190,7 +190,7 @@ class Gate:
 
     def survives(self) -> bool:
         """Tosses the coin for the whole mini-batch, on the CPU generator: no device is waited for."""
-        if held.open:
+        if coins.stopped:
             return True
         ranks = self.decided.ranks
         if ranks is not None and ranks.sync == "depth":
@@ -207,7 +207,7 @@ class Gate:
         One row of many is no sample to take statistics of: there it is two rows or none, each half the time.
         Fixed rounding goes to the nearest number, which is at least one, or two where statistics are taken.
         """
-        if held.open:
+        if coins.stopped:
             return count
         if self.decided.rounding == "fixed":
             nearest = (2 * self.room * count + PARTS) // (2 * PARTS)

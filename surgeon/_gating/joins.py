@@ -24,7 +24,7 @@ from surgeon._gating.gate import Gate
 from surgeon._gating.idle import with_idle
 from surgeon._gating.lifted import weights
 from surgeon._torch import under_vmap
-from surgeon._tracing.fake import held
+from surgeon._tracing.fake import coins
 from surgeon._tracing.state import attribute
 
 Surviving = tuple[tuple[int, ...], ...]
@@ -73,7 +73,7 @@ def _survivors(gate: Gate, paths: int, rows: int) -> Tensor:
     """Which of a join's paths count in this step, of shape ``(paths, rows)``, on the CPU."""
     columns = gate.columns
     assert columns is not None
-    if held.open or gate.settled:
+    if coins.stopped or gate.settled:
         return torch.ones(paths, rows, dtype=torch.bool, device="cpu")
     drawn = columns.draw(gate, rows)
     # A compiled graph must not depend on the rate's value: it would be compiled anew with each change.

@@ -22,7 +22,7 @@ from surgeon._gating.idle import with_idle
 from surgeon._gating.lifted import Lifted, autocast
 from surgeon._gating.rowops import joined
 from surgeon._torch import transformed, under_vmap
-from surgeon._tracing.fake import held
+from surgeon._tracing.fake import coins
 from surgeon._tracing.state import attribute
 
 Adding = Callable[..., Tensor]
@@ -83,7 +83,7 @@ def masks(lifted: Lifted, gate: Gate, shortcut: Tensor, inputs: Sequence[Any]) -
     if gate.drop_rate == 0:
         return False
     count = shortcut.shape[0]
-    gathers = not gate.decided.by_cost or held.open or gate.skipping(shortcut.device.type, count)
+    gathers = not gate.decided.by_cost or coins.stopped or gate.skipping(shortcut.device.type, count)
     return not gathers or under_vmap() or lifted.odd(count, inputs)
 
 

@@ -113,20 +113,20 @@ def twin(tree: Any, of: Callable[[Tensor], Any] | None = None) -> Any:
     return mapped(leaf, tree)
 
 
-class _Held(threading.local):
-    """Whether every gate stays open on this thread, for a look at a model that has gates already."""
+class _Coins(threading.local):
+    """Whether none falls on this thread: every gate is open while one looks at a model that has gates."""
 
-    open = False
+    stopped = False
 
 
-held = _Held()
+coins = _Coins()
 
 
 @contextmanager
-def held_open() -> Iterator[None]:
+def coins_stopped() -> Iterator[None]:
     """Inside, no coin drops a whole branch: on fake tensors a coin has no value to look at."""
-    before, held.open = held.open, True
+    before, coins.stopped = coins.stopped, True
     try:
         yield
     finally:
-        held.open = before
+        coins.stopped = before

@@ -93,39 +93,77 @@ def guarded(tracer: Listener, block: nn.Module) -> Iterator[None]:
             of its own.
     """
     with ExitStack() as stack:
-        for cls, what in _REGIONS:
-            stack.enter_context(mock.patch.object(cls, "__enter__", _refusing(tracer, cls.__enter__, what)))
-        for region in _GRAD_REGIONS:
-            stack.enter_context(mock.patch.object(region, "__enter__", _entering(tracer, region.__enter__)))
-            stack.enter_context(mock.patch.object(region, "__exit__", _leaving(tracer, region.__exit__)))
+
+        def patch(owner: Any, name: str, guard: Callable[..., Any]) -> None:
+            stack.enter_context(mock.patch.object(owner, name, guard))
+
+        for region, what in _REGIONS:
+            refused = _refusing(tracer, region.__enter__, f"part of its forward runs under its own {what}")
+            patch(region, "__enter__", refused)
+        for cls in _GRAD_REGIONS:
+            patch(cls, "__enter__", _entering(tracer, cls.__enter__))
+            patch(cls, "__exit__", _leaving(tracer, cls.__exit__))
         for name in _QUESTIONS:
-            stack.enter_context(mock.patch.object(torch, name, _noting(tracer, getattr(torch, name))))
-        asks = _stopping(tracer, torch.is_inference_mode_enabled, "its forward asks for the inference mode")
-        stack.enter_context(mock.patch.object(torch, "is_inference_mode_enabled", asks))
+            patch(torch, name, _noting(tracer, getattr(torch, name)))
+        asks = "its forward asks for the inference mode"  # no trace runs in it
+        patch(torch, "is_inference_mode_enabled", _refusing(tracer, torch.is_inference_mode_enabled, asks))
         for name in _FACTORIES:
-            stack.enter_context(mock.patch.object(torch, name, _factory(tracer, getattr(torch, name))))
-        functions = type(torch.autograd.Function)
-        stack.enter_context(mock.patch.object(functions, "__getattribute__", _looking_up(tracer)))
-        stack.enter_context(mock.patch.object(nn.Module, "__init__", _making(tracer)))
+            patch(torch, name, _factory(tracer, getattr(torch, name)))
+        patch(type(torch.autograd.Function), "__getattribute__", _looking_up(tracer))
+        patch(nn.Module, "__init__", _making(tracer))
         for name in _UNBOUND:
-            stack.enter_context(mock.patch.object(Tensor, name, _unbound(tracer, name)))
+            patch(Tensor, name, _unbound(tracer, name))
         for owner, name in CHECKPOINTS:
-            seen = _checkpointing if name == "_checkpoint_impl" else _stopped_checkpoint
-            stack.enter_context(mock.patch.object(owner, name, seen(tracer, getattr(owner, name))))
-        stack.enter_context(mock.patch.object(torch.jit.ScriptFunction, "__call__", _scripted(tracer)))
+            original = getattr(owner, name)
+            seen = name == "_checkpoint_impl"
+            why = "its forward calls torch.utils.checkpoint"
+            patch(owner, name, _checkpointing(tracer, original) if seen else _refusing(tracer, original, why))
+        patch(torch.jit.ScriptFunction, "__call__", _scripted(tracer))
         for function, put in cached_functions(block):
             put(_cached(tracer, function))
             stack.callback(put, function)
         yield
 
 
-def _refusing(tracer: Listener, enter: Callable[[Any], Any], what: str) -> Callable[[Any], Any]:
-    def guard(region: Any) -> Any:
-        if tracer.listening:
-            raise TraceError(f"part of its forward runs under its own {what}{line()}")
-        return enter(region)
+def _answering(tracer: Listener, original: Callable[..., Any], answer: Callable[..., Any]) -> Any:
+    """The original; but the traced code itself gets the answer."""
+
+    def guard(*args: Any, **kwargs: Any) -> Any:
+        return (answer if tracer.listening else original)(*args, **kwargs)
 
     return guard
+
+
+def _refusing(tracer: Listener, original: Callable[..., Any], why: str) -> Any:
+    def answer(*_: Any, **__: Any) -> Any:
+        raise TraceError(f"{why}{line()}")
+
+    return _answering(tracer, original, answer)
+
+
+def _factory(tracer: Listener, factory: Callable[..., Any]) -> Any:
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        return tracer.create_proxy("call_function", factory, args, kwargs)
+
+    return _answering(tracer, factory, answer)
+
+
+def _checkpointing(tracer: Listener, checkpoint: Callable[..., Any]) -> Any:
+    def answer(function: Any, args: Any, kwargs: Any, **options: Any) -> Any:
+        return tracer.checkpointed(function, args, kwargs, options)
+
+    return _answering(tracer, checkpoint, answer)
+
+
+def _scripted(tracer: Listener) -> Any:
+    def answer(function: Any, *args: Any, **kwargs: Any) -> Any:
+        def run(*given: Any, **named: Any) -> Any:
+            return function(*given, **named)
+
+        run.__name__ = run.__qualname__ = function.name
+        return tracer.create_proxy("call_function", run, args, kwargs)
+
+    return _answering(tracer, torch.jit.ScriptFunction.__call__, answer)
 
 
 def _entering(tracer: Listener, enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -164,24 +202,6 @@ def _noting(tracer: Listener, question: Callable[..., Any]) -> Callable[..., Any
     def guard(*args: Any) -> Any:
         tracer.ambient |= tracer.listening
         return question(*[a.__dict__["value"] if isinstance(a, fx.Proxy) else a for a in args])
-
-    return guard
-
-
-def _factory(tracer: Listener, factory: Callable[..., Any]) -> Callable[..., Any]:
-    def guard(*args: Any, **kwargs: Any) -> Any:
-        if tracer.listening:
-            return tracer.create_proxy("call_function", factory, args, kwargs)
-        return factory(*args, **kwargs)
-
-    return guard
-
-
-def _stopping(tracer: Listener, function: Callable[..., Any], why: str) -> Callable[..., Any]:
-    def guard(*args: Any, **kwargs: Any) -> Any:
-        if tracer.listening:
-            raise TraceError(why)
-        return function(*args, **kwargs)
 
     return guard
 
@@ -233,24 +253,6 @@ def _unbound(tracer: Listener, name: str) -> Any:
     return guard
 
 
-def _checkpointing(tracer: Listener, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    def guard(function: Any, args: Any, kwargs: Any, **options: Any) -> Any:
-        if tracer.listening:
-            return tracer.checkpointed(function, args, kwargs, options)
-        return checkpoint(function, args, kwargs, **options)
-
-    return guard
-
-
-def _stopped_checkpoint(tracer: Listener, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    def guard(*args: Any, **kwargs: Any) -> Any:
-        if tracer.listening:
-            raise TraceError(f"its forward calls torch.utils.checkpoint{line()}")
-        return checkpoint(*args, **kwargs)
-
-    return guard
-
-
 def _cached(tracer: Listener, function: Any) -> Any:
     """A leaf where a graph can hold its arguments, as it must keep what runs give it, not what traces do."""
 
@@ -263,21 +265,5 @@ def _cached(tracer: Listener, function: Any) -> Any:
         value = made.__dict__["value"] if isinstance(made, fx.Proxy) else made
         # Numbers that follow from constants alone may decide which way the forward goes.
         return made if tensors(value) or any(isinstance(a, fx.Proxy) for a in given) else value
-
-    return guard
-
-
-def _scripted(tracer: Listener) -> Any:
-    original = torch.jit.ScriptFunction.__call__
-
-    def guard(function: Any, *args: Any, **kwargs: Any) -> Any:
-        if not tracer.listening:
-            return original(function, *args, **kwargs)
-
-        def run(*given: Any, **named: Any) -> Any:
-            return function(*given, **named)
-
-        run.__name__ = run.__qualname__ = function.name
-        return tracer.create_proxy("call_function", run, args, kwargs)
 
     return guard

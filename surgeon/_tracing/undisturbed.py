@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon._tracing.fake import held_open
+from surgeon._tracing.fake import coins_stopped
 from surgeon._tracing.holders import Holder, all_is, holders, same_value, stand_in
 from surgeon._tracing.outside import nothing_left_outside
 from surgeon._tracing.state import PLAIN, is_iterator
@@ -47,7 +47,7 @@ def undisturbed(
     changed: list[str] = []
     with ExitStack() as stack:
         stack.enter_context(no_inference_mode())
-        stack.enter_context(held_open())
+        stack.enter_context(coins_stopped())
         stack.enter_context(generators_kept())
         stack.enter_context(_no_autocast_cache())
         stack.enter_context(untouched(model, changed, beside, left))
