@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ ORDER = ["_tracing", "_finding", "_gating", "_folding", "", "_pruning", "_onnx",
 """The folders as design.md has them; "" is what lies flat in the package."""
 FOR_ALL = {
     f"surgeon.{room}"
-    for room in ("errors", "_version", "_mark", "_files", "_needs", "_plain", "_text", "_torch")
+    for room in ("errors", "_version", "_mark", "_meant", "_files", "_needs", "_plain", "_text", "_torch")
 }
 TESTED_IN = {
     **{folder: {folder.removeprefix("_")} for folder in ORDER},
@@ -100,6 +101,14 @@ def test_no_folder_imports_one_further_on() -> None:
     }
     assert [pair for (a, b), pair in folders.items() if ORDER.index(b) > ORDER.index(a)] == []
     assert ("_onnx", "") in folders and ("_gating", "_tracing") in folders
+
+
+def test_the_map_has_every_room_and_no_other() -> None:
+    design = (ROOT / "docs" / "design.md").read_text()
+    named = set(re.findall(r"`(\w+)(?:\.py)?`", design))
+    rooms = {path.stem for room, path in ROOMS.items() if folder_of(room) != "cli"}
+    assert rooms - named == {"__init__", "_version"}
+    assert set(re.findall(r"`(\w+)\.py`", design)) <= rooms
 
 
 @pytest.mark.parametrize("folder", ["_tracing", "_gating"])
