@@ -153,7 +153,7 @@ def test_evaluation_stays_while_the_drop_rate_changes() -> None:
     surgeon.set_drop_rate(model, 0.1)
     assert torch.equal(model(X), expected)
     with pytest.warns(UserWarning, match="the ramp ends at the drop rate 0.3, but under scaling='paper'"):
-        ramp = surgeon.Ramp(model, 0.3, factors=2)
+        ramp = surgeon.Ramp(model, 0.3, steps=2)
     assert torch.equal(model(X), expected)
     ramp.step()
     assert torch.equal(model(X), expected)
