@@ -28,7 +28,7 @@ def write(rows: Sequence[Row], folder: Path) -> None:
 def quoted(readme: str, found: Found) -> str:
     """The text with its block of numbers written anew; as it is without a block or numbers."""
     before, mark, rest = readme.partition(_BLOCK)
-    lines = "\n".join(f"- {one}" for one in headlines(found))
+    lines = "\n".join(f"  - {one}" for one in headlines(found))
     if not mark or not lines:
         return readme
     return f"{before}{mark}\n{lines}\n{_END}{rest.partition(_END)[2]}"

@@ -47,15 +47,11 @@ class Paired:
 
         With few pairs the bootstrap alone does so too often: with three, whenever all have one sign.
         """
-        n, spread = (
-            len(self.differences),
-            float(np.std(self.differences, ddof=1)) if self.differences[1:] else 0,
-        )
-        if (
-            n < 3
-            or self.low <= 0 <= self.high
-            or abs(self.mean) <= stats.t.ppf(0.975, n - 1) * spread / n**0.5
-        ):
+        n = len(self.differences)
+        if n < 3:
+            return "too few pairs to say"
+        student = stats.t.ppf(0.975, n - 1) * float(np.std(self.differences, ddof=1)) / math.sqrt(n)
+        if self.low <= 0 <= self.high or abs(self.mean) <= student:
             return "no difference seen"
         return up if self.mean > 0 else down
 
