@@ -56,7 +56,7 @@ def curves(arms: Mapping[str, Sequence[Row]], path: Path) -> None:
             loss, error = (np.mean([row[what] for row in rows], 0) for what in ("loss", "error"))
             both[0].plot(range(1, 1 + len(loss)), loss, color=colour, label=arm)
             both[1].plot(range(1, 1 + len(error)), 100 * error, color=colour)
-        both[0].set(yscale="log", ylabel="training loss")
+        both[0].set(ylabel="training loss", ylim=(0, None))
         both[1].set(xlabel="epoch", ylabel="test error, %")
         both[0].legend()
         _save(figure, path)

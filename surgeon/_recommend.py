@@ -1,8 +1,9 @@
 """Drop rates that others have published, by model, size of data and length of training.
 
 The table holds what was written down by those who trained the models; the rule over it is short, as the
-evidence is: no paired, seeded ablation in fine-tuning was found, and fairseq's authors and
-others saw no gain. What is recommended is where to start, with the rates worth trying beside it.
+evidence is: the one paired, seeded ablation in fine-tuning that we know of is docs/evidence.md, and it,
+fairseq's authors and others saw no gain. What is recommended is where to start, with the rates worth
+trying beside it.
 """
 
 import math
@@ -181,8 +182,8 @@ def recommend(
     notes.append("Rates .05 apart do alike (UniFormer, issue 48); MAE's four seeds differ by .07 to .08 %.")
     if not scratch:
         notes.append(
-            "Against it: no paired ablation of gates in fine-tuning was found, and fairseq's authors saw "
-            "no gain. compare=true trains the same network without gates beside yours."
+            "Against it: paired runs on a few hundred images (docs/evidence.md) saw no gain in accuracy, and "
+            "fairseq's authors saw none. compare=true trains the same network without gates beside yours."
         )
     tries = tuple(sorted({0.0, round(rate / 2, 3), rate, min(0.95, round(2 * rate, 2))}))
     return Recommendation(rate, tries, nearest, others, tuple(notes))

@@ -12,6 +12,7 @@ from benchmarks import _evidence_rows as table
 from benchmarks._evidence_found import Found, findings
 from benchmarks._evidence_plan import DEEP, plan
 from benchmarks._evidence_stats import compared, interval, paired, right, smallest
+from surgeon._recommend import recommend
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -137,3 +138,11 @@ def test_the_page_in_docs_is_that_of_its_rows():
     readme = (DOCS.parent / "README.md").read_text()
     assert page.quoted(readme, found) == readme
     assert all(json.dumps(row) for row in found.rows)
+
+
+@pytest.mark.skipif(not (DOCS / "evidence.jsonl").exists(), reason="nothing has run yet")
+def test_what_is_recommended_agrees_with_the_rows():
+    compared = Found(table.read(DOCS / "evidence.jsonl")).compared()
+    gain = any(one.verdict() == "helps" for part, _, _, one in compared if part != "deep")  # fine-tuning
+    said = str(recommend("tf_efficientnet_lite0", 4.65, images=300, epochs=5))
+    assert ("(docs/evidence.md) saw no gain in accuracy" in said) is not gain
