@@ -132,6 +132,9 @@ class _Search:
         if not any(flow.fact(n).active for n in shared):
             return False
         parts = own_parts(flow, leaves)
+        taken = {n for part in parts for n in _taken(flow, part)}
+        if taken and not any(all(n is one or flow.feeds(one, n) for n in taken) for one in taken):
+            return False  # streams of their own, which mix on the way
         weights = [_weights(flow, part) for part in parts]
         if len(set().union(*weights)) < sum(map(len, weights)):  # one network on several views of its input
             return False
@@ -156,6 +159,13 @@ class _Search:
                 own = sum(map(is_layer, self.flow.fact(one).ops))
                 depths[one] = own + max((depths[n] for n in self.flow.read_by(one)), default=0)
         return depths[node]
+
+
+def _taken(flow: Flow, part: Sequence[fx.Node]) -> set[fx.Node]:
+    """What a path takes from the rest of the graph and depends on an input: where it parts from others."""
+    inside = set(part)
+    read = {source for n in part for source in flow.read_by(n)}
+    return {n for n in read - inside if flow.fact(n).active}
 
 
 def _weights(flow: Flow, nodes: Sequence[fx.Node]) -> set[str]:

@@ -37,12 +37,15 @@ def is_addition(flow: Flow, node: fx.Node) -> bool:
     return floating and len(operands) == 2 and any(flow.fact(a).active for a in operands)
 
 
-def stems(flow: Flow, node: fx.Node) -> list[fx.Node]:
-    """``node`` and the values it hands on: what it is a sum of, a view of its own shape of, a scaling of."""
+def stems(flow: Flow, node: fx.Node, end: fx.Node | None = None) -> list[fx.Node]:
+    """``node`` and the values it hands on: what it is a sum of, a view of its own shape of, a scaling of.
+
+    Nothing is looked for behind ``end``.
+    """
     found, todo = dict.fromkeys([node]), [node]
     while todo:
         one = todo.pop()
-        for source in one.all_input_nodes:
+        for source in one.all_input_nodes if one is not end else ():
             tensor = isinstance(flow.fact(source).value, Tensor)
             if source not in found and tensor and (one.target in ADDS or _hands_on(flow, source, one)):
                 found[source] = None
@@ -62,9 +65,10 @@ def _hands_on(flow: Flow, source: fx.Node, node: fx.Node) -> bool:
 def carries(flow: Flow, shortcut: fx.Node, branch: fx.Node) -> bool:
     """Whether ``branch`` is computed from ``shortcut`` or from a term that ``shortcut`` carries unchanged.
 
-    A shortcut may itself be a constant (a class token on its first block); a constant term makes none.
+    A shortcut may itself be a constant (a class token on its first block); a constant term makes none. Where
+    ``branch`` is a term itself, as in ``x + a * (f(x) - x)``, what it is a sum of is none of ``shortcut``'s.
     """
-    carried = [stem for stem in stems(flow, shortcut) if stem is shortcut or flow.fact(stem).active]
+    carried = [stem for stem in stems(flow, shortcut, branch) if stem is shortcut or flow.fact(stem).active]
     return any(flow.feeds(stem, branch) for stem in carried)
 
 

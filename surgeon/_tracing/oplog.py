@@ -214,8 +214,8 @@ class OpLog(TorchDispatchMode):
 
     def _adds_features(self, args: Any) -> bool:
         """Whether the first tensor and another one depend on an input of the model."""
-        first, *others = [t for t in tensors(args) if _numbers(t)]
-        return self.active(first) and any(map(self.active, others))
+        onto, *others = tensors(args)
+        return _numbers(onto) and self.active(onto) and any(_numbers(t) and self.active(t) for t in others)
 
     def _terms(self, kind: Family | None, args: Any, read: list[Tensor]) -> int:
         """How many tensors the operator adds up: two, or those that were stacked just before; else 0."""

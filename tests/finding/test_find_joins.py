@@ -208,3 +208,20 @@ def test_joins_in_the_children_of_a_path():
     model.eval()
     assert torch.equal(deepest(x), nn.Sequential(*(part.conv for part in way))(x))
     assert len([m for m in deepest.modules() if isinstance(m, nn.Conv2d)]) == 4
+
+
+def test_the_mean_of_two_heads_over_streams_that_mix_is_no_join() -> None:
+    class Streams(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(2))
+            self.c, self.d = (nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 5)) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            one, two = self.a(x), self.b(x)
+            mixed = torch.cat([one[:, :4], two[:, 4:]], 1), torch.cat([two[:, :4], one[:, 4:]], 1)
+            return torch.stack([self.c(mixed[0]), self.d(mixed[1])]).mean(0)
+
+    found = surgeon.find(Streams(), example=torch.randn(3, 8))
+    assert not found
+    assert {refusal.code for refusal in found.refused} == {"fusion"}

@@ -1,0 +1,74 @@
+"""``x + a * (f(x) - x)`` moves a part of the way to ``f(x)``: one residual add, whatever ``x`` sums up."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from blocks import coins
+from torch import Tensor, nn
+
+import surgeon
+
+
+class Moves(nn.Module):
+    def __init__(self, forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.given = forward
+        self.f = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+        self.g = nn.Linear(4, 4)
+        self.a = nn.Parameter(torch.randn(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.given(self, x)
+
+
+def after_a_linear_step(m: nn.Module, x: Tensor) -> Tensor:
+    a = m.a.sigmoid()
+    x = x + a[0] * (m.g(x) - x)
+    return x + a[1] * (m.f(x) - x)
+
+
+def kept_by_another_name(m: nn.Module, x: Tensor) -> Tensor:
+    x = kept = m.g(x) + x
+    x = m.f(x)
+    return kept + m.a[1] * (x - kept)
+
+
+def the_difference_first(m: nn.Module, x: Tensor) -> Tensor:
+    x = x + m.g(x)
+    return (m.f(x) - x) * m.a[1] + x
+
+
+def written_as_a_subtraction(m: nn.Module, x: Tensor) -> Tensor:
+    x = x + m.g(x)
+    return x - m.a[1] * (x - m.f(x))
+
+
+def from_an_argument(m: nn.Module, x: Tensor) -> Tensor:
+    return x + m.a[1] * (m.f(x) - x)
+
+
+FORMS = (
+    after_a_linear_step,
+    kept_by_another_name,
+    the_difference_first,
+    written_as_a_subtraction,
+    from_an_argument,
+)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_outer_sum_is_the_residual_add(form: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), Moves(form)).eval(), torch.randn(3, 4)
+    start = model[0](x)
+    # What is left when the step is not made: the value that it would have started from.
+    expected = {
+        after_a_linear_step: start + model[1].a[0].sigmoid() * (model[1].g(start) - start),
+        from_an_argument: start,
+    }.get(form, start + model[1].g(start))
+    surgeon.apply(model, "uniform", drop_rate=0.5, unit="batch", scaling="paper", example=x)
+    assert len(surgeon.status(model)) == 1
+    model.train()
+    with coins(False):
+        assert torch.allclose(model(x), expected, atol=1e-6)
