@@ -102,7 +102,9 @@ class Job:
         if settings.pretrain and starts:
             self.pretrain(settings.pretrain.classes, settings.pretrain.epochs)
         whole = copy.deepcopy(model) if settings.prune and settings.train.distill else None
-        gone = shortened(settings, model, images, self.accelerator, fresh=starts) if settings.prune else []
+        gone: list[str] = []
+        if settings.prune:
+            gone = shortened(settings, model, images, accelerator, fresh=not self.state)
         self.told = facts(settings, images, gone)
         if not settings.model.keep_head:
             reset_head(model, len(images.classes))

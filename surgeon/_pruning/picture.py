@@ -16,8 +16,8 @@ def draw(found: Lesions, path: Path, title: str) -> Path:
     """Draws lesions into a file of matplotlib's formats and returns its path.
 
     Left, the accuracy (or agreement, or the score) without each branch alone, in execution order, with the
-    whole network as a line. Right, where several were deleted together, the least important, random ones with
-    their spread, and the last ones.
+    whole network as a line. Right, where several were deleted together, the least important, random ones from
+    the worst draw to the best, and the last ones.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
@@ -55,14 +55,14 @@ def _value(worth: Worth) -> float:
 
 
 def _alone(axes: Any, found: Lesions) -> None:
-    axes.bar(range(len(found)), [_value(one.worth) for one in found], color=_ONE, width=0.8)
-    axes.axhline(_value(found.full), color=_INK, linewidth=1, linestyle="--")
-    axes.annotate(
-        "whole network", (0, _value(found.full)), xytext=(2, 3), textcoords="offset points", fontsize=8
-    )
-    low = min(_value(one.worth) for one in found)
-    span = max(_value(found.full) - low, 1e-3)
-    axes.set_ylim(bottom=max(0.0, low - span) if found.full.accuracy is not None else low - span)
+    full, values = _value(found.full), [_value(one.worth) for one in found]
+    places = range(1, len(found) + 1)
+    axes.vlines(places, values, full, color=_ONE, linewidth=2)
+    axes.plot(places, values, "o", color=_ONE, markersize=5)
+    axes.axhline(full, color=_INK, linewidth=1, linestyle="--")
+    axes.annotate("whole network", (1, full), xytext=(2, 3), textcoords="offset points", fontsize=8)
+    span = max(max(*values, full) - min(*values, full), 1e-3)
+    axes.set_ylim(min(*values, full) - 0.1 * span, max(*values, full) + 0.15 * span)
     axes.set_xlabel("branch left out, in execution order", color=_INK)
 
 
@@ -76,9 +76,12 @@ def _together(axes: Any, found: Lesions) -> None:
         axes.plot([0, *counts], [_value(w) for w in (found.full, *worths)], style, color=colour, label=name)
     draws = [[_value(w) for w in row.at_random] for row in found.curve]
     means = [statistics.mean(values) for values in draws]
-    spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in draws]
+    whiskers = [
+        [mean - min(values) for mean, values in zip(means, draws, strict=True)],
+        [max(values) - mean for mean, values in zip(means, draws, strict=True)],
+    ]
     axes.errorbar(
-        counts, means, spread, fmt="^--", color=_RANDOM, capsize=3, label="at random (mean, deviation)"
+        counts, means, whiskers, fmt="^--", color=_RANDOM, capsize=3, label="at random (mean, worst to best)"
     )
     axes.set_xlabel(f"branches deleted, of {len(found)}", color=_INK)
     axes.legend(frameon=False, fontsize=8)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon._checkpoint import save_checkpoint
+from surgeon._pruning.choose import Costs
 from surgeon.cli.main import main
 
 pytest.importorskip("matplotlib")
@@ -125,3 +126,42 @@ def test_messages(work: Path) -> None:
     (work / "two" / "a").mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (16, 16)).save(work / "two" / "a" / "0.png")
     assert "1 folders of images and 3 outputs" in said("lesion", "--data", str(work / "two"))
+
+
+def test_a_budget_in_milliseconds(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are made up: each of four branches takes two of ten milliseconds."""
+    costs = Costs(10.0, {f"blocks.{i}.add": 2.0 for i in range(4)})
+    monkeypatch.setattr(surgeon, "latency", lambda *_: costs, raising=False)
+    monkeypatch.setattr("surgeon._onnx.shorter.timed", lambda *_, **__: ({"shorter": 0.61}, 10.0))
+    images = ["--data", str(work / "images")]
+
+    def export(budget: float, *words: str) -> Result:
+        file = str(work / "budget.onnx")
+        given = [*images, "-o", file, "--overwrite", "--latency-budget", str(budget), *words]
+        return surgeon_command(work, "export", *given)
+
+    done = export(6.5, "--json", "--plot", str(work / "budget.png"), "--cache", str(work / "cache.jsonl"))
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    told = found["shorter"]
+    assert found["nodes"]["Conv"] == 4 and len(told["deleted"]) == 2
+    assert (told["whole"]["ms"], told["shorter"]["ms"], told["predicted"]) == (10.0, 6.1, 6.0)
+    assert told["whole"]["worth"]["accuracy"] == 1.0 and len(told["lesions"]["curve"][-1]["at_random"]) == 5
+    assert (work / "budget.png").read_bytes().startswith(b"\x89PNG") and (work / "cache.jsonl").exists()
+    assert "above" not in done.stderr and "above 6.05 ms" in export(6.05).stderr
+    assert "within 12 ms; nothing was deleted" in export(12).stderr
+    refused = export(1.5)
+    assert refused.exit_code == 2 and "2 are left; give that or more" in refused.stderr
+
+
+def test_what_was_pruned_is_told_beside_the_whole(work: Path) -> None:
+    done = surgeon_command(
+        work, "export", "-o", str(work / "b.onnx"), "--overwrite", "--drop-blocks", "blocks.1.add"
+    )
+    assert done.exit_code == 0, done.output
+    assert "1 branch of 4 deleted" in done.stdout and "latency, ms" in done.stdout
+    assert "without  blocks.1.add" in done.stdout and "accuracy" not in done.stdout  # there is no data
+    both = surgeon_command(
+        work, "export", "-o", str(work / "c.onnx"), "--drop-blocks", "blocks.1.add", "--depth", "0.5"
+    )
+    assert both.exit_code == 2 and "give one of --drop-blocks, --depth" in both.stderr
