@@ -49,8 +49,11 @@ class Holder:
         return cls(name, thing, _items(thing))
 
     def lend(self) -> None:
-        """Exchanges the iterators among what it holds for others, until it is put back."""
-        places = [i for i, item in enumerate(self.items) if is_iterator(item)]
+        """Exchanges the iterators among what it holds for others, until it is put back.
+
+        A file or a connection stays: it may be anybody's, and another thread may use it meanwhile.
+        """
+        places = [i for i, item in enumerate(self.items) if is_iterator(item) and not _closes(item)]
         if places and not isinstance(self.thing, (tuple, frozenset, set)):
             self.lent = list(self.items)
             for i in places:
@@ -197,8 +200,15 @@ class _Untakable:
         )
 
 
+def _closes(value: Any) -> bool:
+    """Whether something ends with a value, as the connection that it stands for: no copy may be made of it."""
+    return hasattr(type(value), "__del__") and not isinstance(value, types.GeneratorType)
+
+
 def stand_in(name: str, value: Any) -> Any:
     """An iterator that goes on where another one is, without taking from that."""
+    if _closes(value):
+        return _Untakable(name, type(value))
     try:
         return copy.copy(value)
     except TypeError:  # a generator, a file
