@@ -16,7 +16,7 @@ from surgeon._finding.residual import meant
 from surgeon._gating.around import method_behind
 from surgeon._gating.call_forms import Arguments, forms, leaves, spoken
 from surgeon._gating.gate import Gate
-from surgeon._gating.lifted import weights
+from surgeon._gating.lifted import weights_of
 from surgeon._gating.matching import Traits, again, located
 from surgeon._gating.splice import Spliced, splice
 from surgeon._gating.writer import Run
@@ -276,7 +276,7 @@ def _hooked(block: nn.Module) -> bool:
 def _weights(block: nn.Module, traced: Trace) -> frozenset[str]:
     """The children with weights, and the weights, that a trace has to do with."""
     targets = {str(node.target) for node in traced.graph.nodes if node.op in ("call_module", "get_attr")}
-    return frozenset(name for name in targets if weights(block, [name]))
+    return frozenset(name for name in targets if weights_of(block, [name]))
 
 
 # What the decorator torch.compiler.disable does, which would import the whole compiler with surgeon.

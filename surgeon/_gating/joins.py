@@ -22,9 +22,10 @@ from surgeon._finding.flow import Flow
 from surgeon._finding.joins import joins
 from surgeon._gating.gate import Gate
 from surgeon._gating.idle import with_idle
-from surgeon._gating.lifted import weights
+from surgeon._gating.lifted import weights_of
 from surgeon._torch import under_vmap
 from surgeon._tracing.fake import coins
+from surgeon._tracing.leaves import called
 from surgeon._tracing.state import attribute
 
 Surviving = tuple[tuple[int, ...], ...]
@@ -179,7 +180,7 @@ def _with_unused(gate: Gate, value: Tensor, block: nn.Module, names: Sequence[st
     """A value as it is, with a backward that reaches the weights which did not run, where it has to."""
     if not torch.is_grad_enabled() or (value.requires_grad and not gate.zeroes):
         return value
-    unused = [weight for weight in weights(block, names) if weight.requires_grad]
+    unused = [weight for weight in weights_of(block, names) if weight.requires_grad]
     return with_idle(gate, value, unused) if unused else value
 
 
@@ -188,9 +189,5 @@ def _run(block: nn.Module, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         return attribute(block, str(node.target))
     args = fx.map_arg(node.args, env.__getitem__)
     kwargs = fx.map_arg(node.kwargs, env.__getitem__)
-    if node.op == "call_module":
-        return attribute(block, str(node.target))(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
+    child = node.op == "call_module"
+    return called(attribute(block, str(node.target)) if child else node.target, args, kwargs)

@@ -113,7 +113,7 @@ class Lifted:
         Inputs are not compared: a compiled graph that looks at their identity holds for one step.
         """
         given = [t for i in self.feeds for t in tensors(inputs[i])]
-        return [t for t in (*weights(block, self.owns), *given) if t.requires_grad]
+        return [t for t in (*weights_of(block, self.owns), *given) if t.requires_grad]
 
     def _modules(self, block: nn.Module) -> Iterator[nn.Module]:
         for name in self.owns:
@@ -121,7 +121,7 @@ class Lifted:
             yield from value.modules() if isinstance(value, nn.Module) else ()
 
 
-def weights(block: nn.Module, names: Sequence[str]) -> list[Tensor]:
+def weights_of(block: nn.Module, names: Sequence[str]) -> list[Tensor]:
     """The weights of a block under some names, and those of its children of that name; each once."""
     found: dict[int, Tensor] = {}
     for name in names:

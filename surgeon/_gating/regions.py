@@ -1,7 +1,7 @@
 """Branches compiled apart, the coin outside: what `surgeon.compile` does for unit ``"batch"``."""
 
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,13 @@ class Compiler:
         self.made: dict[Any, Branch] = {}
 
     def add(
-        self, run: Branch, owns: Sequence[Any], block: nn.Module, shortcut: Tensor, factor: Tensor, given: Any
+        self,
+        run: Branch,
+        own: Sequence[Tensor],
+        block: nn.Module,
+        shortcut: Tensor,
+        factor: Tensor,
+        given: Any,
     ) -> Tensor:
         """``shortcut + factor * run(block, *given)``, compiled.
 
@@ -31,13 +37,13 @@ class Compiler:
 
         Args:
             run: The branch.
-            owns: The modules and parameters that it uses.
+            own: The weights that it uses.
             block: Its block.
             shortcut: What it is added to.
             factor: What it is multiplied by, a scalar.
             given: What it reads.
         """
-        makes = tuple(map(_make, (shortcut, *given, *_tensors(owns))))
+        makes = tuple(map(_make, (shortcut, *given, *own)))
         key = (run, makes, torch.is_grad_enabled(), torch.is_autocast_enabled(shortcut.device.type))
         if key not in self.made:
             self.made[key] = torch.compile(_copy(run), **self.options)
@@ -66,11 +72,3 @@ def _make(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
     return value if isinstance(value, (int, float, bool, str)) else type(value)
-
-
-def _tensors(owns: Sequence[Any]) -> Iterator[Tensor]:
-    for one in owns:
-        if isinstance(one, nn.Module):
-            yield from one.parameters()
-        elif isinstance(one, Tensor):
-            yield one

@@ -19,11 +19,10 @@ from torch.compiler import is_compiling
 from surgeon._gating.adds import combine, masked_add
 from surgeon._gating.gate import Gate
 from surgeon._gating.idle import with_idle
-from surgeon._gating.lifted import Lifted, autocast
+from surgeon._gating.lifted import Lifted, autocast, weights_of
 from surgeon._gating.rowops import joined
 from surgeon._torch import transformed, under_vmap
 from surgeon._tracing.fake import coins
-from surgeon._tracing.state import attribute
 
 Adding = Callable[..., Tensor]
 
@@ -48,8 +47,8 @@ def batch_add(
         if not gate.survives():
             return _dropped(lifted, gate, shortcut, onto, fresh, block, inputs)
     if gate.compiler is not None and not (onto or lifted.gates or is_compiling() or transformed()):
-        owns = [attribute(block, name) for name in lifted.owns]
-        return gate.compiler.add(lifted.run, owns, block, shortcut, gate.scale / gate.keep, inputs)
+        own = weights_of(block, lifted.owns)
+        return gate.compiler.add(lifted.run, own, block, shortcut, gate.scale / gate.keep, inputs)
     return _whole(lifted, gate, shortcut, onto, block, inputs, gate.correction())
 
 

@@ -54,34 +54,14 @@ _REGIONS = (
 _GRAD_REGIONS = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled)
 _UNBOUND = ("add", "add_", "sub", "sub_")  # torch.Tensor.add(a, b) takes no proxy
 # Their C parsers refuse a proxy as a size before any override of theirs is asked.
-_FACTORIES = [
-    "arange",
-    "empty",
-    "eye",
-    "full",
-    "linspace",
-    "logspace",
-    "ones",
-    "rand",
-    "randint",
-    "randn",
-    "randperm",
-    "scalar_tensor",
-    "tensor",
-    "tril_indices",
-    "triu_indices",
-    "zeros",
-    "finfo",
-    "iinfo",
-]
-_QUESTIONS = [
-    "is_grad_enabled",
-    "is_autocast_enabled",
-    "is_autocast_cpu_enabled",
-    "get_autocast_dtype",
-    "get_autocast_cpu_dtype",
-    "get_autocast_gpu_dtype",
-]
+_FACTORIES = (
+    *("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn"),
+    *("randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros", "finfo", "iinfo"),
+)
+_QUESTIONS = (
+    *("is_grad_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled"),
+    *("get_autocast_dtype", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype"),
+)
 
 
 @contextmanager
