@@ -201,7 +201,7 @@ class _Untakable:
 
 
 def _closes(value: Any) -> bool:
-    """Whether something ends with a value, as the connection that it stands for: no copy may be made of it."""
+    """Whether something ends with a value, such as a connection: no copy may be made of it."""
     return hasattr(type(value), "__del__") and not isinstance(value, types.GeneratorType)
 
 
