@@ -2,7 +2,9 @@
 
     kills.py CONFIG FOLDER KILLS PROCESSES SEED
 
-Each attempt is forked from this one, which has imported everything, so that it costs little but its work.
+A run that comes to its end is kept, in `parts0`, `parts1` and so on, and another one begins, until there have
+been so many kills. Each attempt is forked from this one, which has imported everything, so that it costs
+little but its work.
 """
 
 import os
@@ -78,18 +80,26 @@ def main() -> None:
     if not finish(start([f"output={folder / 'whole'}"], processes), 10_000.0):
         sys.exit("the run without kills failed")
     whole, parts = time.monotonic() - began, folder / "parts"
-    done = 0
+    done = ended = 0
     while done < kills:
         resume = (parts / "last.pt").exists()
         options = [f"output={parts}", "resume=true" if resume else "overwrite=true"]
-        if finish(start(options, processes), draw.uniform(0.1, 1.2) * whole):
-            if done + 1 < kills:  # it was too quick: what is left of the kills hits it while it delivers
-                done += 1
+        if finish(start(options, processes), draw.uniform(0.05, 0.6) * whole):
+            parts.rename(folder / f"parts{ended}")  # it came to its end; another one begins
+            ended += 1
             continue
         done += 1
-        print(f"killed {done}, {'going on' if resume else 'from the start'}", flush=True)
-    if not finish(start([f"output={parts}", "resume=true"], processes), 10_000.0):
+        epochs = sum('"epoch", "epoch"' in line for line in _lines(parts / "metrics.jsonl"))
+        print(
+            f"killed {done}, {'going on' if resume else 'from the start'}, after epoch {epochs}", flush=True
+        )
+    resume = "resume=true" if (parts / "last.pt").exists() else "overwrite=true"
+    if not finish(start([f"output={parts}", resume], processes), 10_000.0):
         sys.exit("the run after the kills failed")
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
 
 
 if __name__ == "__main__":
