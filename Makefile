@@ -22,7 +22,7 @@ STAMP := $(VENV)/.surgeon-installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-all test-lowest test-between test-highest test-prerelease versions constraints build lint types check format install clean help
+.PHONY: demo test test-all test-lowest test-between test-highest test-prerelease versions constraints docs docs-serve build lint types check format install clean help
 
 demo: $(STAMP)  ## fine-tune a small ResNet on real digits, fold its gates, export and verify it
 	$(BIN)/surgeon finetune digits $(ARGS)
@@ -55,6 +55,17 @@ constraints:  ## resolve the versions in constraints/ anew (with uv)
 	$(COMPILE) --python-version 3.10 --resolution lowest-direct -o constraints/lowest.txt
 	echo 'torch==2.11.*' | $(COMPILE) --python-version 3.12 -c - -o constraints/between.txt
 	$(COMPILE) --python-version 3.13 --upgrade -o constraints/highest.txt
+
+DOCS_VENV ?= .venv-docs
+MKDOCS = $(DOCS_VENV)/bin/python -m mkdocs
+docs: $(DOCS_VENV)/.surgeon-installed  ## the site, in build/site; reads without a network
+	NO_MKDOCS_2_WARNING=1 $(MKDOCS) build --strict --quiet $(ARGS)
+
+docs-serve: $(DOCS_VENV)/.surgeon-installed  ## the site, while it is written
+	NO_MKDOCS_2_WARNING=1 $(MKDOCS) serve $(ARGS)
+
+$(DOCS_VENV)/.surgeon-installed: pyproject.toml
+	$(MAKE) install VENV=$(DOCS_VENV) WANTED=recipes,docs
 
 build: $(STAMP)  ## the wheel and the sdist, in dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist . && $(BIN)/python -m hatchling build -t sdist

@@ -89,7 +89,7 @@ def test_public_names_exist() -> None:
 def test_extras_hold_what_the_documents_name() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    assert set(extras) == {"recipes", "test", "dev", "test-zoo"}
+    assert set(extras) == {"recipes", "test", "docs", "dev", "test-zoo"}
     assert project["requires-python"] == ">=3.10"
     documents = (
         ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/training.md", "docs/export.md")
