@@ -33,10 +33,10 @@ def python() -> str:
         "Shorter and many networks": ("lesion", "prune", "column", "sample", "calibration"),
         "Errors": ("SurgeonError",),
     }
-    listed = [name for names in groups.values() for name in names]
-    assert {*listed, "__version__"} == set(surgeon.__all__), "docs/hooks.py: python() lists other names"
+    listed = {"__version__", *(name for names in groups.values() for name in names)}
+    rest = tuple(name for name in surgeon.__all__ if name not in listed)
     parts = []
-    for title, names in groups.items():
+    for title, names in {**groups, **({"More": rest} if rest else {})}.items():
         parts.append(f"## {title}")
         parts += [_entry(name, getattr(surgeon, name)) for name in names]
     return "\n\n".join(parts)

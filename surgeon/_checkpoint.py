@@ -59,6 +59,14 @@ def save_checkpoint(model: nn.Module, path: Path_, metadata: Mapping[str, object
 
     Raises:
         CheckpointError: The file cannot be written, or the model's state holds something that is no tensor.
+
+    Example:
+        >>> import surgeon, timm, torch
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> model = surgeon.apply(model, drop_rate=0.5, scaling="paper")
+        >>> path = surgeon.save_checkpoint(model, "gated.safetensors", {"model": "timm:test_resnet"})
+        >>> path.name
+        'gated.safetensors'
     """
     place = Path(path).resolve()
     held: dict[str, Any] = model.state_dict()

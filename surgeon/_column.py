@@ -39,6 +39,13 @@ def column(model: nn.Module, k: int | None = None, *, example: Example = None) -
     Raises:
         UsageError: The model has no join, or no column of that number.
         RecordError: The model does not run on the example.
+
+    Example:
+        >>> import surgeon, torch
+        >>> model = surgeon.load_model("recipes:fractalnet10", num_classes=10)
+        >>> shortest = surgeon.column(model, 1, example=torch.zeros(2, 3, 32, 32))
+        >>> sum(p.numel() for p in shortest.parameters()) < sum(p.numel() for p in model.parameters())
+        True
     """
     plain = fold(model, example=example) if is_gated(model) else copied(model)
     analysis = analyse(plain.eval(), *inputs(plain, example))

@@ -26,6 +26,13 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:  # noqa: A001 - as t
 
     Raises:
         NotGatedError: The model has no gates.
+
+    Example:
+        >>> import surgeon, timm, torch
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> model = surgeon.apply(model, drop_rate=0.5, unit="batch")
+        >>> surgeon.compile(model, backend="eager") is model
+        True
     """
     gates = gates_of(model)
     if not gates:

@@ -138,6 +138,17 @@ def load(
         RecordError: A conversion needs to know the model's gates, and it does not run on the example.
         WrappedModelError: The model is wrapped.
         UsageError: The model is on the meta device, where no weights are.
+
+    Example:
+        >>> import surgeon, timm, torch
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> model = surgeon.apply(model, drop_rate=0.5, scaling="paper", keep_eval=True)
+        >>> path = surgeon.save_checkpoint(model, "trained.safetensors")
+        >>> stock = timm.create_model("test_resnet", num_classes=10)
+        >>> report = surgeon.load(stock, path)  # the scales are multiplied in: the stock model has none
+        >>> images = torch.randn(2, 3, 160, 160)
+        >>> torch.allclose(stock.eval()(images), model.eval()(images), atol=1e-4)
+        True
     """
     check_plain(model)
     check_filled(model)

@@ -21,6 +21,16 @@ class DepthMeter:
 
     Raises:
         NotGatedError: The model has no gates.
+
+    Example:
+        >>> import surgeon, timm, torch
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> model = surgeon.apply(model, drop_rate=0.5, unit="batch")
+        >>> meter = surgeon.DepthMeter(model)
+        >>> for _ in range(4):
+        ...     _ = model.train()(torch.randn(2, 3, 32, 32))
+        >>> 0 <= meter.take() <= 4
+        True
     """
 
     def __init__(self, model: nn.Module) -> None:

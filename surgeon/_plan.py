@@ -157,6 +157,15 @@ def plan(model: nn.Module, settings: Settings) -> Plan:
         AlreadyGatedError: The model has gates; `status` shows them.
         WrappedModelError: The model is wrapped.
         RecordError: The model does not run on the example.
+
+    Example:
+        >>> import surgeon, timm, torch
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> plan = surgeon.plan(model, "linear", drop_rate=0.4)
+        >>> [round(gate.survival, 2) for gate in plan.gates]
+        [0.9, 0.8, 0.7, 0.6]
+        >>> surgeon.apply(model, plan) is model
+        True
     """
     return prepared(model, settings).plan
 

@@ -112,6 +112,15 @@ class Probe:
 
     Raises:
         NotGatedError: The model has no gates.
+
+    Example:
+        >>> import surgeon, timm, torch
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> model = surgeon.apply(model, drop_rate=0)
+        >>> probe = surgeon.Probe(model)
+        >>> model.train()(torch.randn(2, 3, 32, 32)).sum().backward()
+        >>> probe.step()
+        >>> found = probe.take()
     """
 
     def __init__(self, model: nn.Module) -> None:

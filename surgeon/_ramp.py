@@ -54,6 +54,14 @@ class Ramp:
     Raises:
         UsageError: An argument is out of range or unknown, or the gates' schedule has no name.
         NotGatedError: The model has no gates.
+
+    Example:
+        >>> import surgeon, timm, torch
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> model = surgeon.apply(model, drop_rate=0.5)
+        >>> ramp = surgeon.Ramp(model, 0.5, steps=4)
+        >>> [ramp.step() for _ in range(4)]
+        [0.125, 0.25, 0.375, 0.5]
     """
 
     def __init__(

@@ -42,6 +42,17 @@ def fold(model: nn.Module, *, inplace: bool = False, example: Example = None) ->
         NotGatedError: The model has no gates.
         WrappedModelError: Something else has been put onto a gated block since `apply`.
         FoldError: The model could not be analysed, or a product is not finite; nothing was changed.
+
+    Example:
+        >>> import surgeon, timm, torch
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> model = surgeon.apply(model, drop_rate=0.5, scaling="paper")
+        >>> images = torch.randn(2, 3, 160, 160)
+        >>> plain = surgeon.fold(model).eval()
+        >>> torch.allclose(plain(images), model.eval()(images), atol=1e-4)
+        True
+        >>> timm.create_model("test_resnet", num_classes=10).load_state_dict(plain.state_dict())
+        <All keys matched successfully>
     """
     gates = placed_gates(model)
     if not gates:
@@ -67,6 +78,13 @@ def remove(model: nn.Module) -> nn.Module:
         WrappedModelError: Something else has been put onto a gated block since `apply`.
         FoldError: With ``keep_eval=True`` alone: as for `fold`, or a branch was changed since so that no
             weight takes its scale any more. Nothing was changed.
+
+    Example:
+        >>> import surgeon, timm, torch
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> model = surgeon.apply(model, drop_rate=0.5)
+        >>> type(surgeon.remove(model)).__name__
+        'ResNet'
     """
     if not is_gated(model):
         raise NotGatedError("the model has no gates; there is nothing to remove")

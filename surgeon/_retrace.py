@@ -16,6 +16,13 @@ def retrace(model: nn.Module) -> nn.Module:
 
     Args:
         model: A gated model; one without gates is left as it is.
+
+    Example:
+        >>> import surgeon, timm, torch
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> model = surgeon.apply(model, drop_rate=0.5)
+        >>> surgeon.retrace(model) is model
+        True
     """
     for _, _, gating in gated_blocks(model):
         gating.forget()

@@ -41,6 +41,13 @@ def load_model(
     Raises:
         UsageError: The name is unknown or ambiguous, or the model cannot be made with these arguments.
         CheckpointError: The checkpoint cannot be read or does not fit.
+
+    Example:
+        >>> import surgeon
+        >>> model = surgeon.load_model("timm:test_resnet", num_classes=10)
+        >>> surgeon.load_model("timm:test_resnett")
+        Traceback (most recent call last):
+        surgeon.errors.UsageError: timm has no model 'test_resnett'. Did you mean timm:test_resnet...
     """
     spec = resolve(spec)
     make = _maker(spec)

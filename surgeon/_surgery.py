@@ -50,6 +50,13 @@ def find(
 
     Raises:
         RecordError: The model does not run on the example.
+
+    Example:
+        >>> import surgeon, timm, torch
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> found = surgeon.find(model)
+        >>> [add.name for add in found.residuals]
+        ['layer1.0.add', 'layer2.0.add', 'layer3.0.add', 'layer4.0.add']
     """
     check_plain(model)
     return analyse(model, *inputs(model, example), include, exclude).findings
@@ -117,6 +124,14 @@ def apply(model: nn.Module, settings: Settings) -> nn.Module:  # noqa: D417 - th
         NoResidualsError: There is nothing to gate; the message counts the reasons.
         RecordError: The model does not run on the example.
         FoldError: ``keep_eval``, and no weight can take the scale of some gate; nothing was changed.
+
+    Example:
+        >>> import surgeon, timm, torch
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> surgeon.apply(model, "linear", drop_rate=0.4, unit="batch", exclude="layer4*") is model
+        True
+        >>> [round(gate.drop_rate, 3) for gate in surgeon.status(model).gates]
+        [0.133, 0.267, 0.4]
     """
     if isinstance(settings.schedule, Plan):
         if told := replace(settings, schedule="linear").given():
@@ -163,6 +178,13 @@ def status(model: nn.Module) -> Status:
 
     Raises:
         NotGatedError: The model has no gates.
+
+    Example:
+        >>> import surgeon, timm, torch
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> model = surgeon.apply(model, drop_rate=0.5)
+        >>> surgeon.status(model).expected_depth
+        2.75
     """
     placed = placed_gates(model)
     if not placed:
@@ -197,6 +219,14 @@ def set_drop_rate(
         UsageError: A rate outside [0, 1), one number for gates made with explicit rates, or an override that
             matches nothing.
         NotGatedError: The model has no gates, or a fold has left nothing of them but multiplications.
+
+    Example:
+        >>> import surgeon, timm, torch
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> model = surgeon.apply(model, drop_rate=0.5)
+        >>> model = surgeon.set_drop_rate(model, 0.2)
+        >>> surgeon.status(model).gates[-1].drop_rate
+        0.2
     """
     groups = grouped_gates(model)
     if not groups:

@@ -5,7 +5,9 @@ import shlex
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-_BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```|^<!-- before\n(.*?)^-->", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(
+    r"^(?:<!-- run: \w+ -->\n)?```(\w*)[^\n]*\n(.*?)^```|^<!-- before\n(.*?)^-->", re.MULTILINE | re.DOTALL
+)
 
 
 def pages() -> list[Path]:
@@ -22,7 +24,7 @@ def python_of(page: Path) -> str:
     lines = [""] * (text.count("\n") + 2)
     for found in _BLOCK.finditer(text):
         code = found[2] if found[1] == "python" else found[3]
-        if code is None:
+        if code is None or found[0].startswith("<!-- run:"):  # tests/integrations runs that
             continue
         start = text[: found.start(2 if found[1] == "python" else 3)].count("\n")
         for offset, line in enumerate(code.splitlines()):

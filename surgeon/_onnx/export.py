@@ -98,9 +98,12 @@ def export(  # noqa: PLR0913 - each a decision of its own, by keyword only
         ParityError: The graph computes something else; the message names the worst output.
 
     Example:
-        >>> report = export(model, "model.onnx", overwrite=True)  # doctest: +SKIP
-        >>> report.parity.worst.relative < 1e-4  # doctest: +SKIP
-        True
+        >>> import surgeon, timm, torch
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> model = surgeon.apply(model, drop_rate=0.5, scaling="paper")
+        >>> report = surgeon.export(model, "model.onnx", overwrite=True)
+        >>> report.parity.ok, report.parity.worst.relative < 1e-4
+        (True, True)
     """
     started = time.perf_counter()
     check_exporter()

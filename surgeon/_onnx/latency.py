@@ -71,6 +71,11 @@ def latency(model: nn.Module, example: Example = None, *, batch: int = 1, rounds
     Raises:
         NoResidualsError: The model has no residual add.
         ExportError: It does not export.
+
+    Example:
+        >>> import surgeon, timm, torch
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> costs = surgeon.latency(model, example=torch.zeros(1, 3, 64, 64))
     """
     trial = Trial(model, example=example)
     makes = dict[Any, list[str]]()

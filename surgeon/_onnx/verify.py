@@ -60,9 +60,14 @@ def verify(
         UsageError: The inputs or outputs of file and model do not match, or an argument is out of range.
 
     Example:
-        >>> report = verify(model, "model.onnx")  # doctest: +SKIP
-        >>> report.ok, report.worst.relative  # doctest: +SKIP
-        (True, 3.1e-07)
+        >>> import surgeon, timm, torch
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> _ = surgeon.export(model, "plain.onnx", overwrite=True)
+        >>> surgeon.verify(model, "plain.onnx").ok
+        True
+        >>> other = timm.create_model("test_resnet", num_classes=10)
+        >>> surgeon.verify(other, "plain.onnx").ok
+        False
     """
     check_plain(model)
     check_comparison(batch_sizes, TOLERANCES["float32"] if tolerance is None else tolerance)

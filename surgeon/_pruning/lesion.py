@@ -150,6 +150,14 @@ def lesion(
     Raises:
         UsageError: Neither or both of ``data`` and ``score``, or a count out of range.
         NoResidualsError: The model has no residual add.
+
+    Example:
+        >>> import surgeon, timm, torch
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> data = [(torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3]))]
+        >>> found = surgeon.lesion(model, data)
+        >>> len(found.branches)
+        4
     """
     if data is None and score is None:
         raise UsageError(NOTHING)

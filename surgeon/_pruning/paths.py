@@ -85,6 +85,12 @@ def path_gradients(
 
     Raises:
         UsageError: A length is out of range, or the inputs are no tensor of floating point.
+
+    Example:
+        >>> import surgeon, timm, torch
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> data = [(torch.randn(2, 3, 64, 64), torch.tensor([0, 1]))]
+        >>> found = surgeon.path_gradients(model, data, lengths=[0, 1], draws=1)
     """
     gated = copied(model)
     if not is_gated(gated):

@@ -69,6 +69,13 @@ def prune(  # noqa: PLR0913 - what to delete, how to choose it, how to run it
             says what to delete.
         PruneError: A branch cannot be deleted; nothing was changed.
         NoResidualsError: The model has no residual add.
+
+    Example:
+        >>> import surgeon, timm, torch
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> shorter = surgeon.prune(model, ["layer1.0.add"])
+        >>> len(surgeon.find(shorter).residuals), len(surgeon.find(model).residuals)
+        (3, 4)
     """
     if [bool(drop), depth is not None, budget is not None].count(True) != 1:
         raise UsageError(

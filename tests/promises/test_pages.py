@@ -2,33 +2,51 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 from pathlib import Path
 
 import click
 import pytest
+import timm
 import torch
 from pages import ROOT, commands_of, pages, printed_in, python_of
 
 from surgeon.cli.main import main
 
+SLOW = ("howto.md", "joins.md")
 RUN = [
     page for page in pages() if python_of(page).strip() and page.name != "walk.md"
 ]  # test_walk.py runs that
 
 
+def train(model: torch.nn.Module) -> None:
+    """The loop that a reader has."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        model(torch.randn(2, 3, 64, 64)).sum().backward()
+        optimizer.step()
+
+
 def _run(page: Path) -> str:
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        exec(compile(python_of(page), str(page), "exec"), {"__name__": "page"})  # noqa: S102 - our own page
+        exec(compile(python_of(page), str(page), "exec"), {"__name__": "page", "train": train})  # noqa: S102 - our own page
     return said.getvalue()
 
 
-@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+def _marked(page: Path) -> object:
+    return pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW else [], id=page.name)
+
+
+@pytest.mark.parametrize("page", [_marked(page) for page in RUN])
 @pytest.mark.filterwarnings("ignore")
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an empty folder; pretrained weights are not fetched."""
     monkeypatch.chdir(tmp_path)
+    make = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **more: make(name, **more))
     torch.manual_seed(0)
     said = _run(page)
     for shown in printed_in(page):
@@ -92,3 +110,19 @@ def test_links_of_pages_lead_somewhere() -> None:
         name = os.path.relpath(page, ROOT)
         wrong += [f"{name}: {link}" for link in links if not (page.parent / link).exists()]
     assert wrong == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    cells = json.loads((ROOT / "docs" / "demo.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) >= 5
+    scope: dict[str, object] = {"__name__": "__main__"}
+    for number, source in enumerate(code):
+        exec(compile(source, f"demo.ipynb[{number}]", "exec"), scope)  # noqa: S102 - our own page
+    assert float(scope["right"]) > 0.9  # type: ignore[arg-type]
