@@ -161,7 +161,7 @@ def calibration(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Calibr
         >>> import surgeon, torch
         >>> sure = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1], [0.9, 0.1]])
         >>> found = surgeon.calibration(sure, torch.tensor([0, 0, 0, 1]))
-        >>> found.accuracy, round(found.error, 2)  # right in three of four, and sure of nine in ten
+        >>> found.accuracy, round(found.ece, 2)  # right in three of four, and sure of nine in ten
         (0.75, 0.15)
     """
     if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or not len(labels):

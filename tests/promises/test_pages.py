@@ -15,7 +15,7 @@ from pages import ROOT, commands_of, pages, printed_in, python_of
 
 from surgeon.cli.main import main
 
-SLOW = ("howto.md", "joins.md")
+SLOW = ("howto.md", "joins.md", "pruning.md")
 RUN = [
     page for page in pages() if python_of(page).strip() and page.name != "walk.md"
 ]  # test_walk.py runs that
