@@ -111,7 +111,7 @@ class Gating:
         self.below |= flow.trace.below
         self.key |= flow.trace.key
         key = self._key(block, args, kwargs)
-        self.runs[key] = spliced.run
+        self.runs[key] = self.runs[Key.compiled(key)] = spliced.run
         self.weights.setdefault((*key[:2], key[3]), set()).add(_weights(block, flow.trace))
         return spliced
 
@@ -172,7 +172,7 @@ class Gating:
                 f"{self._called(args, kwargs)}, and tracing it that way failed: {error}. Leave the block out "
                 f"(exclude={self.name or type(block).__name__!r}) or call it as on the example"
             ) from error
-        if len(self.runs) == _MANY:
+        if len(set(self.runs.values())) == _MANY:
             self._warn_of_many(type(block), args, kwargs)
         return spliced.run
 

@@ -84,11 +84,16 @@ class Key:
             tuple([state(attribute(block, name)) for name in self.attributes]),
             ambient() if self.ambient else None,
             forward,
-            # A compiler would guard on whole files.
+            # A compiler would guard on whole files: for it they are as they were when the trace was made.
             tuple([state(one.value()) for one in self.variables])
             if self.variables and not torch.compiler.is_compiling()
             else (),
         )
+
+    @staticmethod
+    def compiled(key: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What a compiler sees of what `of` gives: all but the variables outside of modules."""
+        return (*key[:5], (), *key[6:])
 
     def way(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The part of that which the arguments have."""

@@ -72,10 +72,10 @@ def _state(value: Any, above: tuple[int, ...]) -> Any:
         return Tensor, value.ndim
     if isinstance(value, nn.Module):
         return _own_class(value)
+    if isinstance(value, types.MethodType):  # before its identity, which is another at each access
+        return value.__func__, _own_class(value.__self__)
     if id(value) in above:
         return "again", above.index(id(value))
-    if isinstance(value, types.MethodType):
-        return value.__func__, _own_class(value.__self__)
     return _parts(value, (*above, id(value)))
 
 

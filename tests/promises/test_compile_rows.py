@@ -218,3 +218,29 @@ def test_models_of_the_zoos_stay_one_graph(name: str) -> None:
     outs[0] = outs[0][0] if isinstance(outs[0], tuple) else outs[0]
     outs[0].sum().backward()
     assert not torch.equal(outs[0], outs[1][0] if isinstance(outs[1], tuple) else outs[1])
+
+
+def doubled(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+class Calls(nn.Module):
+    """Runs a method of its own and a function of its file, which a compiler is not to look for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    def branch(self, x: Tensor) -> Tensor:
+        return doubled(self.f(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+def test_methods_and_functions_of_the_file_stay_in_the_one_graph() -> None:
+    model = nn.Sequential(Calls(), Calls())
+    surgeon.apply(model, "uniform", drop_rate=0.5, skip=True, example=torch.randn(8, 4))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    outs = [compiled(torch.ones(8, 4)) for _ in range(2)]
+    assert not torch.equal(*outs)
