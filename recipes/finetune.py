@@ -89,7 +89,7 @@ class Job:
         with accelerator.local_main_process_first():  # the others find what it has fetched and checked
             found = find_images(settings.data, display)
         set_seed(settings.seed)
-        self.model = load_network(settings.model, settings.data.image_size)
+        self.model = load_network(settings.model, settings.data.image_size, display.line)
         own = image_settings(settings.model, self.model)
         self.images = prepare_images(found, settings.data, own, settings.seed)
         if state:

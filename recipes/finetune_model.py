@@ -1,6 +1,6 @@
 """The network of `finetune.py`: made or fetched, and given a head for the classes at hand."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,19 @@ def check_network(config: Model) -> None:
         UsageError: With the nearest names.
     """
     check_spec(config.name)
-    if config.checkpoint is not None and not config.checkpoint.is_file():
+    if config.checkpoint is not None and not config.checkpoint.exists():
         raise UsageError(f"model.checkpoint: there is no file {config.checkpoint}")
 
 
-def load_network(config: Model, image_size: int | None = None) -> nn.Module:
+def load_network(
+    config: Model, image_size: int | None = None, say: Callable[[str], None] = lambda _: None
+) -> nn.Module:
     """The network that the config names, with published, given or random weights.
 
     Args:
         config: Which one.
         image_size: Side of the images, for networks of a fixed size.
+        say: Is told which weights of a checkpoint were taken.
 
     Raises:
         SurgeonError: If the model is unknown, or its weights cannot be fetched or do not fit.
@@ -39,7 +42,9 @@ def load_network(config: Model, image_size: int | None = None) -> nn.Module:
     if config.pretrained:
         kwargs |= {"weights": "DEFAULT"} if library(config) == "torchvision" else {"pretrained": True}
     try:
-        return surgeon.load_model(config.name, checkpoint=config.checkpoint, **kwargs)
+        model = surgeon.load_model(config.name, **kwargs)
+        if config.checkpoint is not None:
+            say(f"weights    {surgeon.load(model, config.checkpoint, entry=config.entry)}")
     except CheckpointError as error:
         text = str(error).replace("Make the model with num_classes=", "Give model.kwargs.num_classes=")
         raise CheckpointError(text) from error
@@ -52,6 +57,7 @@ def load_network(config: Model, image_size: int | None = None) -> nn.Module:
             f"({reason}). Check the network; or give a file that you have: model.pretrained=false "
             "model.checkpoint=FILE."
         ) from error
+    return model
 
 
 def library(config: Model) -> str:

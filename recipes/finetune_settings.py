@@ -62,7 +62,10 @@ class Model(Section):
     name: str = Key(..., "timm:NAME, torchvision:NAME, recipes:NAME or package.module:callable")
     kwargs: dict[str, Any] = Key({}, "further arguments of the model's constructor")
     pretrained: bool = Key(False, "fetch the published weights")
-    checkpoint: HomePath | None = Key(None, "or start from this file (.safetensors, .pt)")
+    checkpoint: HomePath | None = Key(None, "or start from this file or folder, which any training has left")
+    entry: str | None = Key(
+        None, "which weights of the checkpoint, where it has several: ema, state_dict, ..."
+    )
     keep_head: bool = Key(False, "the classes are those of the weights, in their order")
 
     @model_validator(mode="after")

@@ -24,7 +24,7 @@ def exported(
     for module in model.modules():  # some begin with zeros, so that branches do nothing
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            module.momentum = None  # the statistics are those of one batch
+            module.momentum = 1.0  # the statistics are those of one batch
     model.train()(x)
     model.eval()
     surgeon.apply(model, scaling="paper", unit="batch", example=x)

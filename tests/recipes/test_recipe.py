@@ -152,7 +152,7 @@ def test_the_state_of_a_complete_run_needs_no_fold(recipe: ModuleType, small: st
     line = ["fold", str(tmp_path / "run" / "last.pt"), "-o", str(tmp_path / "mine.safetensors")]
     done = CliRunner().invoke(main, line)
     assert done.exit_code == 4, done.stderr
-    assert "are complete; there is nothing to fold" in done.stderr
+    assert "need no evaluation scales; there is nothing to fold" in done.stderr
 
 
 def test_checkpoint_loads_into_a_stock_model(recipe: ModuleType, small: str, tmp_path: Path) -> None:
@@ -257,6 +257,31 @@ def test_nothing_to_resume_is_an_error(recipe: ModuleType, small: str, tmp_path:
     torch.save({"weights": torch.zeros(1)}, tmp_path / "run" / "last.pt")
     with pytest.raises(SurgeonError, match=r"last\.pt is no state of this recipe; start again"):
         recipe.main(small, ["resume=true"])
+
+
+def test_classes_that_do_not_fit_the_weights(recipe: ModuleType, small: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        SurgeonError, match=r"is to tell 4 classes apart, but gives \(2, 1000\) for two images"
+    ):
+        recipe.main(small, ["model.keep_head=true"])
+    other = timm.create_model("resnet18", num_classes=7, **SMALL["model"]["kwargs"])  # type: ignore[index]
+    torch.save(other.state_dict(), tmp_path / "seven.pth")
+    with pytest.raises(SurgeonError, match=r"fc\.weight is 7x8, .* Give model\.kwargs\.num_classes=7"):
+        recipe.main(small, [f"model.checkpoint={tmp_path / 'seven.pth'}"])
+    with pytest.raises(UsageError, match=r"model\.checkpoint: there is no file .*none\.pth"):
+        recipe.main(small, [f"model.checkpoint={tmp_path / 'none.pth'}"])
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_a_run_says_which_weights_it_starts_from(
+    recipe: ModuleType, small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nets = [timm.create_model("resnet18", **SMALL["model"]["kwargs"]) for _ in range(2)]  # type: ignore[index]
+    torch.save(
+        {"state_dict": nets[0].state_dict(), "state_dict_ema": nets[1].state_dict()}, tmp_path / "m.pth"
+    )
+    recipe.main(small, [f"model.checkpoint={tmp_path / 'm.pth'}", "model.entry=state_dict", "train.epochs=1"])
+    assert "taken from state_dict; there is also state_dict_ema" in capsys.readouterr().err
 
 
 def test_best_weights_are_those_of_the_best_epoch(recipe: ModuleType, small: str, tmp_path: Path) -> None:
