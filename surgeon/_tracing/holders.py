@@ -24,7 +24,7 @@ _DEEP = 6  # settings in a list in settings
 _MANY = 10_000  # holders in all, and items of one that is looked into
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace, threading.local)
 _NESTS = (list, dict, set, deque, tuple, frozenset)
-_OPAQUE = (*PLAIN, complex, bytes, Tensor, nn.Module, type, types.ModuleType, types.BuiltinFunctionType)
+_OPAQUE = (*PLAIN, complex, bytes, Tensor, type, types.ModuleType, types.BuiltinFunctionType)
 
 
 @dataclass(slots=True)
@@ -70,13 +70,17 @@ class Holder:
             _fill(self.thing, self.items)
 
 
-def holders(roots: Mapping[str, Any]) -> list[Holder]:
-    """Everything with exchangeable contents that is reached from some values, each once."""
+def holders(roots: Mapping[str, Any], apart: Iterable[nn.Module] = ()) -> list[Holder]:
+    """Everything with exchangeable contents that is reached from some values, each once.
+
+    Modules are looked into like other objects, but for those ``apart``.
+    """
+    known = set(map(id, apart))
     found: dict[int, Holder] = {}
     todo = deque((name, value, 0) for name, value in roots.items())
     while todo and len(found) < _MANY:
         name, value, depth = todo.popleft()
-        if isinstance(value, _OPAQUE) or depth > _DEEP:
+        if isinstance(value, _OPAQUE) or id(value) in known or depth > _DEEP:
             continue
         thing = _thing(value)
         if thing is None:
@@ -94,7 +98,7 @@ def _thing(value: Any) -> Any:
         return value
     if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
         return None
-    if is_library(type(value).__module__) and not isinstance(value, _NAMESPACES):
+    if is_library(type(value).__module__) and not isinstance(value, (*_NAMESPACES, nn.Module)):
         return None
     held = getattr(value, "__dict__", None)
     return value if not held and held_by(value) else held
@@ -113,7 +117,13 @@ def _parts(value: Any) -> Iterable[Any]:
 def _labelled(name: str, value: Any, thing: Any) -> Iterator[tuple[str, Any]]:
     """What a thing holds that may hold something itself, by name."""
     if thing is not value:  # the attributes of an object
-        return ((f"{name}.{key}", item) for key, item in thing.items() if not isinstance(item, _OPAQUE))
+        # What a module has of nn.Module leads to all of a network, where the module is another block's.
+        hidden = "_" if isinstance(value, nn.Module) else "\0"
+        return (
+            (f"{name}.{key}", item)
+            for key, item in thing.items()
+            if not key.startswith(hidden) and not isinstance(item, _OPAQUE)
+        )
     if isinstance(thing, dict):
         return (
             (f"{name}[{key!r}]", item) for key, item in dict.items(thing) if not isinstance(item, _OPAQUE)

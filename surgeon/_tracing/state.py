@@ -4,6 +4,7 @@ import functools
 import random
 import sys
 import types
+import weakref
 from collections import deque
 from collections.abc import Hashable, Mapping
 from contextvars import ContextVar
@@ -71,12 +72,21 @@ def _state(value: Any, above: tuple[int, ...]) -> Any:
     if isinstance(value, Tensor):
         return Tensor, value.ndim
     if isinstance(value, nn.Module):
-        return _own_class(value)
+        return _module(value, above)
     if isinstance(value, types.MethodType):  # before its identity, which is another at each access
         return value.__func__, _own_class(value.__self__)
     if id(value) in above:
         return "again", above.index(id(value))
     return _parts(value, (*above, id(value)))
+
+
+def _module(value: nn.Module, above: tuple[int, ...]) -> Any:
+    """A child's attributes are looked at by name; of a module in a nest all that are its own count."""
+    if not above or id(value) in above:
+        return _own_class(value)
+    own = {n: v for n, v in vars(value).items() if n[0] != "_" and not isinstance(v, (Tensor, nn.Module))}
+    inside = (*above, id(value))
+    return _own_class(value), tuple([(name, _state(item, inside)) for name, item in own.items()])
 
 
 def _own_class(value: Any) -> type:
@@ -99,6 +109,10 @@ def _parts(value: Any, above: tuple[int, ...]) -> Any:  # noqa: PLR0911 - one fo
         return type(value), frozenset(each(value))
     if isinstance(value, functools.partial):
         return functools.partial, each((value.func, value.args, value.keywords))
+    if isinstance(value, slice):
+        return slice, each((value.start, value.stop, value.step))
+    if isinstance(value, weakref.ref):
+        return weakref.ref, each((value(),))
     if isinstance(value, ContextVar):
         return value, each((value.get(None),))
     if is_iterator(value):

@@ -133,7 +133,7 @@ def untouched(
     roots = {
         one.prefix + name: value for one in before for name, value in one.own.items() if _has(name, value)
     }
-    reached = holders({**roots, **(beside or {})})
+    reached = holders({**roots, **(beside or {})}, apart=model.modules())
     held: list[_Attributes | Holder] = [*before, *reached]
     for one in held:
         one.lend()

@@ -14,6 +14,7 @@ from functools import partial
 from itertools import count, cycle
 from threading import local
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -73,6 +74,9 @@ PLACES: dict[str, tuple[str, str, str]] = {
     "object in an object": ("self.n = Box(Box(1.0))", "self.n.k.k", "self.n.k.k = {v}"),
     "callable": ("self.n = Box(1.0)", "self.n(1.0)", "self.n.k = {v}"),
     "partial": ("self.n = partial(pow, [1.0].__getitem__(0))", "self.n(1)", "self.n = partial(pow, {v})"),
+    "weak reference": ("self.o = Box(1.0); self.n = ref(self.o)", "self.n().k", "self.n().k = {v}"),
+    "module in a list": ("self.n = [nn.ReLU()]; self.n[0].k = 1.0", "self.n[0].k", "self.n[0].k = {v}"),
+    "slice": ("self.n = slice(1, 9)", "self.n.start", "self.n = slice(int({v}), 9)"),
     "child": ("self.f.n = 1.0", "self.f.n", "self.f.n = {v}"),
     "child's list": ("self.f[0].n = [1.0]", "self.f[0].n[0]", "self.f[0].n[0] = {v}"),
     "class": ("type(self).n = 1.0", "self.n", "type(self).n = {v}"),
@@ -135,7 +139,7 @@ def outputs(text: str, gated: bool, changes: bool) -> list[Tensor] | None:
     sys.modules[module.__name__] = module
     env: dict[str, Any] = {"MOD": module, "VAR": ContextVar("v"), "LOCAL": local(), "T": {}, "S": Box(1.0)}
     env |= {"Box": Box, "Slotted": Slotted, "Ticks": Ticks, "nn": nn, "__name__": "written_by_a_test"}
-    env |= {"deque": deque, "count": count, "cycle": cycle, "partial": partial}
+    env |= {"deque": deque, "count": count, "cycle": cycle, "partial": partial, "ref": ref}
     env |= {"SimpleNamespace": types.SimpleNamespace, "env": env}
     exec(text, env)  # noqa: S102 - a program of this file
     torch.manual_seed(0)
