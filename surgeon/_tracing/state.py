@@ -94,7 +94,7 @@ def _own_class(value: Any) -> type:
     return getattr(type(value), "_ungated", type(value))
 
 
-def _parts(value: Any, above: tuple[int, ...]) -> Any:  # noqa: PLR0911 - one for each make of value
+def _parts(value: Any, above: tuple[int, ...]) -> Any:  # noqa: C901, PLR0911 - one for each make of value
     def each(items: Any) -> tuple[Any, ...]:
         found = tuple(items)
         # At once where there is nothing to take apart, as in a table of a thousand names.
