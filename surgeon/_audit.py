@@ -11,7 +11,7 @@ Whether anything is left after a drop is read from the model's own graph: the mo
 site giving zeros, and either some output still depends on an input, or none does.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from surgeon._finding.analysis import analyse
 from surgeon._finding.findings import Residual
 from surgeon._plain import check_plain
-from surgeon._text import Drawn, Part
+from surgeon._text import Listed, Part
 from surgeon._torch import FakeTensorMode
 from surgeon._tracing.example import Example, inputs
 from surgeon._tracing.nests import tensors
@@ -74,7 +74,7 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
-class AuditReport(Drawn):
+class AuditReport(Listed[Site]):
     """The stochastic depth of a model, in the order of its modules; iterating gives the sites.
 
     Attributes:
@@ -86,11 +86,8 @@ class AuditReport(Drawn):
     sites: tuple[Site, ...]
     random: tuple[str, ...] = ()
 
-    def __iter__(self) -> Iterator[Site]:
-        return iter(self.sites)
-
-    def __len__(self) -> int:
-        return len(self.sites)
+    def _entries(self) -> Sequence[Site]:
+        return self.sites
 
     @property
     def wrong(self) -> tuple[Site, ...]:

@@ -37,7 +37,7 @@ from surgeon._plan import Settings, prepared
 from surgeon._removal import remove
 from surgeon._scales import plan_gates
 from surgeon._surgery import install
-from surgeon._text import Drawn, Part
+from surgeon._text import Listed, Part
 from surgeon._tracing.example import Example
 from surgeon.errors import CheckpointError, FoldError, NoResidualsError, UsageError
 
@@ -52,7 +52,7 @@ _SPOKEN: dict[Weights, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class LoadReport(Drawn):
+class LoadReport(Listed[str]):
     """What a load found and did; iterating gives the parameters that were multiplied.
 
     Attributes:
@@ -76,11 +76,8 @@ class LoadReport(Drawn):
     converted: tuple[str, ...]
     metadata: dict[str, str]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.converted)
-
-    def __len__(self) -> int:
-        return len(self.converted)
+    def _entries(self) -> Sequence[str]:
+        return self.converted
 
     def parts(self) -> Sequence[Part]:
         """One sentence, and what to do where a guess was wrong."""

@@ -7,10 +7,10 @@ trying beside it.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from surgeon._text import Drawn, Part
+from surgeon._text import Listed, Part
 from surgeon.errors import UsageError
 
 
@@ -93,7 +93,7 @@ PUBLISHED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Recommendation(Drawn):
+class Recommendation(Listed[Published]):
     """Where to start; iterating gives the published rates.
 
     Attributes:
@@ -110,11 +110,8 @@ class Recommendation(Drawn):
     others: tuple[Published, ...]
     notes: tuple[str, ...]
 
-    def __iter__(self) -> Iterator[Published]:
-        return iter((self.nearest, *self.others))
-
-    def __len__(self) -> int:
-        return 1 + len(self.others)
+    def _entries(self) -> Sequence[Published]:
+        return (self.nearest, *self.others)
 
     def parts(self) -> Sequence[Part]:
         """Where to start, the published rates, and what speaks against them."""

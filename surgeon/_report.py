@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from surgeon._finding.findings import Refusal
 from surgeon._gating.decided import Leftover
 from surgeon._gating.gate import Gate
 from surgeon._gating.joins import survival
-from surgeon._text import Drawn, Part, count
+from surgeon._text import Listed, Part, count
 
 _SHOWN_GROUPS = 12
 
@@ -74,18 +74,15 @@ class PlannedGate(GateStatus):
     place: int = 0
 
 
-class _Gates(Drawn):
+class _Gates(Listed[Any]):
     """Gates in execution order, and what they come to together."""
 
     __slots__ = ()
     gates: tuple[GateStatus, ...]
     schedule: str
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.gates)
-
-    def __len__(self) -> int:
-        return len(self.gates)
+    def _entries(self) -> Sequence[Any]:
+        return self.gates
 
     @property
     def expected_depth(self) -> float:

@@ -4,9 +4,11 @@ The command prints the same parts; it adds colour and fits them into the termina
 """
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,24 @@ class Drawn:
 
     def _repr_html_(self) -> str:
         return as_html(self.parts())
+
+
+class Listed(Drawn, Generic[Entry]):
+    """A result that is a sequence of its main entries, too."""
+
+    __slots__ = ()
+
+    def _entries(self) -> Sequence[Entry]:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries())
+
+    def __len__(self) -> int:
+        return len(self._entries())
+
+    def __getitem__(self, place: int) -> Entry:
+        return self._entries()[place]
 
 
 def as_text(parts: Sequence[Part]) -> str:

@@ -1,10 +1,10 @@
 """What `surgeon.find` tells: the residual adds, and the reason why each other addition is none."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from surgeon._text import Drawn, Part, count
+from surgeon._text import Listed, Part, count
 
 REASONS = {
     "alone": "its new features are also read by their number, without those that they stand beside",
@@ -87,7 +87,7 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
-class Findings(Drawn):
+class Findings(Listed[Residual]):
     """What `surgeon.find` found; iterating gives the residual adds.
 
     Attributes:
@@ -100,11 +100,8 @@ class Findings(Drawn):
     refused: tuple[Refusal, ...]
     flops: int
 
-    def __iter__(self) -> Iterator[Residual]:
-        return iter(self.residuals)
-
-    def __len__(self) -> int:
-        return len(self.residuals)
+    def _entries(self) -> Sequence[Residual]:
+        return self.residuals
 
     def parts(self, *, every: bool = False) -> Sequence[Part]:
         """A table of the residual adds, and the reasons why others are none; ``every`` lists them singly."""

@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from surgeon._onnx.parity import ParityReport, ParityRow
-from surgeon._text import Drawn, Part
+from surgeon._text import Listed, Part
 
 
 @dataclass(frozen=True, slots=True)
-class ExportReport(Drawn):
+class ExportReport(Listed[ParityRow]):
     """What an export wrote, and how it was checked; iterating gives the rows of the comparison.
 
     Attributes:
@@ -38,11 +38,8 @@ class ExportReport(Drawn):
     metadata: dict[str, str]
     seconds: float
 
-    def __iter__(self) -> Iterator[ParityRow]:
-        return iter(self.parity)
-
-    def __len__(self) -> int:
-        return len(self.parity)
+    def _entries(self) -> Sequence[ParityRow]:
+        return self.parity.rows
 
     def to_dict(self) -> dict[str, Any]:
         """The report for JSON."""

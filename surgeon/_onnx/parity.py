@@ -1,7 +1,7 @@
 """Whether two forms of a model agree: their outputs compared, one row per output and batch size."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgeon._onnx.hygiene import GraphFinding
-from surgeon._text import Drawn, Part, count
+from surgeon._text import Listed, Part, count
 from surgeon.errors import OutputsDifferError
 
 Array = NDArray[Any]
@@ -86,7 +86,7 @@ class Divergence:
 
 
 @dataclass(frozen=True, slots=True)
-class ParityReport(Drawn):
+class ParityReport(Listed[ParityRow]):
     """How an ONNX file compares with a PyTorch model.
 
     Attributes:
@@ -165,11 +165,8 @@ class ParityReport(Drawn):
             said.append(f"{alone}, so one of its optimisations is at fault and not the file")
         return tuple(said)
 
-    def __iter__(self) -> Iterator[ParityRow]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    def _entries(self) -> Sequence[ParityRow]:
+        return self.rows
 
     def to_dict(self) -> dict[str, Any]:
         """The report for JSON; numbers that are not finite become None."""

@@ -7,7 +7,7 @@ hardly missed; networks trained with stochastic depth miss them less still. `les
 import os
 import random
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,7 +16,7 @@ from surgeon._meant import says_the_call
 from surgeon._pruning.choose import choose
 from surgeon._pruning.score import NOTHING, Data, Score, Worth
 from surgeon._pruning.trial import Trial
-from surgeon._text import Drawn, Part
+from surgeon._text import Listed, Part
 from surgeon._text import count as counted
 from surgeon._tracing.example import Example
 from surgeon.errors import UsageError
@@ -59,7 +59,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Lesions(Drawn):
+class Lesions(Listed[Loss]):
     """What the branches of a network are worth; iterating gives one `Loss` per branch, in execution order.
 
     Attributes:
@@ -74,11 +74,8 @@ class Lesions(Drawn):
     curve: tuple[Row, ...]
     labelled: bool
 
-    def __iter__(self) -> Iterator[Loss]:
-        return iter(self.single)
-
-    def __len__(self) -> int:
-        return len(self.single)
+    def _entries(self) -> Sequence[Loss]:
+        return self.single
 
     def parts(self) -> Sequence[Part]:
         """A table of the branches one by one, and one of more and more of them."""

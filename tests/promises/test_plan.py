@@ -195,7 +195,7 @@ def results() -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["find", "plan", "status"])
 def test_results_iterate_and_draw_themselves(name: str) -> None:
     result = results()[name]
-    assert len(list(result)) == len(result) == 3
+    assert len(list(result)) == len(result) == 3 and result[0] is next(iter(result))
     assert json.loads(json.dumps(result.to_dict()))
     text, markup = str(result), result._repr_html_()
     for row in result:
