@@ -212,7 +212,7 @@ def _gradients(axes: Any, figure: Any, history: Sequence[Signals]) -> None:
             axes.plot(*zip(*known, strict=True), style, color=colour, linewidth=1)
     axes.set_yscale("log")
     axes.set_title("mean |gradient| of the weights of a block", loc="left", fontsize=10, color=_INK)
-    axes.set_xlabel("time it was asked", color=_INK)
+    axes.set_xlabel("call of take()", color=_INK)
     axes.xaxis.get_major_locator().set_params(integer=True)
     shades = mpl.cm.ScalarMappable(mpl.colors.Normalize(1, max(count, 2)), colours)
     figure.colorbar(shades, ax=axes, label="gate, in execution order")
