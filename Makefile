@@ -58,14 +58,15 @@ constraints:  ## resolve the versions in constraints/ anew (with uv)
 
 DOCS_VENV ?= .venv-docs
 MKDOCS = $(DOCS_VENV)/bin/python -m mkdocs
-docs: $(DOCS_VENV)/.surgeon-installed  ## the site, in build/site; reads without a network
+docs: $(DOCS_VENV)/.surgeon-docs  ## the site, in build/site; reads without a network
 	NO_MKDOCS_2_WARNING=1 $(MKDOCS) build --strict --quiet $(ARGS)
 
-docs-serve: $(DOCS_VENV)/.surgeon-installed  ## the site, while it is written
+docs-serve: $(DOCS_VENV)/.surgeon-docs  ## the site, while it is written
 	NO_MKDOCS_2_WARNING=1 $(MKDOCS) serve $(ARGS)
 
-$(DOCS_VENV)/.surgeon-installed: pyproject.toml
+$(DOCS_VENV)/.surgeon-docs: pyproject.toml
 	$(MAKE) install VENV=$(DOCS_VENV) WANTED=recipes,docs
+	@touch $@
 
 build: $(STAMP)  ## the wheel and the sdist, in dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist . && $(BIN)/python -m hatchling build -t sdist

@@ -153,7 +153,7 @@ def lesion(
         >>> model = timm.create_model("test_resnet", num_classes=10)
         >>> data = [(torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3]))]
         >>> found = surgeon.lesion(model, data)
-        >>> len(found.branches)
+        >>> len(found.single)
         4
     """
     if data is None and score is None:
