@@ -115,3 +115,21 @@ def test_a_shape_by_name_and_a_count_from_outside() -> None:
     training.step(4)
     assert training.ramp.rate == 0.5
     assert training.end() is None and training.plain is None
+
+
+def test_timm_takes_the_note_along(tmp_path: Path) -> None:
+    """Its own saver, as it is: the weights with their scales, and without a note when they are folded."""
+    timm = pytest.importorskip("timm")
+    pytest.importorskip("huggingface_hub")
+    x = torch.randn(2, 3, 32, 32)
+    model, stock = (timm.create_model("resnet10t", num_classes=3).eval() for _ in range(2))
+    surgeon.apply(model, unit="batch", scaling="paper", example=x)
+    GateTraining().start(model)
+    timm.models.save_for_hf(model, tmp_path / "gated", safe_serialization=True)
+    assert surgeon.load(stock, tmp_path / "gated" / "model.safetensors", example=x).found == "gated"
+    torch.testing.assert_close(stock(x), model(x), rtol=1e-4, atol=1e-5)
+    timm.models.save_for_hf(surgeon.fold(model), tmp_path / "plain", safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True).eval()
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
+    again = timm.create_model("resnet10t", num_classes=3)
+    assert surgeon.load(again, tmp_path / "plain" / "model.safetensors").found == "unknown"
