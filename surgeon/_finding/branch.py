@@ -106,7 +106,8 @@ def _is_measure(flow: Flow, node: fx.Node) -> bool:
     """Whether a sum has no features left, as losses have none: a number, or one for each row of an input."""
     value = flow.fact(node).value
     given = [t for n in flow.order if n.op == "placeholder" for t in tensors(flow.fact(n).value)]
-    return value.ndim == 0 or (value.ndim == 1 and bool(given) and all(t.ndim > 1 for t in given))
+    a_row = value.ndim == 1 and any(len(value) == t.shape[0] for t in given if t.ndim)
+    return value.ndim == 0 or (a_row and all(t.ndim > 1 for t in given))
 
 
 def _is_cut(flow: Flow, node: fx.Node) -> bool:

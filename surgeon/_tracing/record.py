@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon._torch import FAKE_LOG, FakeTensorMode, pytree
+from surgeon._torch import FAKE_LOG, FakeTensorMode, pytree, under_vmap
 from surgeon._tracing.blame import failure, is_internal
 from surgeon._tracing.fake import NESTED, storage, to_fake, twin
 from surgeon._tracing.nests import tensors
@@ -244,6 +244,8 @@ def _watch(model: nn.Module, log: OpLog, calls: list[Call]) -> Iterator[None]:
     """Hooks on every module that keep the stack of running calls."""
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if under_vmap():
+            return  # on one row, of a tensor that cannot be told apart; its operators count for the caller
         given = tensors((args, kwargs))
         kept_args, kept_kwargs = twin((args, kwargs))
         calls.append(Call(module, len(calls), log.stack[-1], kept_args, kept_kwargs, len(log.ops)))

@@ -1,4 +1,4 @@
-"""``x + a * (f(x) - x)`` moves a part of the way to ``f(x)``: one residual add, whatever ``x`` sums up."""
+"""More spellings: ``x + a * (f(x) - x)`` is one residual add, whatever ``x`` sums up; vmap; flat features."""
 
 from collections.abc import Callable
 
@@ -72,3 +72,20 @@ def test_the_outer_sum_is_the_residual_add(form: Callable[[nn.Module, Tensor], T
     model.train()
     with coins(False):
         assert torch.allclose(model(x), expected, atol=1e-6)
+
+
+def test_a_block_under_vmap_does_not_hide_the_others() -> None:
+    def rows(m: nn.Module, x: Tensor) -> Tensor:
+        return x + torch.vmap(m.f)(x)
+
+    model = nn.Sequential(Moves(rows), Moves(from_an_argument))
+    found = surgeon.find(model, torch.randn(3, 4))
+    assert [r.block for r in found] == ["1"]
+    assert any(r.block == "0" and r.code == "untraceable" for r in found.refused)
+
+
+def test_a_sum_of_flattened_features_is_no_measure() -> None:
+    def flat(m: nn.Module, x: Tensor) -> Tensor:
+        return (x.reshape(-1) + m.f(x).reshape(-1)).reshape(x.shape)
+
+    assert len(surgeon.find(nn.Sequential(Moves(flat)), torch.randn(3, 4))) == 1
