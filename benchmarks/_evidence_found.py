@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks._evidence_plan import NONE, plan
 from benchmarks._evidence_stats import Paired, compared, paired
+from surgeon._text import count
 
 Row = dict[str, Any]
 
@@ -96,6 +97,10 @@ def points(one: Paired) -> str:
     return f"{100 * one.mean:+.1f}{ends}"
 
 
+def _pairs(one: Paired) -> str:
+    return count(len(one.differences), "pair")
+
+
 def findings(found: Found) -> list[str]:
     """One plain sentence each, also where gates do nothing or harm."""
     return [*_accuracy(found), *_steps(found), *_shorter(found), *_controls(found)]
@@ -108,7 +113,7 @@ def headlines(found: Found) -> list[str]:
         if (part, arm, name) == ("fashion", "linear 0.2", "test") and len(one.differences) > 2:
             lines.append(
                 f"Fine-tuning {PARTS[part][1]}: accuracy {points(one)} points with gates (linear 0.2, "
-                f"{len(one.differences)} pairs; {one.verdict()})."
+                f"{_pairs(one)}; {one.verdict()})."
             )
     if step := found.steps().get("batch 0.5"):
         lines.append(
@@ -119,17 +124,16 @@ def headlines(found: Found) -> list[str]:
             kept = [f"{statistics.fmean(one):.0%}" for one in (gated, none)]
             lines.append(
                 f"{HALF} of its 27 branches deleted, without training: accuracy {kept[0]} if it was trained "
-                f"with gates, {kept[1]} if without ({len(both.differences)} pairs; {both.verdict()})."
+                f"with gates, {kept[1]} if without ({_pairs(both)}; {both.verdict()})."
             )
     return lines
 
 
 def _accuracy(found: Found) -> Iterator[str]:
     for part, arm, name, one in found.compared():
-        pairs = len(one.differences)
-        seen = f"; {100 * one.visible:.1f} points could have been seen" if pairs > 2 else ""
+        seen = f"; {100 * one.visible:.1f} points could have been seen" if len(one.differences) > 2 else ""
         where = f"**{part}{SETS[name]}, {arm}**"
-        yield f"{where}: {one.verdict()}. Accuracy {points(one)} points over {pairs} pairs{seen}."
+        yield f"{where}: {one.verdict()}. Accuracy {points(one)} points over {_pairs(one)}{seen}."
 
 
 def _steps(found: Found) -> Iterator[str]:
@@ -148,7 +152,7 @@ def _shorter(found: Found) -> Iterator[str]:
     for words, both in shown:
         if words in ("each one alone, mean", f"{last}, at once", f"{last}, distilled"):
             verdict = both.verdict("having trained with gates helps", "having trained with gates harms")
-            said = f"Accuracy {points(both)} points over {len(both.differences)} pairs."
+            said = f"Accuracy {points(both)} points over {_pairs(both)}."
             yield f"**Branches deleted ({words})**: {verdict}. {said}"
 
 

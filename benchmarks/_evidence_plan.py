@@ -140,11 +140,11 @@ def plan() -> Iterator[Run]:
     yield from _seeds(FASHION, range(AFTER_SEEDS))
     yield from (Run("control", setting, 0) for setting in CONTROLS)
     for seed in range(AFTER_SEEDS):
-        for kind in ("train", "lesion", "sample"):
-            yield from (Run(kind, setting, seed) for setting in DEEP[:2])
-        if not seed:
-            yield Run("time", DEEP[1], 0)
+        yield from (Run("train", setting, seed) for setting in DEEP[:2])
+        yield from (Run("lesion", setting, seed) for setting in DEEP[:2])
+    yield Run("time", DEEP[1], 0)
     yield from _seeds(EMOJI[::2], range(AFTER_SEEDS))
+    yield from (Run("sample", setting, seed) for seed in range(AFTER_SEEDS) for setting in DEEP[:2])
     yield from _seeds(EMOJI[1::2], range(AFTER_SEEDS))
     yield from _seeds((*DEEP[2:], *AGAIN, *MAP), range(AFTER_SEEDS))
     yield from _seeds((*FASHION, *EMOJI, *DEEP, *AGAIN), range(AFTER_SEEDS, SEEDS))
