@@ -47,6 +47,14 @@ class Found:
         names = dict.fromkeys(run.setting.arm for run in runs)
         return {arm: rows for arm in names if (rows := self.arm(part, arm, kind))}
 
+    def shared(self, part: str, kind: str = "train") -> dict[str, list[Row]]:
+        """The same, of the seeds alone that all of these arms have, so that their means can be compared."""
+        arms = self.arms(part, kind)
+        seeds = [{row["seed"] for row in rows} for rows in arms.values()]
+        common = set.intersection(*seeds) if seeds else set()
+        kept = {arm: [row for row in rows if row["seed"] in common] for arm, rows in arms.items()}
+        return kept if common else {}
+
     def base(self, part: str) -> list[Row]:
         """The rows of arm none that a part is compared with."""
         return self.arm(PARTS[part][0], NONE)
@@ -62,7 +70,8 @@ class Found:
 
     def shorter(self) -> Iterator[tuple[str, list[float], list[float], Paired | None]]:
         """What deleted branches leave: in words, accuracies without gates, with gates, and the difference."""
-        none, gated = (self.arm("deep", arm, "lesion") for arm in DEPTHS)
+        shared = self.shared("deep", "lesion")
+        none, gated = (shared.get(arm, []) for arm in DEPTHS)
         for words, get in _ways((none or gated)[0]) if none or gated else ():
             values = [{row["seed"]: get(row) for row in rows} for rows in (none, gated)]
             yield words, *(list(one.values()) for one in values), compared(values[1], values[0])  # type: ignore[misc]

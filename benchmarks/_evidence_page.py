@@ -42,7 +42,7 @@ def _draw(found: Found, folder: Path) -> Iterator[tuple[str, str]]:
     if parts:
         pictures.forest(parts, folder / "evidence.png")
         yield "evidence", "Differences of accuracy to arm none, with intervals"
-    if deep := found.arms("deep"):
+    if deep := found.shared("deep"):
         pictures.curves(deep, folder / "evidence_curves.png")
         yield "evidence_curves", "Training loss and test error by epoch"
         pictures.gradients(deep, folder / "evidence_gradients.png")
@@ -50,7 +50,7 @@ def _draw(found: Found, folder: Path) -> Iterator[tuple[str, str]]:
     if rows := [row for arm in found.arms("map").values() for row in arm]:
         pictures.depth_map(rows, folder / "evidence_map.png")
         yield "evidence_map", "Test error by depth and final drop rate"
-    if arms := found.arms("deep", "lesion"):
+    if arms := found.shared("deep", "lesion"):
         pictures.shorter({DEPTHS[arm]: of for arm, of in arms.items()}, folder / "evidence_depth.png")
         yield "evidence_depth", "Accuracy by the share of branches that is left"
 
@@ -158,7 +158,7 @@ def _shorter(found: Found, picture: str) -> str:
 
 def _sampled(found: Found) -> str:
     lines = []
-    for arm, rows in found.arms("deep", "sample").items():
+    for arm, rows in found.shared("deep", "sample").items():
         for images in ("upright", "turned"):
             cells = [
                 ", ".join(

@@ -119,6 +119,15 @@ def test_the_page_tells_what_ran_and_what_was_found(tmp_path):
     assert "14 of its 27 branches deleted, without training: accuracy 57% if it was trained with" in found
 
 
+def test_means_are_compared_over_the_same_seeds():
+    made = [row for row in rows(3) if (row["kind"], row["arm"], row["seed"]) != ("lesion", "none", 2)]
+    found = Found(made)
+    assert {arm: len(of) for arm, of in found.shared("deep", "lesion").items()} == {"none": 2, "batch 0.5": 2}
+    words, none, gated, both = next(found.shorter())
+    assert (words, len(none), len(gated), len(both.differences)) == ("none", 2, 2, 2)
+    assert found.shared("deep", "nothing") == {}
+
+
 def test_a_control_that_failed_is_named():
     made = [row | {"holds": row["arm"] != "repeated"} for row in rows(1) if row["kind"] == "control"]
     assert findings(Found(made)) == ["**Controls** that failed: repeated."]
