@@ -6,7 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 _BLOCK = re.compile(
-    r"^(?:<!-- run: \w+ -->\n)?```(\w*)[^\n]*\n(.*?)^```|^<!-- before\n(.*?)^-->", re.MULTILINE | re.DOTALL
+    r"^(?:<!-- (?:run|not run): \w+ -->\n)?```(\w*)[^\n]*\n(.*?)^```|^<!-- before\n(.*?)^-->",
+    re.MULTILINE | re.DOTALL,
 )
 
 
@@ -24,7 +25,9 @@ def python_of(page: Path) -> str:
     lines = [""] * (text.count("\n") + 2)
     for found in _BLOCK.finditer(text):
         code = found[2] if found[1] == "python" else found[3]
-        if code is None or found[0].startswith("<!-- run:"):  # tests/integrations runs that
+        if code is None or found[0].startswith(
+            ("<!-- run:", "<!-- not run:")
+        ):  # in tests/integrations, or nowhere
             continue
         start = text[: found.start(2 if found[1] == "python" else 3)].count("\n")
         for offset, line in enumerate(code.splitlines()):
