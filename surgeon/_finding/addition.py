@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from surgeon._finding.findings import Code
+
 
 @dataclass(frozen=True, slots=True)
 class Addition:
@@ -24,11 +26,11 @@ class Addition:
 
     node: fx.Node
     ordinal: int
-    code: str | None
+    code: Code | None
     kind: str
     shortcut: fx.Node
     branch: fx.Node
     drops: tuple[fx.Node, ...] = ()
     region: tuple[fx.Node, ...] = ()
     flops: int = 0
-    was: str = ""
+    was: Code | None = None

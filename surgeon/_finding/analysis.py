@@ -20,7 +20,7 @@ from surgeon._finding.children import below, hand_out_both
 from surgeon._finding.choice import Choice
 from surgeon._finding.concats import concatenating, concats
 from surgeon._finding.drops import mask_nodes
-from surgeon._finding.findings import REASONS, Findings, Refusal, Residual, gate_name
+from surgeon._finding.findings import REASONS, Code, Findings, Refusal, Residual, gate_name
 from surgeon._finding.flow import Flow
 from surgeon._finding.joins import joins, own_parts
 from surgeon._finding.opgraph import adds_constant, count_sums, operators
@@ -282,7 +282,7 @@ class _Scan:
         name, kind = self.names[call.module], type(call.module).__name__
         why = f"{REASONS['untraceable']}: {error}"
         for addition in found:
-            code = addition.code or ("bias" if adds_constant(flow, addition) else "untraceable")
+            code: Code = addition.code or ("bias" if adds_constant(flow, addition) else "untraceable")
             if code == "no-shortcut" and addition.kind:  # only a trace would tell what the caller hands in
                 code = "untraceable"
             reason = why if code == "untraceable" else REASONS[code]
@@ -294,16 +294,15 @@ class _Scan:
 
     def _sort(self, block: Block, addition: Addition) -> None:
         name, kind = gate_name(block.name, addition.ordinal), type(block.module).__name__
-        code = "nested" if block.module in self.nested else addition.code
+        code: Code | None = "nested" if block.module in self.nested else addition.code
         chosen = self.choice.takes(block.flow, addition, code, name, block.name, kind)
         if chosen is not None:
             block.found.append(chosen)
             block.residuals.append(_describe(block, chosen, name))
             self._mark_nested(block, chosen)
-        elif code is not None:
-            self.refused.append(Refusal(name, block.name, kind, code, REASONS[code]))
         else:
-            self.refused.append(Refusal(name, block.name, kind, "excluded", REASONS["excluded"]))
+            code = code or "excluded"
+            self.refused.append(Refusal(name, block.name, kind, code, REASONS[code]))
 
     def _sort_concats(self, block: Block) -> None:
         """Like `_sort`, of new features; a block in which sums carry gates has none on them."""
@@ -316,9 +315,14 @@ class _Scan:
                 block.found.append(chosen)
                 block.residuals.append(_describe(block, chosen, name))
             else:
-                code = addition.code or ""
-                if code != "concat":  # so that include=["concat"] tells, where it comes to nothing
+                code: Code = addition.code or "excluded"
+                if code not in (
+                    "concat",
+                    "excluded",
+                ):  # so that include=["concat"] tells, where it comes to nothing
                     self.choice.refuses(name, "concat", REASONS[code], block.name, kind)
+                elif self.choice.asks_for("concat"):
+                    code = "excluded"
                 self.refused.append(Refusal(name, block.name, kind, code, REASONS[code]))
 
     def _told_by_caller(self, block: Block, found: list[Addition]) -> list[Addition]:
@@ -350,12 +354,14 @@ class _Scan:
             if node.op == "call_module":
                 self.nested.update(block.module.get_submodule(str(node.target)).modules())
 
-    def _refuse_all(self, module: nn.Module, count: int, code: str, reason: str = "", first: int = 0) -> None:
+    def _refuse_all(
+        self, module: nn.Module, count: int, code: Code, reason: str = "", first: int = 0
+    ) -> None:
         name, kind = self.names[module], type(module).__name__
         for ordinal in range(first, first + count):
             self._refuse(gate_name(name, ordinal), name, kind, code, reason or REASONS[code])
 
-    def _refuse(self, name: str, block: str, kind: str, code: str, reason: str) -> None:
+    def _refuse(self, name: str, block: str, kind: str, code: Code, reason: str) -> None:
         """Lists an addition that is in no graph."""
         self.choice.refuses(name, code, reason, block, kind)
         self.refused.append(Refusal(name, block, kind, code, reason))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from surgeon._finding.addition import Addition
+from surgeon._finding.findings import Code
 from surgeon._finding.flow import Flow
 from surgeon._finding.paths import ADDS, around, ops_of, side
 from surgeon._tracing.canonical import SPELT
@@ -32,7 +33,7 @@ from surgeon._tracing.oplog import Op
 _DETACHES = {"detach", "detach_", torch.detach, torch.detach_}
 
 
-def unfit(flow: Flow, addition: Addition) -> str | None:
+def unfit(flow: Flow, addition: Addition) -> Code | None:
     """Why a branch beside an identity or projection shortcut is none worth a gate."""
     work = side(flow, addition.branch, addition.shortcut)
     ops = ops_of(flow, work)
@@ -86,11 +87,11 @@ def _is_activated(flow: Flow, node: fx.Node) -> bool:
     return bool(readers) and all(map(activates, readers))
 
 
-def _linear(ops: Sequence[Op]) -> str | None:
+def _linear(ops: Sequence[Op]) -> Code | None:
     return "linear" if all(is_linear(op) for op in ops) and not pools(ops) else None
 
 
-def _no_partner(flow: Flow, addition: Addition, work: Sequence[fx.Node]) -> str | None:
+def _no_partner(flow: Flow, addition: Addition, work: Sequence[fx.Node]) -> Code | None:
     """Why what stands beside a projection is no branch."""
     ops = ops_of(flow, work)
     if not any(op.weighted for op in ops):

@@ -184,7 +184,7 @@ class Callers:
         inside = {self._adding(step) for step in over if step.adds and step.owner >= 0} & gated
         if inside & self._necks(over, ends):
             return Answer(replace(found, code="long-skip"))
-        told = described(flow, replace(found, code=None, was=str(found.code)))
+        told = described(flow, replace(found, code=None, was=found.code))
         at = min(self.log.steps[n].op for n in self._readers(ends[1]))
         order = sum(one.first_op <= at for one in self.recording.calls) - 1
         return Answer(replace(told, flops=sum(op.flops for op in ops)), inside, order)

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from torch import fx
 
 from surgeon._finding.addition import Addition
-from surgeon._finding.findings import REASONS
+from surgeon._finding.findings import REASONS, Code
 from surgeon._finding.flow import Flow
 from surgeon._finding.residual import told
 from surgeon._meant import meant
@@ -44,7 +44,7 @@ class Choice:
         self._problems: dict[str, str] = {}
         self._seen: set[str] = set()
 
-    def asks_for(self, code: str) -> bool:
+    def asks_for(self, code: Code) -> bool:
         """Whether some pattern may mean an addition that is refused with ``code``."""
         entries = [_parsed(pattern) for pattern in self.include]
         last = "cat" if code == "concat" else "add"
@@ -54,7 +54,7 @@ class Choice:
         )
 
     def takes(
-        self, flow: Flow, addition: Addition, code: str | None, name: str, block: str, block_type: str
+        self, flow: Flow, addition: Addition, code: Code | None, name: str, block: str, block_type: str
     ) -> Addition | None:
         """The addition as it is to be gated; ``None`` if it is not.
 
@@ -82,7 +82,7 @@ class Choice:
             self._cannot(pattern, name, found)
         return None
 
-    def refuses(self, name: str, code: str, reason: str, block: str, block_type: str) -> None:
+    def refuses(self, name: str, code: Code, reason: str, block: str, block_type: str) -> None:
         """Notes an addition that is in no graph.
 
         Raises:
@@ -93,7 +93,7 @@ class Choice:
                 pattern, name, f"but {reason}; {_NEVER[code]}" if code in _NEVER else f"but {reason}"
             )
 
-    def _asking(self, name: str, code: str, block: str, block_type: str) -> list[str]:
+    def _asking(self, name: str, code: Code | None, block: str, block_type: str) -> list[str]:
         """The patterns that ask for an addition although it is refused."""
         found = []
         for pattern in self.include:
@@ -104,7 +104,7 @@ class Choice:
                 found.append(pattern)
         return found
 
-    def _meant(self, flow: Flow, addition: Addition, code: str, pattern: str) -> Addition | str:
+    def _meant(self, flow: Flow, addition: Addition, code: Code | None, pattern: str) -> Addition | str:
         """The addition with its sides told, or why it cannot take a gate."""
         side = _parsed(pattern)[1]
         if code in _NEVER:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from surgeon._finding.addition import Addition
 from surgeon._finding.drops import drops
-from surgeon._finding.findings import FEATURES
+from surgeon._finding.findings import FEATURES, Code
 from surgeon._finding.flow import Flow
 from surgeon._finding.paths import ops_of, side, writes_to
 from surgeon._tracing.nests import tensors
@@ -83,7 +83,7 @@ def _described(flow: Flow, ordinal: int, new: fx.Node, old: fx.Node) -> Addition
     )
 
 
-def _code(flow: Flow, new: fx.Node, old: fx.Node) -> str:
+def _code(flow: Flow, new: fx.Node, old: fx.Node) -> Code:
     """Whether everything that reads the new features reads their shortcut, too."""
     if writes_to(new) is not None:
         return "aliased"

@@ -3,10 +3,35 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from surgeon._text import Listed, Part, count
 
-REASONS = {
+Code = Literal[
+    "aliased",
+    "alone",
+    "arithmetic",
+    "bias",
+    "broadcast",
+    "concat",
+    "detached",
+    "excluded",
+    "form",
+    "fusion",
+    "gating",
+    "join",
+    "linear",
+    "long-skip",
+    "nested",
+    "no-shortcut",
+    "position",
+    "scores",
+    "stochastic",
+    "untraceable",
+]
+"""Why an addition takes no gate; `REASONS` has the sentences."""
+
+REASONS: dict[Code, str] = {
     "alone": "its new features are also read by their number, without those that they stand beside",
     "aliased": "writes in place to a tensor that is read again under another name",
     "arithmetic": "adds two results of arithmetic; no layer to skip",
@@ -75,14 +100,14 @@ class Refusal:
 
     Attributes:
         name, block, block_type: As in `Residual`.
-        code: A key of `REASONS`.
+        code: One of a fixed set, the keys of `REASONS`.
         reason: The same as a sentence.
     """
 
     name: str
     block: str
     block_type: str
-    code: str
+    code: Code
     reason: str
 
 

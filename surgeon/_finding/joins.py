@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from surgeon._finding.addition import Addition
+from surgeon._finding.findings import Code
 from surgeon._finding.flow import Flow
 from surgeon._finding.paths import ADDS, PRODUCTS, carries, is_addition, ops_of
 from surgeon._tracing.operators import is_layer, projects
@@ -37,7 +38,7 @@ class Join:
     node: fx.Node
     paths: tuple[fx.Node, ...]
     steps: tuple[fx.Node, ...]
-    code: str | None
+    code: Code | None
 
 
 def joins(flow: Flow) -> dict[fx.Node, Join]:
@@ -146,7 +147,9 @@ class _Search:
     def _join(self, node: fx.Node, leaves: Sequence[fx.Node]) -> Join:
         flow = self.flow
         shape, steps = flow.fact(node).value.shape, tuple(dict.fromkeys(self.steps[node]))
-        code = None if all(flow.fact(leaf).value.shape == shape for leaf in leaves) else "broadcast"
+        code: Code | None = (
+            None if all(flow.fact(leaf).value.shape == shape for leaf in leaves) else "broadcast"
+        )
         if _seen_elsewhere(flow, node, steps):
             code = "aliased"
         return Join(node, tuple(sorted(leaves, key=self._depth)), steps, code)

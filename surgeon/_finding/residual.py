@@ -24,7 +24,7 @@ from torch import fx
 from surgeon._finding.addition import Addition
 from surgeon._finding.branch import unfit
 from surgeon._finding.drops import drops, mixes
-from surgeon._finding.findings import REASONS
+from surgeon._finding.findings import REASONS, Code
 from surgeon._finding.flow import Flow
 from surgeon._finding.joins import joined
 from surgeon._finding.paths import (
@@ -258,7 +258,7 @@ def _classify(flow: Flow, node: fx.Node, ordinal: int, regions: bool) -> Additio
     return found if code or found.drops else replace(found, code=unfit(flow, found))
 
 
-def _misshapen(flow: Flow, node: fx.Node, shortcut: fx.Node, branch: fx.Node) -> str | None:
+def _misshapen(flow: Flow, node: fx.Node, shortcut: fx.Node, branch: fx.Node) -> Code | None:
     shape, part = flow.fact(node).value.shape, flow.fact(branch).value.shape
     if flow.fact(shortcut).value.shape != shape or (part != shape and not _spreads(part, shape)):
         return "broadcast"
@@ -270,7 +270,7 @@ def _spreads(part: torch.Size, whole: torch.Size) -> bool:
     return len(part) == len(whole) > 1 and part[0] == whole[0]
 
 
-_Sides = tuple[str, fx.Node, fx.Node, str | None]
+_Sides = tuple[str, fx.Node, fx.Node, Code | None]
 
 
 def _sides(flow: Flow, left: fx.Node, right: fx.Node) -> _Sides:

@@ -1,6 +1,7 @@
 """More spellings: ``x + a * (f(x) - x)`` is one residual add, whatever ``x`` sums up; vmap; flat features."""
 
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from blocks import coins
 from torch import Tensor, nn
 
 import surgeon
+from surgeon._finding.findings import REASONS, Code
 
 
 class Moves(nn.Module):
@@ -89,3 +91,26 @@ def test_a_sum_of_flattened_features_is_no_measure() -> None:
         return (x.reshape(-1) + m.f(x).reshape(-1)).reshape(x.shape)
 
     assert len(surgeon.find(nn.Sequential(Moves(flat)), torch.randn(3, 4))) == 1
+
+
+def test_reasons_are_a_fixed_set() -> None:
+    assert set(get_args(Code)) == set(REASONS)
+    found = surgeon.find(nn.Sequential(Moves(from_an_argument)), torch.randn(3, 4), exclude="0.add")
+    assert {refusal.code for refusal in found.refused} == {"excluded", "nested"}
+
+
+def test_new_features_that_are_left_out_by_name_are_listed() -> None:
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Sequential(nn.Linear(4, 2), nn.ReLU())
+            self.g = nn.Sequential(nn.Linear(6, 2), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.cat([x, self.f(x)], 1)
+            return torch.cat([x, self.g(x)], 1)
+
+    every = surgeon.find(Dense(), torch.randn(3, 4), include=["concat"])
+    assert len(every) == 2
+    one = surgeon.find(Dense(), torch.randn(3, 4), include=["concat"], exclude=every[0].name)
+    assert [r.name for r in one] == [every[1].name] and one.refused[0].code == "excluded"
