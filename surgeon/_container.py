@@ -107,7 +107,7 @@ def read_stores(path: str | os.PathLike[str]) -> list[Store]:
     place = _existing(Path(path))
     if place.is_dir():
         return _of_folder(place)
-    return [_of_safetensors(place)] if place.suffix == ".safetensors" else _of_torch(place)
+    return [_of_safetensors(place)] if _is_safetensors(place) else _of_torch(place)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -126,6 +126,14 @@ def _existing(place: Path) -> Path:
     if place.is_file() and place.stat().st_size == 0:
         raise CheckpointError(f"cannot read the checkpoint {place}: the file is empty")
     return place
+
+
+def _is_safetensors(place: Path) -> bool:
+    """By the ending, or by how the file begins: the length of a header, and the header in JSON."""
+    if place.suffix == ".safetensors":
+        return True
+    with place.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def _of_safetensors(place: Path, path: str = "") -> Store:

@@ -424,3 +424,11 @@ def test_the_command_says_what_it_took(raw: nn.Module, average: nn.Module, tmp_p
     surgeon.load(stock, out)
     x = torch.randn(2, 3, 64, 64)
     assert torch.allclose(stock.eval()(x), folded.eval()(x), atol=1e-5)
+
+
+def test_safetensors_under_another_ending(tmp_path: Path) -> None:
+    model = network()
+    path = surgeon.save_checkpoint(model, tmp_path / "weights.pt")
+    other = network(seed=2)
+    surgeon.load(other, path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
