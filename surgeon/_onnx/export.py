@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from surgeon._checkpoint import non_finite
 from surgeon._files import beside, destination
-from surgeon._gating.gated import is_gated
+from surgeon._gating.gated import is_gated, placed_gates, recorded_inputs
 from surgeon._meant import says_the_call
 from surgeon._onnx.batchnorm import fuse_batchnorm as take_batchnorms
 from surgeon._onnx.export_file import move, write
@@ -71,7 +71,8 @@ def export(  # noqa: PLR0913 - each a decision of its own, by keyword only
         model: The model, gated or plain; it is evaluated on the CPU whatever its mode and device.
         path: The file to write.
         example: A tensor, a tuple of arguments or a dict of keyword arguments whose shapes the graph takes.
-            Without it: one image of the size in timm's ``pretrained_cfg``, else 3 x 224 x 224.
+            Without it: what `apply` was shown; of a model without gates one image of the size in timm's
+            ``pretrained_cfg``, else 3 x 224 x 224.
         opset: Version of ONNX's operators; None is the default of PyTorch's exporter.
         overwrite: Whether an existing file may be replaced.
         dynamic_batch: Whether the graph takes any batch size. A fixed one is the example's, or 1.
@@ -115,9 +116,10 @@ def export(  # noqa: PLR0913 - each a decision of its own, by keyword only
     check_comparison(batch_sizes, tolerance)
     _check_weights(model)
     reference = evaluating_copy(model)
-    plain, gates = _without_gates(reference, example)
-    called = signature(plain, example)
-    if not dynamic_batch and example is None:
+    shown = _recorded(reference) if example is None else example
+    plain, gates = _without_gates(reference, shown)
+    called = signature(plain, shown)
+    if not dynamic_batch and example is None and len(called.tensors) == 1:
         called = signature(plain, called.tensors[0][:1])
     if dynamic_size:
         _check_sizes(plain, called)
@@ -166,6 +168,15 @@ class _Gates:
     folded: tuple[str, ...] = ()
     kept: tuple[tuple[str, str], ...] = ()
     settings: tuple[tuple[str, object], ...] = ()
+
+
+def _recorded(model: nn.Module) -> Any:
+    """The example that `apply` recorded; None without gates, or where it mixes both kinds of arguments."""
+    gates = placed_gates(model)
+    if not gates:
+        return None
+    args, kwargs = recorded_inputs(model, gates[0].gate.decided)
+    return None if args and kwargs else args or kwargs
 
 
 def _without_gates(model: nn.Module, example: Any) -> tuple[nn.Module, _Gates]:

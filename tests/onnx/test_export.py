@@ -17,6 +17,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from blocks import Plain, X
 from torch import nn
 
 import surgeon
@@ -469,3 +470,10 @@ def test_a_failure_is_said_once(tmp_path, capfd):
     with pytest.raises(ExportError, match="could not convert Deciding"):
         export(Deciding().eval(), tmp_path / "m.onnx", example=torch.randn(2, 4))
     assert capfd.readouterr() == ("", "")
+
+
+def test_without_an_example_the_file_takes_what_apply_was_shown(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Plain())
+    surgeon.apply(model, drop_rate=0.5, scaling="paper", example=X)
+    surgeon.export(model, tmp_path / "dynamic.onnx")
+    assert surgeon.export(model, tmp_path / "one.onnx", dynamic_batch=False).parity.ok
