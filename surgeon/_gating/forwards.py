@@ -60,12 +60,14 @@ class Gating:
         self.key = Key()
         self.active: dict[str, bool] = {}
         self.runs: dict[Any, Run] = {}
+        self.compiled: dict[Any, Run] = {}  # the same, by what a compiler sees
         self.ways: dict[Any, Arguments | None] = {}  # arguments of each way that came later
         self.weights: dict[Any, set[frozenset[str]]] = {}  # which weights ran in each, attributes aside
 
     def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The gated forward of ``block``."""
-        run = self.runs.get(self._key(block, args, kwargs))
+        key = self._key(block, args, kwargs)
+        run = self.runs.get(key) or self.compiled.get(key)
         if run is None:
             run = self._extend(block, args, kwargs)
         return run(block, self.gates, *args, *kwargs.values())
@@ -111,7 +113,7 @@ class Gating:
         self.below |= flow.trace.below
         self.key |= flow.trace.key
         key = self._key(block, args, kwargs)
-        self.runs[key] = self.runs[Key.compiled(key)] = spliced.run
+        self.runs[key] = self.compiled[Key.compiled(key)] = spliced.run
         self.weights.setdefault((*key[:2], key[3]), set()).add(_weights(block, flow.trace))
         return spliced
 
@@ -172,7 +174,7 @@ class Gating:
                 f"{self._called(args, kwargs)}, and tracing it that way failed: {error}. Leave the block out "
                 f"(exclude={self.name or type(block).__name__!r}) or call it as on the example"
             ) from error
-        if len(set(self.runs.values())) == _MANY:
+        if len(self.runs) == _MANY:
             self._warn_of_many(type(block), args, kwargs)
         return spliced.run
 
@@ -247,7 +249,7 @@ class Gating:
 
     def forget(self) -> None:
         """Forgets every trace, so that the next call of each kind makes it anew."""
-        self.runs, self.weights = {}, {}
+        self.runs, self.compiled, self.weights = {}, {}, {}
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         called = spoken(args, kwargs)

@@ -123,7 +123,7 @@ def test_a_second_derivative_goes_through_rows_taken_again() -> None:
     model = skipping(
         randomise(nn.Sequential(Post(), Post(torch.tanh))).double(), example=IMAGE.double()
     ).train()
-    assert [gating.kept for _, _, gating in gated_blocks(model)] == [frozenset(), frozenset({0})]
+    assert [gating.saved for _, _, gating in gated_blocks(model)] == [frozenset(), frozenset({0})]
     x = torch.rand(3, 3, 2, 2, dtype=torch.float64, requires_grad=True)
 
     def run(x: Tensor) -> Tensor:

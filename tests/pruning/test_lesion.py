@@ -96,7 +96,7 @@ def test_several_at_once_and_the_printed_table() -> None:
         surgeon.lesion(MODEL, BATCHES, counts=[5], example=BATCHES[0][0])
 
 
-def test_the_picture_has_a_bar_for_each_branch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_picture_has_a_line_for_each_branch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figure = pytest.importorskip("matplotlib.figure").Figure
     drawn = []
     save = figure.savefig
@@ -104,7 +104,7 @@ def test_the_picture_has_a_bar_for_each_branch(tmp_path: Path, monkeypatch: pyte
     found = surgeon.lesion(MODEL, BATCHES, counts=[1, 3], draws=2, example=BATCHES[0][0])
     assert draw(found, tmp_path / "harm.png", "a net").read_bytes().startswith(b"\x89PNG")
     alone, together = drawn[0].axes
-    heights = [bar.get_height() for bar in alone.patches]
+    heights = list(alone.get_lines()[0].get_ydata())
     assert heights == [one.worth.accuracy for one in found] and alone.get_title("left") == "a net"
     chosen = together.get_lines()[0].get_ydata()
     assert list(chosen) == [found.full.accuracy, *(row.worth.accuracy for row in found.curve)]

@@ -103,7 +103,12 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def test_ctrl_c_says_how_to_go_on(small: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "surgeon", "finetune", small, "train.epochs=5000"]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=fresh())
+    # Where the tests run in the background, the shell has them ignore it.
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=fresh())
+    finally:
+        signal.signal(signal.SIGINT, heard)
     deadline = time.monotonic() + 240
     while not (tmp_path / "run" / "last.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
