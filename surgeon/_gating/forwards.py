@@ -265,7 +265,7 @@ class Gating:
 
     def __getstate__(self) -> dict[str, Any]:
         # Generated functions do not pickle; they are made again at the first call.
-        fresh: dict[str, Any] = {"runs": {}, "ways": {}, "weights": {}}
+        fresh: dict[str, Any] = {"runs": {}, "compiled": {}, "ways": {}, "weights": {}}
         return {**self.__dict__, **fresh, "below": self.below.portable(), "key": self.key.portable()}
 
 

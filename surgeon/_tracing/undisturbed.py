@@ -8,6 +8,7 @@ was: a forward that changes what it can reach has no graph that could stand for 
 
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -130,9 +131,12 @@ def untouched(
     weights = () if attributes_only else (*model.parameters(), *model.buffers())
     memory = [(t, t.data) for t in weights if not nn.parameter.is_lazy(t)]
     before = [_Attributes(f"{name}." if name else "", module) for name, module in model.named_modules()]
-    roots = {
+    every = {
         one.prefix + name: value for one in before for name, value in one.own.items() if _has(name, value)
     }
+    # Most are nn.Module's own nests, of hooks and the like, and empty: there is nothing to look into.
+    empty = {name: value for name, value in every.items() if type(value) in _NESTS and not value}
+    roots = {name: value for name, value in every.items() if name not in empty}
     reached = holders({**roots, **(beside or {})}, apart=model.modules())
     held: list[_Attributes | Holder] = [*before, *reached]
     for one in held:
@@ -144,11 +148,18 @@ def untouched(
         if changed is not None:
             changed += [name for one in before for name in one.moved()]
             changed += [holder.name for holder in reached if holder.changed()]
+            changed += [name for name, value in empty.items() if value]
         for one in held:
             one.put_back()
+        for value in empty.values():
+            if value:
+                value.clear()
         for tensor, data in memory:
             if not _same_memory(tensor, data):
                 tensor.data = data
+
+
+_NESTS = (dict, OrderedDict, list, set)
 
 
 def _has(name: str, value: Any) -> bool:
