@@ -37,7 +37,9 @@ def _run(page: Path) -> str:
 
 
 def _marked(page: Path) -> object:
-    return pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW else [], id=page.name)
+    return pytest.param(
+        page, marks=[pytest.mark.slow, pytest.mark.timeout(900)] if page.name in SLOW else [], id=page.name
+    )
 
 
 @pytest.mark.parametrize("page", [_marked(page) for page in RUN])
