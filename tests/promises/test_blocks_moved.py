@@ -325,6 +325,7 @@ def test_load_of_save_is_the_identity_after_any_moves(scaling: str, data: st.Dat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("scaling", SCALINGS)
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)

@@ -53,8 +53,8 @@ def fresh(**more: str) -> dict[str, str]:
     ("kills", "processes"),
     [
         pytest.param(3, 1),
-        pytest.param(20, 1, marks=pytest.mark.slow),
-        pytest.param(20, 2, marks=pytest.mark.slow),
+        pytest.param(20, 1, marks=[pytest.mark.slow, pytest.mark.timeout(3000)]),
+        pytest.param(20, 2, marks=[pytest.mark.slow, pytest.mark.timeout(3000)]),
     ],
 )
 def test_killed_at_random_points_it_goes_on_to_the_same_bits(
