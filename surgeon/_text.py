@@ -4,6 +4,7 @@ The command prints the same parts; it adds colour and fits them into the termina
 """
 
 import html
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
@@ -30,14 +31,14 @@ class Part:
     lines: tuple[str, ...] = ()
 
 
-class Drawn:
+class Drawn(ABC):
     """A result that draws itself, as text, as HTML in a notebook, and as plain values for JSON."""
 
     __slots__ = ()
 
+    @abstractmethod
     def parts(self) -> Sequence[Part]:
         """What there is to show."""
-        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain values."""
@@ -55,8 +56,8 @@ class Listed(Drawn, Generic[Entry]):
 
     __slots__ = ()
 
-    def _entries(self) -> Sequence[Entry]:
-        raise NotImplementedError
+    @abstractmethod
+    def _entries(self) -> Sequence[Entry]: ...
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries())

@@ -118,11 +118,11 @@ def _labelled(name: str, value: Any, thing: Any) -> Iterator[tuple[str, Any]]:
     """What a thing holds that may hold something itself, by name."""
     if thing is not value:  # the attributes of an object
         # What a module has of nn.Module leads to all of a network, where the module is another block's.
-        hidden = "_" if isinstance(value, nn.Module) else "\0"
+        own = not isinstance(value, nn.Module)
         return (
             (f"{name}.{key}", item)
             for key, item in thing.items()
-            if not key.startswith(hidden) and not isinstance(item, _OPAQUE)
+            if (own or key[0] != "_") and not isinstance(item, _OPAQUE)
         )
     if isinstance(thing, dict):
         return (
