@@ -161,19 +161,28 @@ def outputs(text: str, gated: bool, changes: bool) -> list[Tensor] | None:
     return found
 
 
-def check(seed: int) -> bool:
+def agree(place: str, text: str, changes: bool) -> bool:
     """Whether a gate went in; fails if it changed what a call gives."""
-    rng = random.Random(seed)  # noqa: S311
-    place = list(PLACES)[seed % len(PLACES)]
-    text = source(
-        place, rng.choice(USES), rng.choice(("never", "never", "before", "after")), rng.random() < 0.3
-    )
-    changes = rng.random() < 0.5
     plain, gated = outputs(text, False, changes), outputs(text, True, changes)
     assert plain is not None
     for call, (a, b) in enumerate(zip(plain, gated or plain, strict=True)):
         assert torch.allclose(a, b, atol=1e-6), f"{place}, call {call}, changed outside: {changes}\n{text}"
     return gated is not None
+
+
+def check(seed: int) -> bool:
+    """`agree`, of a block written at random."""
+    rng = random.Random(seed)  # noqa: S311
+    place = list(PLACES)[seed % len(PLACES)]
+    text = source(
+        place, rng.choice(USES), rng.choice(("never", "never", "before", "after")), rng.random() < 0.3
+    )
+    return agree(place, text, rng.random() < 0.5)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_change_from_outside_is_followed_wherever_the_number_lies(place: str) -> None:
+    agree(place, source(place, USES[0], "never", False), changes=True)
 
 
 @pytest.mark.filterwarnings("ignore:.*has been traced for")
