@@ -39,7 +39,7 @@ from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import AverageMeter, ModelEmaV3, accuracy
+from timm.utils import AverageMeter, ModelEmaV3, accuracy, distribute_bn
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -311,6 +311,11 @@ class Trainer:
             if self.accelerator.sync_gradients:
                 self.after_step(losses.val, rate)
             advance()
+        # Each process has seen images of its own; evaluation, and a run that is resumed, want one network.
+        if (processes := self.accelerator.num_processes) > 1:
+            for model in (self.model, self.average):
+                if model is not None:
+                    distribute_bn(model, processes, reduce=True)
         if self.ramp:
             self.ramp.step()
         return {"train_loss": losses.avg, "lr": rate, "images": losses.count * self.accelerator.num_processes}

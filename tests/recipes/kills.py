@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from surgeon import _recipes
@@ -52,9 +53,9 @@ def start(options: list[str], processes: int) -> list[int]:
     return children
 
 
-def finish(children: list[int], seconds: float | None = None) -> bool:
-    """Waits for the processes, or kills them after so long; whether they ended well, and by themselves."""
-    began = time.monotonic()
+def finish(children: list[int], due: Callable[[], bool] = lambda: False) -> bool:
+    """Waits for the processes, or kills them once that is due; whether they ended well, and by themselves."""
+    killed = False
     left = dict.fromkeys(children)
     ended = []
     while left:
@@ -63,43 +64,56 @@ def finish(children: list[int], seconds: float | None = None) -> bool:
             if found:
                 del left[child]
                 ended.append(status)
-        if seconds is not None and time.monotonic() - began > seconds:
+        if not killed and due():
             for child in left:
                 os.kill(child, signal.SIGKILL)
-            seconds = None
+            killed = True
         time.sleep(0.01)
-    if any(os.WIFEXITED(status) and os.WEXITSTATUS(status) for status in ended) and seconds is not None:
+    if any(os.WIFEXITED(status) and os.WEXITSTATUS(status) for status in ended) and not killed:
         sys.exit("a process failed by itself")
     return all(status == 0 for status in ended)
+
+
+def after(epochs: int, seconds: float, metrics: Path) -> Callable[[], bool]:
+    """Due so long after so many epochs are written, or after the start where they are written already."""
+    since: list[float] = []
+
+    def due() -> bool:
+        if not since and written(metrics) >= epochs:
+            since.append(time.monotonic())
+        return bool(since) and time.monotonic() - since[0] > seconds
+
+    return due
+
+
+def written(metrics: Path) -> int:
+    text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.exists() else ""
+    return text.count('"kind": "epoch"')
 
 
 def main() -> None:
     folder, kills, processes = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     draw = random.Random(int(sys.argv[5]))  # noqa: S311 - no secret
     began = time.monotonic()
-    if not finish(start([f"output={folder / 'whole'}"], processes), 10_000.0):
+    if not finish(start([f"output={folder / 'whole'}"], processes)):
         sys.exit("the run without kills failed")
     whole, parts = time.monotonic() - began, folder / "parts"
+    epochs, metrics = written(folder / "whole" / "metrics.jsonl"), parts / "metrics.jsonl"
     done = ended = 0
     while done < kills:
         resume = (parts / "last.pt").exists()
         options = [f"output={parts}", "resume=true" if resume else "overwrite=true"]
-        if finish(start(options, processes), draw.uniform(0.05, 0.6) * whole):
+        moment = after(draw.randrange(epochs), draw.uniform(0, 0.2) * whole, metrics)
+        if finish(start(options, processes), moment):
             parts.rename(folder / f"parts{ended}")  # it came to its end; another one begins
             ended += 1
             continue
         done += 1
-        epochs = sum('"epoch", "epoch"' in line for line in _lines(parts / "metrics.jsonl"))
-        print(
-            f"killed {done}, {'going on' if resume else 'from the start'}, after epoch {epochs}", flush=True
-        )
+        how = "going on" if resume else "from the start"
+        print(f"killed {done}, {how}, after epoch {written(metrics)}", flush=True)
     resume = "resume=true" if (parts / "last.pt").exists() else "overwrite=true"
-    if not finish(start([f"output={parts}", resume], processes), 10_000.0):
+    if not finish(start([f"output={parts}", resume], processes)):
         sys.exit("the run after the kills failed")
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -52,7 +53,8 @@ def fresh(**more: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("kills", "processes"),
     [
-        pytest.param(3, 1),
+        (3, 1),
+        (3, 2),
         pytest.param(20, 1, marks=[pytest.mark.slow, pytest.mark.timeout(3000)]),
         pytest.param(20, 2, marks=[pytest.mark.slow, pytest.mark.timeout(3000)]),
     ],
@@ -64,6 +66,7 @@ def test_killed_at_random_points_it_goes_on_to_the_same_bits(
     ran = subprocess.run(script, capture_output=True, text=True, check=False, env=fresh(), timeout=3000)
     assert ran.returncode == 0, ran.stderr[-2000:] + ran.stdout[-500:]
     assert ran.stdout.count("killed ") == kills
+    assert re.search(r"after epoch [1-9]", ran.stdout), "no kill came after an epoch"
     ends = sorted(tmp_path.glob("parts*"))
     for parts in ends:
         left_the_same(tmp_path / "whole", parts)
