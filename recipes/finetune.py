@@ -311,14 +311,17 @@ class Trainer:
             if self.accelerator.sync_gradients:
                 self.after_step(losses.val, rate)
             advance()
-        # Each process has seen images of its own; evaluation, and a run that is resumed, want one network.
-        if (processes := self.accelerator.num_processes) > 1:
-            for model in (self.model, self.average):
-                if model is not None:
-                    distribute_bn(model, processes, reduce=True)
+        self.share_statistics()
         if self.ramp:
             self.ramp.step()
         return {"train_loss": losses.avg, "lr": rate, "images": losses.count * self.accelerator.num_processes}
+
+    def share_statistics(self) -> None:
+        """Makes one network of what the processes hold, each of which saw its own images."""
+        processes = self.accelerator.num_processes
+        for model in (self.model, self.average):
+            if processes > 1 and model is not None:
+                distribute_bn(model, processes, reduce=True)
 
     def distance(self, images: torch.Tensor) -> torch.Tensor:
         """How far features are from those of the pretrained network at its full depth: 1 - cosine."""

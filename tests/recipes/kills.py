@@ -75,7 +75,7 @@ def finish(children: list[int], due: Callable[[], bool] = lambda: False) -> bool
 
 
 def after(epochs: int, seconds: float, metrics: Path) -> Callable[[], bool]:
-    """Due so long after so many epochs are written, or after the start where they are written already."""
+    """Due so long after so many epochs are written: after the start, where they are written already."""
     since: list[float] = []
 
     def due() -> bool:
@@ -103,7 +103,10 @@ def main() -> None:
     while done < kills:
         resume = (parts / "last.pt").exists()
         options = [f"output={parts}", "resume=true" if resume else "overwrite=true"]
-        moment = after(draw.randrange(epochs), draw.uniform(0, 0.2) * whole, metrics)
+        reached = written(metrics) if resume else 0
+        moment = after(
+            draw.randint(min(reached, epochs - 1), epochs - 1), draw.uniform(0, 0.1) * whole, metrics
+        )
         if finish(start(options, processes), moment):
             parts.rename(folder / f"parts{ended}")  # it came to its end; another one begins
             ended += 1

@@ -66,7 +66,7 @@ def test_killed_at_random_points_it_goes_on_to_the_same_bits(
     ran = subprocess.run(script, capture_output=True, text=True, check=False, env=fresh(), timeout=3000)
     assert ran.returncode == 0, ran.stderr[-2000:] + ran.stdout[-500:]
     assert ran.stdout.count("killed ") == kills
-    assert re.search(r"after epoch [1-9]", ran.stdout), "no kill came after an epoch"
+    assert re.search(r"after epoch [1-4]", ran.stdout), "no kill came between two epochs"
     ends = sorted(tmp_path.glob("parts*"))
     for parts in ends:
         left_the_same(tmp_path / "whole", parts)
