@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon._torch import FakeTensorMode, fake_of, no_dispatch
+from surgeon._torch import FakeTensor, FakeTensorMode, fake_of, no_dispatch
 from surgeon._tracing.nests import mapped
 from surgeon.errors import TraceError
 
@@ -27,7 +27,12 @@ NESTED = (
 
 def storage(tensor: Tensor) -> int:
     """An identity of the memory behind a tensor, equal for views of it; a sparse one is its own."""
-    return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else id(tensor)
+    try:  # the layout of a fake tensor is asked for in Python, and this runs for every operator
+        if type(tensor) is FakeTensor or tensor.layout == torch.strided:
+            return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError:
+        pass
+    return id(tensor)
 
 
 class Shadows:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
-from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,6 +23,7 @@ from surgeon._tracing.leaves import applying
 from surgeon._tracing.nests import tensors
 from surgeon._tracing.outside import cached_functions
 from surgeon._tracing.state import PLAIN
+from surgeon._tracing.undisturbed import replaced
 from surgeon.errors import TraceError
 
 
@@ -72,33 +72,27 @@ def guarded(tracer: Listener, block: nn.Module) -> Iterator[None]:
         TraceError: From within, when the forward opens an autocast region, say, or checkpoints a function
             of its own.
     """
-    with ExitStack() as stack:
-
-        def patch(owner: Any, name: str, guard: Callable[..., Any]) -> None:
-            stack.enter_context(mock.patch.object(owner, name, guard))
-
-        for region, what in _REGIONS:
-            refused = _refusing(tracer, region.__enter__, f"part of its forward runs under its own {what}")
-            patch(region, "__enter__", refused)
-        for cls in _GRAD_REGIONS:
-            patch(cls, "__enter__", _entering(tracer, cls.__enter__))
-            patch(cls, "__exit__", _leaving(tracer, cls.__exit__))
-        for name in _QUESTIONS:
-            patch(torch, name, _noting(tracer, getattr(torch, name)))
-        asks = "its forward asks for the inference mode"  # no trace runs in it
-        patch(torch, "is_inference_mode_enabled", _refusing(tracer, torch.is_inference_mode_enabled, asks))
-        for name in _FACTORIES:
-            patch(torch, name, _factory(tracer, getattr(torch, name)))
-        patch(type(torch.autograd.Function), "__getattribute__", _looking_up(tracer))
-        patch(nn.Module, "__init__", _making(tracer))
-        for name in _UNBOUND:
-            patch(Tensor, name, _unbound(tracer, name))
-        for owner, name in CHECKPOINTS:
-            original = getattr(owner, name)
-            seen = name == "_checkpoint_impl"
-            why = "its forward calls torch.utils.checkpoint"
-            patch(owner, name, _checkpointing(tracer, original) if seen else _refusing(tracer, original, why))
-        patch(torch.jit.ScriptFunction, "__call__", _scripted(tracer))
+    asks = "its forward asks for the inference mode"  # no trace runs in it
+    changes: list[tuple[Any, str, Any]] = [
+        *((cls, "__enter__", _entering(tracer, cls.__enter__)) for cls in _GRAD_REGIONS),
+        *((cls, "__exit__", _leaving(tracer, cls.__exit__)) for cls in _GRAD_REGIONS),
+        *((torch, name, _noting(tracer, getattr(torch, name))) for name in _QUESTIONS),
+        (torch, "is_inference_mode_enabled", _refusing(tracer, torch.is_inference_mode_enabled, asks)),
+        *((torch, name, _factory(tracer, getattr(torch, name))) for name in _FACTORIES),
+        (type(torch.autograd.Function), "__getattribute__", _looking_up(tracer)),
+        (nn.Module, "__init__", _making(tracer)),
+        *((Tensor, name, _unbound(tracer, name)) for name in _UNBOUND),
+        (torch.jit.ScriptFunction, "__call__", _scripted(tracer)),
+    ]
+    for region, what in _REGIONS:
+        refused = _refusing(tracer, region.__enter__, f"part of its forward runs under its own {what}")
+        changes.append((region, "__enter__", refused))
+    for owner, name in CHECKPOINTS:
+        original, why = getattr(owner, name), "its forward calls torch.utils.checkpoint"
+        seen = name == "_checkpoint_impl"
+        guard = _checkpointing(tracer, original) if seen else _refusing(tracer, original, why)
+        changes.append((owner, name, guard))
+    with replaced(*changes), ExitStack() as stack:
         for function, put in cached_functions(block):
             put(_cached(tracer, function))
             stack.callback(put, function)
@@ -171,7 +165,7 @@ def _leaving(tracer: Listener, leave: Callable[..., Any]) -> Callable[..., Any]:
 def line() -> str:
     """Where in the user's own code the trace is, `` (model.py:12)``; ``""`` if that cannot be told."""
     frame = sys._getframe()
-    own = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), str(Path(mock.__file__).parent))
+    own = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
     found: Any = frame
     while found is not None and found.f_code.co_filename.startswith(own):
         found = found.f_back

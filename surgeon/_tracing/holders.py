@@ -7,6 +7,7 @@ defaults of functions, context variables; so far that no ordinary model ends it,
 import argparse
 import copy
 import functools
+import operator
 import threading
 import types
 from collections import deque
@@ -157,12 +158,12 @@ def contents(cell: types.CellType) -> list[Any]:
 
 def all_is(now: list[Any], before: list[Any]) -> bool:
     """Whether two lists hold the very same objects."""
-    return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
+    return len(now) == len(before) and all(map(operator.is_, now, before))
 
 
 def same(now: list[Any], before: list[Any]) -> bool:
     """Whether two lists hold the same objects, or equal ones that are plain."""
-    return len(now) == len(before) and all(map(same_value, now, before))
+    return all_is(now, before) or (len(now) == len(before) and all(map(same_value, now, before)))
 
 
 def same_value(now: Any, before: Any) -> bool:

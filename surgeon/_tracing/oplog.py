@@ -182,12 +182,13 @@ class OpLog(TorchDispatchMode):
         return self.shadow(value) if isinstance(value, Tensor) else value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "prim":  # where a tensor is, and the like
+            return func(*args, **(kwargs or {}))
         # A real tensor (a weight, a buffer) must not reach the operator: an in-place one would write to it.
         args, kwargs = mapped(self._shadowed, (args, kwargs or {}))
-        if func.namespace == "prim":
-            return func(*args, **kwargs)
         read = tensors((args[1:] if form_only(func) else args, kwargs))
-        bits = [self._ancestry.get(storage(t), 0) for t in read]
+        memory = [storage(t) for t in read]
+        bits = [self._ancestry.get(m, 0) for m in memory]
         active = sum(1 for b in bits if b & self._inputs)
         out = func(*args, **kwargs)
         written = tensors(out)
@@ -199,7 +200,7 @@ class OpLog(TorchDispatchMode):
         elif adds:
             adds = active > 1 or any(a & b for a, b in itertools.combinations(bits, 2)) or len(read) == 1
             (self.additions if adds else self.biases)[self.stack[-1]] += terms - 1
-        self.touched.update([storage(t) for t in read])
+        self.touched.update(memory)
         union = functools.reduce(operator.or_, bits, 0)
         for t in written if union else ():
             self._mark(t, union)
@@ -209,7 +210,7 @@ class OpLog(TorchDispatchMode):
                 dim = (args[1] if len(args) > 1 else 0) % written[0].ndim
                 self._stacks[len(self.steps) - 1] = dim, len(read), self.stack[-1]
         weighted = any(b and not b & self._inputs for b in bits)
-        self.ops.append(_op(func, args, kwargs, out, read, active, weighted))
+        self.ops.append(_op(func, args, kwargs, out, memory, active, weighted))
         return out
 
     def _adds_features(self, args: Any) -> bool:
@@ -228,14 +229,13 @@ class OpLog(TorchDispatchMode):
         return count if over and owner == self.stack[-1] else 0
 
 
-def _op(func: Any, args: Any, kwargs: Any, out: Any, read: list[Tensor], active: int, weighted: bool) -> Op:
+def _op(func: Any, args: Any, kwargs: Any, out: Any, memory: list[int], active: int, weighted: bool) -> Op:
     packet = func.overloadpacket
     made = tensors(out)
     random = made[0].numel() if torch.Tag.nondeterministic_seeded in func.tags and made else 0
     flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
     depthwise = family(func) is Family.CONVOLUTIONS and args[1].shape[1] == 1 and args[0].shape[1] > 1
-    given = {storage(t) for t in read}
-    new = [t for t in made if t.is_floating_point() and not func.is_view and storage(t) not in given]
+    new = [t for t in made if t.is_floating_point() and not func.is_view and storage(t) not in memory]
     return Op(
         func,
         active,

@@ -56,7 +56,10 @@ def _cleaned(places: list[Namespace], left: list[str]) -> Iterator[None]:
             unclean = [h for h in _holders(place.values()) if _clean(h, before.get(id(h), []))]
             left += [f"a {type(holder).__name__} that is not its own" for holder in unclean]
         for globals_, old in values:
-            for name in [name for name, value in globals_.items() if _is_fake(value)]:
+            new = [name for name, value in globals_.items() if value is not old.get(name)]
+            for name in new:
+                if not isinstance(globals_[name], _FAKES):
+                    continue
                 if isinstance(globals_[name], fx.Proxy):
                     left.append(f"{name}, which is not its own")
                 if name in old:
@@ -185,10 +188,6 @@ def _clean(holder: Any, before: list[Any]) -> bool:
     for held in new:
         _take_out(holder, held)
     return any(_holds(item, (fx.Proxy,)) for item in new)
-
-
-def _is_fake(value: Any) -> bool:
-    return isinstance(value, _FAKES)
 
 
 def _holds(value: Any, kinds: tuple[type, ...], depth: int = 3) -> bool:

@@ -12,13 +12,13 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
-from unittest import mock
 
 from torch import Tensor, nn
 
 from surgeon._torch import MODULE_GETATTR
 from surgeon._tracing.holders import same_value
 from surgeon._tracing.state import PLAIN, attribute, draws_numbers, held_by, is_iterator, is_library, state
+from surgeon._tracing.undisturbed import replaced
 from surgeon.errors import TraceError
 
 # What PyTorch itself keeps on a module, and surgeon on a gated block.
@@ -99,11 +99,11 @@ def noted(block: nn.Module, reads: Reads, tracer: "Listener") -> Iterator[None]:
             reads.fetched[prefixes[id(found)][:-1]] = found
         return found
 
-    with (
-        mock.patch.object(*MODULE_GETATTR, look_further),
-        mock.patch.object(nn.Module, "__getattribute__", read),
-        mock.patch.object(nn.Module, "__setattr__", _refusing(nn.Module.__setattr__, prefixes, tracer)),
-        mock.patch.object(nn.Module, "__delattr__", _refusing(nn.Module.__delattr__, prefixes, tracer)),
+    with replaced(
+        (*MODULE_GETATTR, look_further),
+        (nn.Module, "__getattribute__", read),
+        (nn.Module, "__setattr__", _refusing(nn.Module.__setattr__, prefixes, tracer)),
+        (nn.Module, "__delattr__", _refusing(nn.Module.__delattr__, prefixes, tracer)),
     ):
         yield
 

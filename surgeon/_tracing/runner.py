@@ -1,7 +1,10 @@
 """Runs the nodes of a block's graph on fake values while it is traced, and notes what each of them does."""
 
+import functools
 import operator
+import types
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from surgeon._tracing.leaves import called, checkpointed
 from surgeon._tracing.nests import tensors
 from surgeon._tracing.oplog import Op, OpLog
 from surgeon._tracing.record import Call
-from surgeon._tracing.state import PLAIN, draws
+from surgeon._tracing.state import PLAIN, draws, is_library
 from surgeon._tracing.undisturbed import generators_kept, untouched
 from surgeon.errors import TraceError
 
@@ -132,7 +135,10 @@ class Runner:
         """Runs a child, whose random numbers are its own affair unless it hands them to the forward."""
         drawn, changed = draws(), list[str]()
         # A hook on the child may change what the block holds; that is no doing of the forward's either.
-        with generators_kept(), untouched(self.block, changed, attributes_only=True):
+        guard = (
+            nullcontext() if _only_library(child) else untouched(self.block, changed, attributes_only=True)
+        )
+        with generators_kept(), guard:
             value = child(*args, **kwargs)
             if not tensors(value) and draws() != drawn:
                 raise TraceError(DRAWS)
@@ -150,6 +156,20 @@ class Runner:
         if child:
             return [(nest, Holder.of("", nest)) for nest in nests]
         return [(nest, holder) for nest in nests for holder in holders({"": nest})]
+
+
+def _only_library(child: nn.Module) -> bool:
+    """Whether a child runs no code but PyTorch's own, which keeps what it changes to itself."""
+    return all(
+        is_library(type(module).__module__)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not any(isinstance(value, _CODE) for value in vars(module).values())
+        for module in child.modules()
+    )
+
+
+_CODE = (types.FunctionType, types.MethodType, functools.partial)
 
 
 def _mutable(tree: Any) -> Any:

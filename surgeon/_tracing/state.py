@@ -21,7 +21,7 @@ CONSTANTS = (type(None), bool, str, Enum, torch.dtype, torch.device, torch.memor
 PLAIN = (*CONSTANTS, int, float)
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
 _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "sympy", "surgeon"}
-_ATOMS = frozenset({type(None), bool, str, int, float, torch.dtype, torch.device, torch.Size})
+ATOMS = frozenset({type(None), bool, str, int, float, torch.dtype, torch.device, torch.Size})
 
 
 def is_library(module: str | None) -> bool:
@@ -57,11 +57,7 @@ def state(value: Any) -> Any:
     A tensor counts by its rank, a module by its class, a function as itself.
     """
     made = type(value)
-    if (
-        made in _ATOMS
-        or made is types.FunctionType
-        or (made is tuple and _ATOMS.issuperset(map(type, value)))
-    ):
+    if made in ATOMS or made is types.FunctionType or (made is tuple and ATOMS.issuperset(map(type, value))):
         return value  # as most are: at once
     return _state(value, ())
 
@@ -98,7 +94,7 @@ def _parts(value: Any, above: tuple[int, ...]) -> Any:  # noqa: C901, PLR0911 - 
     def each(items: Any) -> tuple[Any, ...]:
         found = tuple(items)
         # At once where there is nothing to take apart, as in a table of a thousand names.
-        plain = _ATOMS.issuperset(map(type, found))
+        plain = ATOMS.issuperset(map(type, found))
         return found if plain else tuple([_state(item, above) for item in found])
 
     if isinstance(value, (list, tuple, deque)):
@@ -144,7 +140,11 @@ def _numbers(value: Any) -> bytes:
 
 def is_iterator(value: Any) -> bool:
     """Whether values are taken from it, which then are gone."""
-    return hasattr(type(value), "__next__") and not isinstance(value, (nn.Module, Tensor))
+    return (
+        type(value) not in ATOMS
+        and hasattr(type(value), "__next__")
+        and not isinstance(value, (nn.Module, Tensor))
+    )
 
 
 def draws_numbers(value: Any) -> bool:

@@ -6,6 +6,7 @@ numbers. What it leaves behind on fake tensors must not stay. `undisturbed` take
 was: a forward that changes what it can reach has no graph that could stand for it.
 """
 
+import operator
 import random
 import sys
 from collections import OrderedDict
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from surgeon._tracing.fake import coins_stopped
-from surgeon._tracing.holders import Holder, all_is, holders, same_value, stand_in
+from surgeon._tracing.holders import Holder, holders, same_value, stand_in
 from surgeon._tracing.outside import nothing_left_outside
-from surgeon._tracing.state import PLAIN, is_iterator
+from surgeon._tracing.state import ATOMS, PLAIN, is_iterator
 
 
 @contextmanager
@@ -71,6 +72,25 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextmanager
+def replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Inside, attributes (owner, name, value) of classes and files have other values."""
+    before = [(owner, name, vars(owner).get(name, _ABSENT)) for owner, name, _ in changes]
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in reversed(before):
+            if value is _ABSENT:  # a class has it from another one
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+
+
+_ABSENT = object()
 
 
 @contextmanager
@@ -128,15 +148,10 @@ def untouched(
         left: A list for what has held a proxy in the files of the model, in words.
         attributes_only: Leave the memory of weights alone, and the variables of the model's files.
     """
-    weights = () if attributes_only else (*model.parameters(), *model.buffers())
-    memory = [(t, t.data) for t in weights if not nn.parameter.is_lazy(t)]
     before = [_Attributes(f"{name}." if name else "", module) for name, module in model.named_modules()]
-    every = {
-        one.prefix + name: value for one in before for name, value in one.own.items() if _has(name, value)
-    }
-    # Most are nn.Module's own nests, of hooks and the like, and empty: there is nothing to look into.
-    empty = {name: value for name, value in every.items() if type(value) in _NESTS and not value}
-    roots = {name: value for name, value in every.items() if name not in empty}
+    weights = [] if attributes_only else [tensor for one in before for tensor in one.weights()]
+    memory = [(t, t.data) for t in weights if not nn.parameter.is_lazy(t)]
+    roots, empty = _nests_and_objects(before)
     reached = holders({**roots, **(beside or {})}, apart=model.modules())
     held: list[_Attributes | Holder] = [*before, *reached]
     for one in held:
@@ -159,12 +174,24 @@ def untouched(
                 tensor.data = data
 
 
-_NESTS = (dict, OrderedDict, list, set)
+def _nests_and_objects(modules: list["_Attributes"]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The attributes that may lead to more, by name, and the nests that are empty.
+
+    Most are nn.Module's own, of hooks and the like, and empty: there is nothing to look into. What a gated
+    block learns while one looks at it stays.
+    """
+    roots, empty = dict[str, Any](), dict[str, Any]()
+    for one in modules:
+        for name, value in one.own.items():
+            if type(value) in _NESTS:
+                (roots if value else empty)[one.prefix + name] = value
+            elif type(value) not in ATOMS and name != "_surgeon" and not isinstance(value, _ENDS):
+                roots[one.prefix + name] = value
+    return roots, empty
 
 
-def _has(name: str, value: Any) -> bool:
-    """Whether an attribute may lead to more; what a gated block learns while one looks at it stays."""
-    return name != "_surgeon" and not isinstance(value, (Tensor, nn.Module, *PLAIN))
+_NESTS = {dict, OrderedDict, list, set}
+_ENDS = (Tensor, nn.Module, *PLAIN)
 
 
 class _Attributes:
@@ -175,8 +202,13 @@ class _Attributes:
         self.own = dict(module.__dict__)
         self.lent = self.own
 
+    def weights(self) -> list[Tensor]:
+        held = (*self.module._parameters.values(), *self.module._buffers.values())
+        return [tensor for tensor in held if tensor is not None]
+
     def lend(self) -> None:
-        taken = {name: value for name, value in self.own.items() if is_iterator(value)}
+        values = [(name, value) for name, value in self.own.items() if type(value) not in _NESTS]
+        taken = {name: value for name, value in values if is_iterator(value)}
         if taken:
             lent = {name: stand_in(f"self.{self.prefix}{name}", value) for name, value in taken.items()}
             self.lent = self.own | lent
@@ -185,6 +217,8 @@ class _Attributes:
     def moved(self) -> list[str]:
         """The names of what is other now, come or gone."""
         now = self.module.__dict__
+        if _all_is(now, self.lent):
+            return []
         names = [name for name in (*now, *(self.lent.keys() - now.keys())) if name != "_surgeon"]
         return [
             self.prefix + name
@@ -193,13 +227,17 @@ class _Attributes:
         ]
 
     def put_back(self) -> None:
-        now = self.module.__dict__
-        if now.keys() != self.own.keys() or not all_is(list(now.values()), list(self.own.values())):
+        if not _all_is(self.module.__dict__, self.own):
             self._set(self.own)
 
     def _set(self, attributes: dict[str, Any]) -> None:
         # At one stroke: another thread that runs the module must never find it bare.
         object.__setattr__(self.module, "__dict__", attributes)
+
+
+def _all_is(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether the same names stand for the very same objects, in the same order."""
+    return [*now] == [*before] and all(map(operator.is_, now.values(), before.values()))
 
 
 def _same_memory(tensor: Tensor, data: Tensor) -> bool:
