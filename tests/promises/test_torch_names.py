@@ -1,6 +1,7 @@
 """Private names of PyTorch: in one file, each there and doing what surgeon takes it to do, or refused."""
 
 import ast
+import logging
 import re
 import subprocess
 import sys
@@ -85,10 +86,13 @@ def test_real_numbers_can_be_read_within_a_fake_mode() -> None:
 
 
 def test_the_logger_of_fake_tensors_tells_of_a_fake_run_that_fails(caplog: pytest.LogCaptureFixture) -> None:
-    with private.FakeTensorMode() as mode:
-        x = mode.from_tensor(torch.ones(2, 2))
-        with pytest.raises(RuntimeError):
-            torch.ops.aten.mm(x, x.new_empty(3, 3))
+    log = logging.getLogger(private.FAKE_LOG)
+    log.addHandler(caplog.handler)  # PyTorch 2.6 hands nothing on to the root
+    try:
+        with private.FakeTensorMode() as mode, pytest.raises(RuntimeError):
+            torch.ops.aten.mm(mode.from_tensor(torch.ones(2, 2)), mode.from_tensor(torch.ones(3, 3)))
+    finally:
+        log.removeHandler(caplog.handler)
     assert {record.name for record in caplog.records} == {private.FAKE_LOG}
 
 
@@ -129,8 +133,7 @@ def test_vmap_is_seen_and_other_transforms_are_not() -> None:
 
 
 def test_saving_may_change_but_not_under_a_transform() -> None:
-    here = private.saves_may_change()
-    assert here or torch.__version__ < "2.7"
+    assert private.saves_may_change() is not torch.__version__.startswith("2.6.")
     with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
         assert not private.saves_may_change()
 
