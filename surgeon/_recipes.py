@@ -41,7 +41,7 @@ def load(name: str = "finetune") -> ModuleType:
 
     Raises:
         UsageError: If there is no such recipe; the message lists those there are.
-        SurgeonError: If a package that the recipe needs is not installed.
+        SurgeonError: If a package that the recipe needs is not installed, or too old.
     """
     folder = locate()
     if not (folder / f"{name}.py").is_file():
@@ -51,10 +51,11 @@ def load(name: str = "finetune") -> ModuleType:
         sys.path.insert(0, str(folder))
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
+    except SurgeonError:  # an unsupported PyTorch, say, which is an ImportError as well
+        raise
+    except ImportError as error:
         raise SurgeonError(
-            f"the recipe {name} needs {error.name}, which is not installed: "
-            "pip install 'depth-surgeon[recipes]'"
+            f"the recipe {name} cannot start ({error}): pip install 'depth-surgeon[recipes]'"
         ) from error
 
 

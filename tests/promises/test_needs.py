@@ -112,6 +112,21 @@ def test_the_command_says_what_it_is_made_with() -> None:
     assert done.stderr == "surgeon: the surgeon command needs click (not installed): pip install click\n"
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("sys.modules['pydantic'] = None", "import of pydantic halted"),
+        ("import timm.models; del timm.models.save_for_hf", "cannot import name 'save_for_hf'"),
+    ],
+)
+def test_a_recipe_says_what_is_missing_or_too_old(change: str, why: str) -> None:
+    run = "from surgeon.__main__ import main; sys.argv[1:] = ['finetune', 'digits']; main()"
+    done = without(f"{change}\n{run}")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"surgeon: the recipe finetune cannot start ({why}"), done.stderr
+    assert done.stderr.endswith("): pip install 'depth-surgeon[recipes]'\n")
+
+
 def test_an_old_version_is_named_with_the_one_that_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     for old, enough in {"0.6.2": False, "0.7.2": True, "0.7.10": True, "0.8.0.dev20": True}.items():
         monkeypatch.setattr("surgeon._needs.version", lambda name, old=old: old)
