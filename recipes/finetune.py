@@ -44,6 +44,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import surgeon
+from surgeon._needs import need_export
 
 Metrics = dict[str, float]
 
@@ -52,6 +53,8 @@ def main(config: str, overrides: list[str], *, dry_run: bool = False, quiet: boo
     """Runs the whole job; returns its figures and the files it wrote ({} on further processes)."""
     settings = load_config(config, overrides)
     check_network(settings.model)
+    if settings.deliver.onnx:
+        need_export("deliver.onnx=true")
     if not dry_run:
         return run(settings, quiet=quiet)
     with TemporaryDirectory() as folder:

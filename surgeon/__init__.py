@@ -87,23 +87,16 @@ _HOMES = {
     "status": "_surgery",
     "verify": "_onnx.verify",
 }
-_RUNS_ONNX = ("onnx", "onnx-ir", "onnxruntime")
-# Older versions of onnxscript leave control flow in plain graphs.
-_NEEDS = {
-    "export": (*_RUNS_ONNX, "onnxscript>=0.7.2"),
-    "latency": (*_RUNS_ONNX, "onnxscript>=0.7.2"),
-    "verify": _RUNS_ONNX,
-}
 
 
 def __getattr__(name: str) -> Any:
     """Loads a function's room when it is first asked for: the command line answers before torch loads."""
     if name not in _HOMES:
         raise AttributeError(f"module 'surgeon' has no attribute {name!r}")
-    if name in _NEEDS:
-        from surgeon._needs import need
+    if name in ("export", "latency", "verify"):
+        from surgeon._needs import EXPORTS, RUNS_ONNX, need
 
-        need(f"surgeon.{name}", *_NEEDS[name])
+        need(f"surgeon.{name}", *(RUNS_ONNX if name == "verify" else EXPORTS))
     found = getattr(importlib.import_module(f"surgeon.{_HOMES[name]}"), name)
     globals()[name] = found
     return found

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from surgeon.errors import MissingPackageError
 
 _IMPORTED_AS = {"onnx-ir": "onnx_ir"}
+RUNS_ONNX = ("onnx", "onnx-ir", "onnxruntime")
+EXPORTS = (*RUNS_ONNX, "onnxscript>=0.7.2")  # older versions leave control flow in plain graphs
 
 
 def need(what: str, *packages: str) -> None:
@@ -25,6 +27,19 @@ def need(what: str, *packages: str) -> None:
         told = " and ".join(f"{package.replace('>=', ' from ')} ({_wrong(package)})" for package in wrong)
         quoted = " ".join(f"'{package}'" if ">" in package else package for package in wrong)
         raise MissingPackageError(f"{what} needs {told}: pip install {quoted}")
+
+
+def need_export(what: str) -> None:
+    """Checks that an ONNX file can be made here, before ``what`` begins to work.
+
+    Raises:
+        MissingPackageError: As in `need`.
+        UnsupportedTorchError: The exporter of this version of PyTorch will not do.
+    """
+    from surgeon._torch import check_exporter
+
+    need(what, *EXPORTS)
+    check_exporter(what)
 
 
 def installed(name: str) -> str | None:

@@ -139,16 +139,17 @@ FAKE_LOG = FakeTensorMode.__module__
 EXPORT_LOGS = ("torch.onnx", "torch.export", "torch.fx", "torch._dynamo", "torch._export")
 
 
-def check_exporter() -> None:
-    """Checks that this PyTorch can export to ONNX.
+def check_exporter(what: str) -> None:
+    """Checks that this PyTorch can export to ONNX, before ``what`` begins to work.
 
     Raises:
         UnsupportedTorchError: It cannot; the message has the way out.
     """
     if torch.__version__.startswith(f"{_EXPORTS_AFTER}."):
         raise UnsupportedTorchError(
-            f"the ONNX exporter of PyTorch {torch.__version__} fails on most networks: save a fold here, "
-            "surgeon.save_checkpoint(surgeon.fold(model), path), and export that with a newer one"
+            f"{what} cannot be done by PyTorch {torch.__version__}, whose ONNX exporter fails on most "
+            "networks: save a fold, surgeon.save_checkpoint(surgeon.fold(model), path), and export that with "
+            "a newer one"
         )
 
 

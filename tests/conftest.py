@@ -3,11 +3,14 @@
 import functools
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 
-from surgeon._torch import NEWEST
+from surgeon._torch import NEWEST, check_exporter
+from surgeon.errors import UnsupportedTorchError
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +42,28 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     if torch.__version__.startswith(f"{NEWEST}."):
         config.addinivalue_line("filterwarnings", "error")
+
+
+@contextmanager
+def _exported() -> Iterator[None]:
+    """A test that comes to an export is skipped where PyTorch cannot, with what surgeon says of it."""
+    try:
+        yield
+    except UnsupportedTorchError as error:
+        try:
+            check_exporter("an export")
+        except UnsupportedTorchError:
+            pytest.skip(str(error))
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Iterator[Any]:
+    with _exported():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[Any]:
+    with _exported():
+        return (yield)

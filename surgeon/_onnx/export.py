@@ -107,7 +107,7 @@ def export(  # noqa: PLR0913 - each a decision of its own, by keyword only
         (True, True)
     """
     started = time.perf_counter()
-    check_exporter()
+    check_exporter("surgeon.export")
     place = destination(path, overwrite=overwrite)
     check_plain(model)
     _check_choices(opset, dtype, optimize)

@@ -32,6 +32,7 @@ from surgeon._onnx.signature import Signature, evaluating_copy, signature
 from surgeon._pruning.choose import Costs
 from surgeon._pruning.trial import Trial
 from surgeon._text import Drawn, Part
+from surgeon._torch import check_exporter
 from surgeon._tracing.example import Example
 from surgeon.errors import ExportError, PruneError, UsageError
 
@@ -72,6 +73,7 @@ def latency(model: nn.Module, example: Example = None, *, batch: int = 1, rounds
         rounds: How often each file runs.
 
     Raises:
+        UnsupportedTorchError: The exporter of this version of PyTorch will not do.
         NoResidualsError: The model has no residual add.
         ExportError: It does not export.
 
@@ -80,6 +82,7 @@ def latency(model: nn.Module, example: Example = None, *, batch: int = 1, rounds
         >>> model = timm.create_model("test_resnet", num_classes=10)
         >>> costs = surgeon.latency(model, example=torch.zeros(1, 3, 64, 64))
     """
+    check_exporter("surgeon.latency")
     trial = Trial(model, example=example)
     makes = dict[Any, list[str]]()
     for residual in trial.deleter.analysis.findings.residuals:

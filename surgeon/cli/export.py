@@ -100,7 +100,9 @@ def command(  # noqa: PLR0913 - one for each option
     """
     import surgeon
     from surgeon._files import destination
+    from surgeon._needs import need_export
 
+    need_export("surgeon export")
     place = destination(output, overwrite=overwrite)
     if int8 is not None and fp16:
         raise UsageError("--int8 and --fp16 are two forms of one file; give one of them")

@@ -16,6 +16,7 @@ from surgeon._files import beside, settle
 from surgeon._gating.block import NOTE
 from surgeon._gating.gated import gated_network, recorded_inputs
 from surgeon._meter import DepthMeter
+from surgeon._needs import need_export
 from surgeon._note import put_note
 from surgeon._plain import check_plain
 from surgeon._ramp import Ramp
@@ -39,6 +40,7 @@ class GateTraining:
 
     Raises:
         UsageError: ``onnx`` without a folder.
+        MissingPackageError, UnsupportedTorchError: ``onnx``, and nothing can be exported here.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class GateTraining:
     ) -> None:
         if onnx and deliver is None:
             raise UsageError("onnx=True needs a folder for the file: deliver='...'")
+        if onnx:
+            need_export("onnx=True")
         self.settings, self.onnx, self.example = dict(ramp) if ramp else None, onnx, example
         self.folder = None if deliver is None else Path(deliver)
         self.model: nn.Module | None = None

@@ -3,14 +3,19 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import surgeon
+from surgeon import _recipes
 from surgeon._needs import installed, need
-from surgeon.errors import MissingPackageError
+from surgeon.cli.main import main
+from surgeon.errors import MissingPackageError, SurgeonError
+from surgeon.integrations.core import GateTraining
 
 ROOT = Path(__file__).resolve().parents[2]
 BESIDE = ("click", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "pydantic", "rich", "timm", "torchvision")
@@ -137,11 +142,33 @@ def test_an_old_version_is_named_with_the_one_that_is_needed(monkeypatch: pytest
             need("surgeon.export", "onnxscript>=0.7.2")
 
 
-def test_export_asks_before_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(vars(surgeon), "export", raising=False)
-    monkeypatch.setattr("surgeon._needs.version", lambda name: "0.6.2")
-    with pytest.raises(MissingPackageError, match="onnxscript"):
-        surgeon.export(None, "never.onnx")
+WHERE: dict[str, Callable[[], Any]] = {
+    "surgeon.export": lambda: surgeon.export(None, "never.onnx"),
+    "surgeon.latency": lambda: surgeon.latency(None),
+    "onnx=True": lambda: GateTraining(deliver="never", onnx=True),
+    "surgeon export": lambda: CliRunner().invoke(main, ["export", "never:made", "-o", "never.onnx"]).stderr,
+    "deliver.onnx=true": lambda: _recipes.load().main("digits", ["deliver.onnx=true", "output=never"]),
+}
+LACKS = {
+    "a package": ("surgeon._needs.version", lambda name: "0.6.2", "needs onnxscript from 0.7.2 (0.6.2 is"),
+    "PyTorch": ("torch.__version__", "2.6.0+cu1", "cannot be done by PyTorch 2.6.0+cu1, whose ONNX exporter"),
+}
+
+
+@pytest.mark.parametrize(("what", "call"), WHERE.items(), ids=WHERE)
+@pytest.mark.parametrize(("name", "value", "why"), LACKS.values(), ids=LACKS)
+def test_an_export_is_refused_before_any_work(
+    what: str, call: Callable[[], Any], name: str, value: Any, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for asked in ("export", "latency"):
+        monkeypatch.delitem(vars(surgeon), asked, raising=False)
+    monkeypatch.setattr(name, value)
+    try:
+        said = call()
+    except SurgeonError as error:
+        said = str(error)
+    assert said.removeprefix("surgeon: ").startswith(f"{what} {why}")
+    assert not Path("never").exists()
 
 
 def test_a_package_of_another_name_with_the_same_module_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
