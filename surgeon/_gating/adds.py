@@ -1,5 +1,6 @@
 """What stands for a residual add whose branch is computed: masked in training, scaled in evaluation."""
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -41,8 +42,13 @@ def evaluating_add(gate: Gate, shortcut: Tensor, branch: Tensor, onto: str) -> T
     return combine(shortcut, evaluating_value(gate, branch), onto)
 
 
-def combine(shortcut: Tensor, branch: Tensor, onto: str) -> Tensor:
-    """Adds the two sides as the original did: into one, ``"shortcut"`` or ``"branch"``, or apart (``""``)."""
-    if not onto:
-        return shortcut + branch
-    return shortcut.add_(branch) if onto == "shortcut" else branch.add_(shortcut)
+def combine(shortcut: Tensor, branch: Tensor, onto: str, factor: float = 1.0) -> Tensor:
+    """Adds the two sides as the original did: into one, ``"shortcut"`` or ``"branch"``, or apart (``""``).
+
+    The branch is multiplied by ``factor`` on the way, in one operator with the sum where that is possible.
+    """
+    if onto == "branch":
+        return (branch if factor == 1.0 else branch * factor).add_(shortcut)
+    if factor == 1.0:
+        return shortcut.add_(branch) if onto else shortcut + branch
+    return shortcut.add_(branch, alpha=factor) if onto else torch.add(shortcut, branch, alpha=factor)

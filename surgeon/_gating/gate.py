@@ -171,22 +171,25 @@ class Gate:
 
         Draws as timm's ``DropPath`` does, from PyTorch's generator of the branch's device.
         """
-        rows, shape = 1, [1] * branch.ndim
+        shape, rate, ranks = [1] * branch.ndim, self.drop_rate, self.decided.ranks
         if self.decided.unit == "sample":
-            rows = shape[self.branch.dim] = branch.shape[self.branch.dim]
-        if self.decided.ranks is not None and not coins.stopped:
-            mask = (self.decided.ranks.numbers(self, rows) < self.survival).view(shape).to(branch)
+            shape[self.branch.dim] = branch.shape[self.branch.dim]
+        if ranks is not None and not coins.stopped:
+            mask = (ranks.numbers(self, math.prod(shape)) < 1 - rate).view(shape).to(branch)
         elif is_compiling():
-            keep = self.keep.to(branch.device)
-            kept = torch.rand(shape, device=branch.device) < keep
-            return (kept * (self.scale / keep)).to(branch.dtype)
+            return self._mask_in_graph(branch, shape)
         else:
-            mask = branch.new_empty(shape).bernoulli_(self.survival)
+            mask = branch.new_empty(shape).bernoulli_(1 - rate)
         if self.tally is not None:
             self._note(mask.detach().float().mean())
         if self.scale == 1.0:
-            return mask.div_(self.survival)
+            return mask.div_(1 - rate)
         return mask.mul_(self.correction())
+
+    def _mask_in_graph(self, branch: Tensor, shape: list[int]) -> Tensor:
+        keep = self.keep.to(branch.device)
+        kept = torch.rand(shape, device=branch.device) < keep
+        return (kept * (self.scale / keep)).to(branch.dtype)
 
     def survives(self) -> bool:
         """Tosses the coin for the whole mini-batch, on the CPU generator: no device is waited for."""
@@ -236,12 +239,12 @@ class Gate:
         return (torch.arange(most, device=device) < survivors) * (self.scale / keep)
 
     def rows(self, count: int, kept: int, device: torch.device) -> Tensor:
-        """Which ``kept`` of ``count`` rows survive, in ascending order; every such set is equally likely."""
+        """Which ``kept`` of ``count`` rows survive, in any order; every such set is equally likely."""
         if self.decided.ranks is None:
             order = torch.randperm(count, device=device)
         else:
             order = self.decided.ranks.numbers(self, count).argsort().to(device)
-        return order[:kept].sort().values
+        return order[:kept]
 
     def numbers(self, count: int) -> Tensor:
         """So many numbers in [0, 1), from the CPU's generator or the one that the ranks share."""

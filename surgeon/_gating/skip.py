@@ -5,7 +5,7 @@ With survival probability ``p`` and evaluation scale ``c``, unit ``"sample"`` ru
 rounded up or down at random so that its mean is ``p B``; hence each row survives with probability exactly
 ``p``, and its expectation is ``c * branch(x)``. ``k = 0`` is the shortcut, ``k = B`` the plain sum.
 
-Rows are gathered and added back by their number, in ascending order, by the functions of `_gating.rowops`.
+Rows are gathered and added back by their number, by the functions of `_gating.rowops`.
 """
 
 import warnings
@@ -143,7 +143,7 @@ def _whole(
     result = lifted.run(block, *inputs)
     if gate.watch is not None:
         shortcut, result = gate.watch.see(shortcut, result)
-    return combine(shortcut, result if factor == 1.0 else result * factor, onto)
+    return combine(shortcut, result, onto, factor)
 
 
 def _put_back(into: Tensor, result: Tensor, rows: Tensor, factor: float, onto: str) -> Tensor:

@@ -81,7 +81,7 @@ class Key:
         return (
             block.training,
             self.way(args, kwargs),
-            tuple([state(attribute(block, name)) for name in self.attributes]),
+            tuple([state(attribute(block, name)) for name in self.attributes]) if self.attributes else (),
             ambient() if self.ambient else None,
             forward,
             # A compiler would guard on whole files: for it they are as they were when the trace was made.
@@ -99,7 +99,7 @@ class Key:
         """The part of that which the arguments have."""
         return (
             tuple([kind(value, self.exact) for value in args]),
-            tuple([(name, kind(value, self.exact)) for name, value in kwargs.items()]),
+            tuple([(name, kind(value, self.exact)) for name, value in kwargs.items()]) if kwargs else (),
             self._kinds(args, kwargs) if self.given else (),
         )
 

@@ -62,7 +62,10 @@ def test_hazards_against_their_hand_written_gates(hazard: type[Any], unit: str, 
         ref, ref_dx, ref_dw = step(plain, by_hand(plain, hand_gate(factor)), X)
         if unit == "sample" or not hazard.skips:  # computed and multiplied by zero: zero gradients, not none
             ref_dw, dw = with_zeros(ref_dw, plain), with_zeros(dw, gated)
-        assert same(out, ref)
+        if unit == "batch" and scaling == "inverted":  # multiplied and added by one operator, rounded once
+            torch.testing.assert_close(out, ref)
+        else:
+            assert same(out, ref)
         torch.testing.assert_close(dx, ref_dx)
         assert {n for n, d in dw.items() if d is None} == {n for n, d in ref_dw.items() if d is None}
         for n, d in dw.items():
