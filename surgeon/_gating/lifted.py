@@ -97,11 +97,13 @@ class Lifted:
 
     def types(self, block: nn.Module) -> frozenset[torch.dtype]:
         """The types of its weights. They may change at any time, so this asks each, without detours."""
-        found, todo = set[torch.dtype](), [attribute(block, name) for name in self.owns]
+        found, children = set[torch.dtype](), block._modules
+        todo: list[Any] = [children.get(name) or attribute(block, name) for name in self.owns]
         while todo:
             one = todo.pop()
             if isinstance(one, nn.Module):
-                todo += one._modules.values()
+                if one._modules:
+                    todo += one._modules.values()
                 found.update([t.dtype for t in one._parameters.values() if t is not None])
             elif isinstance(one, Tensor):
                 found.add(one.dtype)
