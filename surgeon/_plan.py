@@ -24,7 +24,7 @@ from surgeon._torch import pytree
 from surgeon._tracing.example import Example, inputs
 from surgeon.errors import AlreadyGatedError, UsageError
 
-_TOLD = ("shortcut", "branch", "replaces", "shape", "parameters", "activations")
+_TOLD = ("shortcut", "branch", "replaces", "shape", "parameters", "activations", "paths")
 
 
 @dataclass(frozen=True, eq=False)

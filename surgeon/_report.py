@@ -61,7 +61,7 @@ class PlannedGate(GateStatus):
     """One gate that a plan puts in.
 
     Attributes:
-        shortcut, branch, replaces, shape, parameters, activations: As in `Residual`.
+        shortcut, branch, replaces, shape, parameters, activations, paths: As in `Residual`.
         place: The l of the schedules' formulas: the number of its block, from 1.
     """
 
@@ -71,6 +71,7 @@ class PlannedGate(GateStatus):
     shape: tuple[int, ...] = ()
     parameters: int = 0
     activations: int = 0
+    paths: int = 0
     place: int = 0
 
 

@@ -70,7 +70,8 @@ def command(
     found = {"model": subject.spec, **plan.to_dict()}
     if plan.gates:
         if place is not None:
-            _write(place, {**found, "unit": unit, "scaling": settings["scaling"]})
+            asked = {"unit": unit, "scaling": settings["scaling"], "joins": plan.settings.paths}
+            _write(place, found | asked)
             out.note(f"surgeon: the page is in {page}")
         more = {"measured": steps.to_dict()} if steps else {}
         parts = (*plan.parts(every=out.verbose), *(steps.parts() if steps else ()))
