@@ -143,6 +143,13 @@ def _parameters(entry: Entry) -> int:
     return sum(parameter.numel() for parameter in build(entry, device="meta").parameters())
 
 
+def read_operators_once() -> None:
+    """The exporter reads its operators' source anew at each call; forked processes inherit one reading."""
+    read_once = functools.cache(_registration.ONNXRegistry.from_torchlib)
+    read_once()
+    _registration.ONNXRegistry.from_torchlib = staticmethod(read_once)
+
+
 @click.command()
 @click.option(
     "--match", multiple=True, default=["*"], help="Glob pattern on families, as timm.models.resnet."
@@ -159,10 +166,7 @@ def main(match: tuple[str, ...], resume: bool, jobs: int, limit: float, rows: Pa
         forget(rows, {(entry.library, entry.name) for entry in chosen}, {"onnx"})
     done = {(row["library"], row["model"]) for row in read(rows) if row.get("onnx") == "passed"}
     todo = [entry for entry in chosen if (entry.library, entry.name) not in done]
-    # The exporter reads the source of its operators anew at each call; forked processes inherit one reading.
-    read_once = functools.cache(_registration.ONNXRegistry.from_torchlib)
-    read_once()
-    _registration.ONNXRegistry.from_torchlib = staticmethod(read_once)
+    read_operators_once()
     zoo.STAGES["onnx"] = onnx
     zoo._run([zoo.Job(entry, "onnx", _GB) for entry in todo], rows, jobs, limit, jobs * _GB)
     sys.exit(any(row["stage"] == "onnx" and row.get("onnx") != "passed" for row in read(rows)))
