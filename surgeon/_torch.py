@@ -16,6 +16,7 @@ from torch import Tensor
 from surgeon.errors import UnsupportedTorchError
 
 __all__ = [
+    "CHECK",
     "CHECKPOINTS",
     "COMPILED",
     "EXPORT_LOGS",
@@ -89,6 +90,10 @@ try:
     _symbolic_trace._orig_module_getattr  # noqa: B018 - asked for, so that it is missed here
     # What `assert` on a tensor becomes in a graph.
     traced_assert = torch._assert
+
+    # What `torch._check` and its kin come to, which take no proxy for a truth value.
+    CHECK = torch, "_check_with"
+    torch._check_with  # noqa: B018 - asked for, so that it is missed here
 
     # Functionalisation, of which torch.func.functionalize shows no more than the end.
     to_functional = torch._to_functional_tensor

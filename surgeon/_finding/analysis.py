@@ -239,7 +239,8 @@ class _Scan:
         return shared
 
     def _traced_anew(self, call: Call, arguments: _Arguments) -> _Traced:
-        replays = self.recording.replays(call) if self.recording.training else {}
+        # A child that changes what is not its own has to be seen doing so.
+        replays = self.recording.replays(call) if self.recording.training and not call.changed else {}
         leaves = below(self.recording, call, self.adders)
         try:
             flow = Flow(trace(call.module, *arguments, replays, leaves))

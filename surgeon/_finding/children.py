@@ -29,7 +29,7 @@ def below(recording: Recording, call: Call, adders: Container[int]) -> Below:
         adding.update(paths[one.module] for one in children)
         todo += children
     opened = frozenset(adding | _holding_drops(recording, call, paths))
-    return Below(opened, _stand_ins(recording, call, paths) if recording.log.real else {})
+    return Below(opened, {} if recording.training else _stand_ins(recording, call, paths))
 
 
 def hand_out_both(recording: Recording, call: Call, flow: Flow, found: Sequence[Addition]) -> frozenset[str]:
@@ -107,4 +107,5 @@ def _stand_in(recording: Recording, call: Call) -> StandIn | None:
     form = output.shape, output.dtype, output.device
     given = enumerate(tensors((call.args, call.kwargs)))
     place = next((place for place, t in given if (t.shape, t.dtype, t.device) == form), None)
-    return None if place is None else StandIn(place, tuple(recording.log.ops[call.first_op : call.last_op]))
+    ops = tuple(recording.log.ops[call.first_op : call.last_op])
+    return None if place is None else StandIn(place, ops, draws=recording.log.real)

@@ -79,6 +79,9 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func in _APART:
+            with self:
+                return _APART[func](*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.replace("::", ".")
         made = _tensors(result)
@@ -125,6 +128,14 @@ class Recorder(TorchDispatchMode):
         else:
             self.constants.append(tensor)
         return value
+
+
+def _gated(value: Tensor, dim: int = -1) -> Tensor:
+    value, gate = torch.split(value, value.shape[dim] // 2, dim)
+    return value * torch.sigmoid(gate)
+
+
+_APART = {torch.ops.aten.glu.default: _gated}  # operators that stand for others, whose laws are known
 
 
 def _tensors(nest: Any) -> list[Tensor]:

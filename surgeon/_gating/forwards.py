@@ -209,7 +209,7 @@ class Gating:
                 own = None
             if own is None and shown:
                 self.optional.add(ordinal)
-            if own is None and ordinal not in self.optional:
+            if own is None and ordinal not in self.optional and self._runs(flow, place):
                 name = gate_name(self.name, ordinal)
                 raise UnseenCallError(
                     f"{self.name or 'the model'} is called in a way in which it does not perform the gated "
@@ -218,6 +218,12 @@ class Gating:
             if own is not None:
                 chosen[place] = replace(own, ordinal=ordinal)
         return chosen
+
+    def _runs(self, flow: Flow, place: int) -> bool:
+        """Whether the branch of a gate runs in a trace, as far as its layers and weights tell."""
+        gate, sides = self.gates[place], self.traits[place].sides
+        own = sides[self.sides.get(gate.branch.ordinal) == "left"]
+        return not own or not own.isdisjoint(str(node.target) for node in flow.order)
 
     def _features(self, flow: Flow) -> dict[int, Addition]:
         """The same where the gates are on new features, of which a block makes as many in each way."""

@@ -160,7 +160,7 @@ def form_only(func: Any) -> bool:
 
 _ADDERS = {
     *("sub", "rsub", "lerp", "addmm", "addmv", "addbmm", "baddbmm"),
-    *("index_add", "scatter_add", "foreach_add"),
+    *("index_add", "scatter_add", "foreach_add", "index_put"),
 }
 
 

@@ -12,11 +12,13 @@ class StandIn:
 
     Attributes:
         place: Among the tensors it gets, the one whose shape and type its result has.
-        ops: The operators that ran in it on real ones.
+        ops: The operators that ran in it where it did run.
+        draws: Whether it stands for one that draws random numbers, too; else that is a coin of its own.
     """
 
     place: int
     ops: tuple[Op, ...] = field(compare=False)
+    draws: bool
 
 
 @dataclass(frozen=True, slots=True)

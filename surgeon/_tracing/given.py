@@ -6,6 +6,8 @@ object whose methods answered a question is noted as a whole. Lists, dicts and d
 `surgeon._tracing.state.kind` covers what is in them.
 """
 
+import inspect
+import itertools
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
@@ -101,3 +103,11 @@ def _covers(nest: Any, node: fx.Node) -> bool:
     if node.target is getattr:
         return is_dataclass(nest) or (isinstance(nest, tuple) and hasattr(nest, "_fields"))
     return isinstance(nest, (list, tuple, dict))
+
+
+def argument_names(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Readable, distinct placeholder names for the arguments as called."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    named = itertools.takewhile(lambda p: p.kind is not inspect.Parameter.VAR_POSITIONAL, parameters)
+    names = [parameter.name for parameter in named][: len(args)]
+    return [*names, *(f"arg_{place}" for place in range(len(names), len(args))), *kwargs]

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from surgeon._torch import CHECKPOINTS, pytree
+from surgeon._torch import CHECK, CHECKPOINTS, pytree
 from surgeon._tracing.leaves import applying
 from surgeon._tracing.nests import tensors
 from surgeon._tracing.outside import cached_functions
@@ -79,6 +79,7 @@ def guarded(tracer: Listener, block: nn.Module) -> Iterator[None]:
         *((torch, name, _noting(tracer, getattr(torch, name))) for name in _QUESTIONS),
         (torch, "is_inference_mode_enabled", _refusing(tracer, torch.is_inference_mode_enabled, asks)),
         *((torch, name, _factory(tracer, getattr(torch, name))) for name in _FACTORIES),
+        (*CHECK, _checking(tracer, getattr(*CHECK))),
         (type(torch.autograd.Function), "__getattribute__", _looking_up(tracer)),
         (nn.Module, "__init__", _making(tracer)),
         *((Tensor, name, _unbound(tracer, name)) for name in _UNBOUND),
@@ -113,6 +114,13 @@ def _refusing(tracer: Listener, original: Callable[..., Any], why: str) -> Any:
         raise TraceError(f"{why}{line()}")
 
     return _answering(tracer, original, answer)
+
+
+def _checking(tracer: Listener, check: Callable[..., Any]) -> Any:
+    def answer(error: type[Exception], condition: Any, message: Any = None) -> None:
+        check(error, bool(condition), message)
+
+    return _answering(tracer, check, answer)
 
 
 def _factory(tracer: Listener, factory: Callable[..., Any]) -> Any:

@@ -7,6 +7,7 @@ defaults of functions, context variables; so far that no ordinary model ends it,
 import argparse
 import copy
 import functools
+import io
 import operator
 import threading
 import types
@@ -34,7 +35,8 @@ class Holder:
 
     Attributes:
         name: What it is called from the model on.
-        thing: A nest, the attributes of an object, an object with slots, a cell, a context variable.
+        thing: A nest, a small array, the attributes of an object, an object with slots, a cell, a
+            context variable.
         items: What it held; names count as well.
         lent: What it has held since its iterators were exchanged for others; None if it has none.
     """
@@ -83,26 +85,35 @@ def holders(roots: Mapping[str, Any], apart: Iterable[nn.Module] = ()) -> list[H
         name, value, depth = todo.popleft()
         if isinstance(value, _OPAQUE) or id(value) in known or depth > _DEEP:
             continue
-        thing = _thing(value)
-        if thing is None:
+        held = thing(value)
+        if held is None:
             todo.extend((name, part, depth) for part in _parts(value))
-        elif id(thing) not in found:
-            found[id(thing)] = Holder.of(name, thing)
-            if len(found[id(thing)].items) < _MANY:
-                todo.extend((label, item, depth + 1) for label, item in _labelled(name, value, thing))
+        elif id(held) not in found:
+            found[id(held)] = Holder.of(name, held)
+            if len(found[id(held)].items) < _MANY:
+                todo.extend((label, item, depth + 1) for label, item in _labelled(name, value, held))
     return list(found.values())
 
 
-def _thing(value: Any) -> Any:
+def thing(value: Any) -> Any:
     """What of a value holds others; None if nothing does, or what its parts do."""
     if isinstance(value, (*_NESTS, types.CellType, ContextVar)):
         return value
     if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
         return None
     if is_library(type(value).__module__) and not isinstance(value, (*_NAMESPACES, nn.Module)):
-        return None
+        return None if _memory(value) is None else value
     held = getattr(value, "__dict__", None)
     return value if not held and held_by(value) else held
+
+
+def _memory(value: Any) -> memoryview | None:
+    """The bytes of an array that may be written to; None of one that is large, and of what is none."""
+    try:
+        memory = memoryview(value).cast("B")
+    except (TypeError, ValueError):
+        return None
+    return None if memory.readonly or len(memory) > _MANY else memory
 
 
 def _parts(value: Any) -> Iterable[Any]:
@@ -141,6 +152,9 @@ def _items(thing: Any) -> list[Any]:
         return [thing.get(_EMPTY)]
     if isinstance(thing, _NESTS):
         return list(thing)
+    memory = _memory(thing)
+    if memory is not None:
+        return list(memory)
     held = held_by(thing)
     return [*held.keys(), *held.values()]
 
@@ -187,6 +201,8 @@ def _fill(thing: Any, items: list[Any]) -> None:
     elif isinstance(thing, ContextVar):
         if items[0] is not _EMPTY:
             thing.set(items[0])
+    elif (memory := _memory(thing)) is not None:
+        memory[:] = bytes(items)
     elif not isinstance(thing, (tuple, frozenset)):
         for name, value in zip(items[:half], items[half:], strict=True):
             setattr(thing, name, value)
@@ -216,8 +232,15 @@ def _closes(value: Any) -> bool:
     return hasattr(type(value), "__del__") and not isinstance(value, types.GeneratorType)
 
 
+def _is_written(value: Any) -> bool:
+    """Whether a value is a file to write to, such as a log, from which nothing is taken."""
+    return isinstance(value, io.IOBase) and not value.closed and value.writable()
+
+
 def stand_in(name: str, value: Any) -> Any:
     """An iterator that goes on where another one is, without taking from that."""
+    if _is_written(value):
+        return value
     if _closes(value):
         return _Untakable(name, type(value))
     try:

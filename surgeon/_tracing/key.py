@@ -83,7 +83,7 @@ class Key:
             self.way(args, kwargs),
             tuple([state(attribute(block, name)) for name in self.attributes]) if self.attributes else (),
             ambient() if self.ambient else None,
-            forward,
+            (forward, _missing(block)),
             # A compiler would guard on whole files: for it they are as they were when the trace was made.
             tuple([state(one.value()) for one in self.variables])
             if self.variables and not torch.compiler.is_compiling()
@@ -107,6 +107,12 @@ class Key:
         values = [*args, *kwargs.values()]
         found = [(_reached(values, path), whole) for path, whole in self.given.items()]
         return tuple([state(value) if whole else kind(value, self.exact) for value, whole in found])
+
+
+def _missing(block: nn.Module) -> tuple[str, ...]:
+    """The children, weights and buffers of a block that are None, which code asks for first."""
+    held = (block._modules, block._parameters, block._buffers)
+    return tuple([name for one in held for name, value in one.items() if value is None])
 
 
 class _Absent(Enum):

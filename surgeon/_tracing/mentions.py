@@ -26,6 +26,7 @@ _FUNCTIONS = 200  # looked into for one forward
 _ITEMS = 64  # of a nest that counts as plain
 _DEEP = 3  # settings in settings
 _NESTS = (list, tuple, set, frozenset, dict)
+_CODE = (types.FunctionType, types.BuiltinFunctionType, type, functools.partial)  # in a table of activations
 _CLASS = {"isinstance", "type", "__class__"}
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace, threading.local)
 
@@ -204,5 +205,5 @@ def _is_plain(value: Any, depth: int = _DEEP) -> bool:
         if len(value) > _ITEMS or not depth:
             return False
         items = [*value, *value.values()] if type(value) is dict else list(value)
-        return all(_is_plain(item, depth - 1) for item in items)
+        return all(isinstance(item, _CODE) or _is_plain(item, depth - 1) for item in items)
     return issubclass(type(value), (*PLAIN, ContextVar))

@@ -108,7 +108,7 @@ class OpLog(TorchDispatchMode):
         self._ancestry: dict[int, int] = {}
         self._alive: list[Any] = []
         self.steps: list[Step] = []
-        self._stacks: dict[int, tuple[int, int, int]] = {}
+        self._pieces: dict[int, tuple[int, int, int]] = {}
         self._made_at: dict[int, int] = {}
         self.touched: set[int] = set()
 
@@ -195,7 +195,8 @@ class OpLog(TorchDispatchMode):
         terms = self._terms(family(func), args, read)
         adds = terms > 1 and bool(active) and _numbers(written[0])
         if may_add(func):
-            adds = self._adds_features(args)
+            put = family(func) is Family.PUTS and args[3:4] != (True,)  # in the place of what was there
+            adds = not put and self._adds_features(args)
             self.additions[self.stack[-1]] += adds
         elif adds:
             adds = active > 1 or any(a & b for a, b in itertools.combinations(bits, 2)) or len(read) == 1
@@ -206,9 +207,8 @@ class OpLog(TorchDispatchMode):
             self._mark(t, union)
         if active and written and not func.is_view:
             self._step(written, read, adds=adds, op=len(self.ops))
-            if family(func) is Family.STACKS and active > 1:
-                dim = (args[1] if len(args) > 1 else 0) % written[0].ndim
-                self._stacks[len(self.steps) - 1] = dim, len(read), self.stack[-1]
+            if family(func) in {Family.STACKS, Family.CATS} and active > 1:
+                self._note_pieces(written[0], read, args[1] if len(args) > 1 else 0)
         weighted = any(b and not b & self._inputs for b in bits)
         self.ops.append(_op(func, args, kwargs, out, memory, active, weighted))
         return out
@@ -219,14 +219,21 @@ class OpLog(TorchDispatchMode):
         return _numbers(onto) and self.active(onto) and any(_numbers(t) and self.active(t) for t in others)
 
     def _terms(self, kind: Family | None, args: Any, read: list[Tensor]) -> int:
-        """How many tensors the operator adds up: two, or those that were stacked just before; else 0."""
+        """How many tensors the operator adds up: two, or those that were put together before; else 0."""
         if kind in {Family.SUMS, Family.FUSED}:
             return 2 if len(read) > 1 else 0
         if kind is not Family.REDUCTIONS or len(args) < 2 or not args[1]:
             return 0
-        dim, count, owner = self._stacks.get(self.made_at(read[0]), (-1, 0, -1))
-        over = any(d % read[0].ndim == dim for d in args[1])
+        apart, count, owner = self._pieces.get(self.made_at(read[0]), (-1, 0, -1))
+        over = any((read[0].stride(d), read[0].shape[d]) == (apart, count) for d in args[1])
         return count if over and owner == self.stack[-1] else 0
+
+    def _note_pieces(self, whole: Tensor, pieces: list[Tensor], dim: int) -> None:
+        """Notes how far apart the pieces lie that are put together: views change no strides."""
+        sizes = {piece.shape[dim] if piece.ndim == whole.ndim else 1 for piece in pieces}
+        if len(sizes) == 1 and whole.layout == torch.strided:
+            apart = sizes.pop() * whole.stride(dim)
+            self._pieces[len(self.steps) - 1] = apart, len(pieces), self.stack[-1]
 
 
 def _op(func: Any, args: Any, kwargs: Any, out: Any, memory: list[int], active: int, weighted: bool) -> Op:

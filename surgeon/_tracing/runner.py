@@ -99,7 +99,8 @@ class Runner:
             value = self._call(node, args, kwargs)
         except Exception:
             given = tensors((args, kwargs))
-            if stands is None or stands.place >= len(given):
+            drawn = any(op.random for op in self.log.ops[start:])
+            if stands is None or stands.place >= len(given) or (drawn and not stands.draws):
                 raise
             self.stood[str(node.target)] = stands
             return given[stands.place].clone(), stands.ops

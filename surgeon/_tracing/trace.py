@@ -69,7 +69,8 @@ def trace(
             tracer.made.clear()
             moved = [name for name, value in _around(block, found).items() if [value] != [around[name]]]
     _check_steady(found, tracer, changed, left, moved)
-    for name in (*found.attributes, *(reads.fetched if found.classes else ())):
+    parents = [f"{name}._modules" for name, module in reads.fetched.items() if module._modules]
+    for name in (*found.attributes, *((*reads.fetched, *parents) if found.classes else ())):
         reads.note(name, attribute(block, name), own=True)
     for path in below.opened:
         reads.note(f"{path}.@forward", plain_forward(block.get_submodule(path)), own=True)

@@ -11,13 +11,10 @@ whether it draws random numbers.
 """
 
 import builtins
-import inspect
-import itertools
 import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -29,10 +26,10 @@ from surgeon._tracing.blame import asks_numbers, is_internal
 from surgeon._tracing.canonical import canonical
 from surgeon._tracing.children import Below
 from surgeon._tracing.facts import Fact, numbers_asked
-from surgeon._tracing.given import Given
+from surgeon._tracing.given import Given, argument_names
 from surgeon._tracing.guards import line
 from surgeon._tracing.leaves import checkpointed, under
-from surgeon._tracing.nests import tensors
+from surgeon._tracing.nests import alike, parts, tensors
 from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.proxy import ValueProxy, isinstance_, sees
 from surgeon._tracing.reads import Reads, noted
@@ -108,7 +105,7 @@ class BlockTracer(fx.Tracer):
                 raise
 
     def create_args_for_root(self, _root_fn: Any, _is_module: bool, _concrete_args: Any = None) -> Any:
-        names = _argument_names(self._forward, self.args, self.kwargs)
+        names = argument_names(self._forward, self.args, self.kwargs)
         values = [*self.args, *self.kwargs.values()]
         given = [self._placeholder(*one) for one in zip(range(len(names)), names, values, strict=True)]
         split = len(self.args)
@@ -158,11 +155,8 @@ class BlockTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
             return a.node
-        if is_dataclass(a) and not isinstance(a, type):
-            held = {f.name: getattr(a, f.name) for f in fields(a)}
-            return self._emit("call_function", type(a), (), held).node
-        if isinstance(a, tuple) and hasattr(a, "_fields"):
-            return self._emit("call_function", type(a), tuple(a), {}).node
+        if (made_of := parts(a)) is not None:
+            return self._made_anew(a, *made_of)
         known = not isinstance(a, Tensor) or isinstance(a, nn.Parameter) or a in self.tensor_attrs
         if not known and not any(a is b for b in self.root.buffers()):
             raise TraceError("its forward uses a tensor that is no parameter, buffer or attribute")
@@ -174,6 +168,14 @@ class BlockTracer(fx.Tracer):
             with self.deaf():
                 self._wrap(made, self.runner.run(made))
         return made
+
+    def _made_anew(self, nest: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        """The node in which the class of a nest makes another one like it."""
+        with suppress(TypeError):  # its class may take something else
+            made: ValueProxy = self._emit("call_function", type(nest), args, kwargs)
+            if alike(made.__dict__["value"], nest):
+                return made.node
+        raise TraceError(f"its forward hands on a {type(nest).__name__}, which is not made of what it holds")
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *_: Any, **__: Any) -> Any:
         with self.deaf():
@@ -290,11 +292,3 @@ def _is_tensor(given: Any) -> bool:
 
 def _global_state() -> tuple[bool, ...]:
     return (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
-
-
-def _argument_names(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """Readable, distinct placeholder names for the arguments as called."""
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
-    named = itertools.takewhile(lambda p: p.kind is not inspect.Parameter.VAR_POSITIONAL, parameters)
-    names = [parameter.name for parameter in named][: len(args)]
-    return [*names, *(f"arg_{place}" for place in range(len(names), len(args))), *kwargs]

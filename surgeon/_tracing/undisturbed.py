@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon._tracing.fake import coins_stopped
-from surgeon._tracing.holders import Holder, holders, same_value, stand_in
+from surgeon._tracing.holders import Holder, holders, same_value, stand_in, thing
 from surgeon._tracing.outside import nothing_left_outside
 from surgeon._tracing.state import ATOMS, PLAIN, is_iterator
 
@@ -162,7 +162,9 @@ def untouched(
     finally:
         if changed is not None:
             changed += [name for one in before for name in one.moved()]
-            changed += [holder.name for holder in reached if holder.changed()]
+            moved = {id(holder.thing): holder.name for holder in reached if holder.changed()}
+            changed += moved.values()  # by each name that it has
+            changed += [name for name, value in roots.items() if id(thing(value)) in moved]
             changed += [name for name, value in empty.items() if value]
         for one in held:
             one.put_back()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from blocks import Of
 from folds import SCALE, Gated, difference, folds, image, randomised, scaled, tokens
 from test_fold_sharing import Parts, rows
@@ -39,6 +40,20 @@ def test_a_function_of_a_parameter_takes_the_scale(function: str) -> None:
     made = folds(model, tokens())
     assert made.products == (Product("branch.alpha", "0", 1, through=function),)
     assert str(made).splitlines()[1] == f"gate 0: {function}(branch.alpha) *= scale"
+
+
+def test_a_gated_linear_unit_takes_it_in_its_first_half() -> None:
+    """As if it were written out: the half that the sigmoid reads stays."""
+    spelt = (F.glu, lambda y: (h := y.chunk(2, -1))[0] * h[1].sigmoid())
+    made = []
+    for glu in spelt:
+        model = randomised(Gated(Of(lambda m, x, glu=glu: glu(m.fc(x)), fc=nn.Linear(8, 16))))
+        made.append(folds(model, tokens()).products)
+    assert made[0] == made[1]
+    assert {(one.parameter, one.exponent) for one in made[0]} == {
+        ("branch.fc.weight", 1),
+        ("branch.fc.bias", 1),
+    }
 
 
 def test_a_factor_on_the_parameter_itself_is_seen() -> None:

@@ -108,11 +108,22 @@ def test_each_way_runs_with_the_gates_that_are_in_it(name: str, unit: Any, scali
     torch.testing.assert_close(model.eval()(X), by_hand(*[0.5 if scaling == "paper" else 1.0] * count))
 
 
-def test_a_way_that_the_example_did_not_show_and_without_the_sum_is_refused() -> None:
+def test_a_way_that_the_example_did_not_show_and_without_the_branch_has_no_gate() -> None:
     model = Net(Of(by_flag, f=mlp(), g=mlp()), CALLS["flag"][1][:1])
     surgeon.apply(model, example=X)
-    with pytest.raises(surgeon.errors.UnseenCallError, match="in a way in which it does not perform"):
-        model.block(X, False)
+    with coins(False):
+        torch.testing.assert_close(model.block(X, False), model.block.g(X))
+
+
+@pytest.mark.parametrize("unit", ["batch", "sample"])
+def test_a_block_that_returns_early_for_some_sizes(unit: Any) -> None:
+    def early(m: Any, x: Tensor) -> Tensor:
+        return x + m.f(x) if len(x) else x * 2
+
+    model = surgeon.apply(Of(early, f=mlp()), drop_rate=0.5, unit=unit, example=X)
+    with coins(False):
+        torch.testing.assert_close(model(X), X)
+        assert model(X[:0]).shape == (0, X.shape[1])
 
 
 def test_another_way_that_cannot_be_traced_is_said_at_once() -> None:

@@ -163,6 +163,14 @@ def test_every_checkpoint_goes_through_the_named_places(reentrant: bool) -> None
             torch.utils.checkpoint.checkpoint(torch.sin, torch.ones(1), use_reentrant=reentrant)
 
 
+def test_every_check_goes_through_the_named_place() -> None:
+    with mock.patch.object(*private.CHECK, lambda error, condition, message: seen.append((error, condition))):
+        seen: list[object] = []
+        torch._check(True)
+        torch._check_value(True)
+    assert seen == [(RuntimeError, True), (ValueError, True)]
+
+
 def test_fx_asks_for_attributes_by_the_named_function() -> None:
     class Reader(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
