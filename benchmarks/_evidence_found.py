@@ -116,24 +116,20 @@ def findings(found: Found) -> list[str]:
 
 
 def headlines(found: Found) -> list[str]:
-    """At most three: what gates did to a fine-tune, to a step's time, to a network with branches deleted."""
+    """At most two: what gates did to a fine-tune, and to a network with branches deleted."""
     lines = []
     for part, arm, name, one in found.compared():
         if (part, arm, name) == ("fashion", "linear 0.2", "test") and len(one.differences) > 2:
             lines.append(
-                f"Fine-tuning {PARTS[part][1]}: accuracy {points(one)} points with gates (linear 0.2, "
-                f"{_pairs(one)}; {one.verdict()})."
+                f"Fine-tuning {PARTS[part][1]}, linear 0.2: {one.verdict()}, {points(one)} points of "
+                f"accuracy over {_pairs(one)}."
             )
-    if step := found.steps().get("batch 0.5"):
-        lines.append(
-            f"A training step of ResNet-56, half dropped at the end: {step['ratio']:.2f} of the time."
-        )
     for words, none, gated, both in found.shorter():
         if both and len(both.differences) > 2 and words == f"{HALF}, at once":
             kept = [f"{statistics.fmean(one):.0%}" for one in (gated, none)]
             lines.append(
-                f"{HALF} of its 27 branches deleted, without training: accuracy {kept[0]} if it was trained "
-                f"with gates, {kept[1]} if without ({_pairs(both)}; {both.verdict()})."
+                f"{HALF} of ResNet-56's 27 branches deleted, without training: accuracy {kept[0]} if it was "
+                f"trained with gates, {kept[1]} if without ({_pairs(both)}; {both.verdict()})."
             )
     return lines
 

@@ -1,6 +1,7 @@
 """docs/evidence.md and its pictures, written from the rows of `benchmarks.evidence`."""
 
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from benchmarks._evidence_stats import Paired, paired
 Row = dict[str, Any]
 _BLOCK = "<!-- evidence: written by `python -m benchmarks.evidence` -->"
 _END = "<!-- /evidence -->"
+_TITLE = "**Measured, also where it does not help** ([paired runs](docs/evidence.md))."
 
 
 def write(rows: Sequence[Row], folder: Path) -> None:
@@ -28,10 +30,11 @@ def write(rows: Sequence[Row], folder: Path) -> None:
 def quoted(readme: str, found: Found) -> str:
     """The text with its block of numbers written anew; as it is without a block or numbers."""
     before, mark, rest = readme.partition(_BLOCK)
-    lines = "\n".join(f"  - {one}" for one in headlines(found))
+    lines = headlines(found)
     if not mark or not lines:
         return readme
-    return f"{before}{mark}\n{lines}\n{_END}{rest.partition(_END)[2]}"
+    told = textwrap.fill(" ".join([_TITLE, *lines]), 118, initial_indent="- ", subsequent_indent="  ")
+    return f"{before}{mark}\n{told}\n{_END}{rest.partition(_END)[2]}"
 
 
 def _draw(found: Found, folder: Path) -> Iterator[tuple[str, str]]:

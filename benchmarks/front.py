@@ -5,16 +5,19 @@
 Left: the time of a training step over the plain network's (`docs/performance.jsonl`, of
 `benchmarks/step.py`), at a final drop rate of 0.5, with the share of the arithmetic that is left as a line.
 Right: accuracy with gates minus accuracy without, by pairs of one seed (`docs/evidence.jsonl`, of
-`benchmarks/evidence.py`); nothing is drawn there before two pairs have run.
+`benchmarks/evidence.py`), for every arm of which two pairs or more have run.
 """
 
 import csv
 import json
 import textwrap
-from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from benchmarks._evidence_found import PARTS, SETS, Found
+from benchmarks._evidence_stats import Paired
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 NETWORKS = {
@@ -44,32 +47,30 @@ def times(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {model: best[model] for model in NETWORKS if model in best}
 
 
-def differences(found: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """For each way of gating the points of accuracy that it differs by, pair by pair."""
-    reached = {
-        (row["part"], row["arm"], row["seed"]): row["test"]["accuracy"]
-        for row in found
-        if row.get("kind") == "train" and "accuracy" in row.get("test", {})
-    }
-    pairs = defaultdict(list)
-    for (part, arm, seed), accuracy in reached.items():
-        if arm != "none" and (part, "none", seed) in reached:
-            pairs[f"{part}, {arm}"].append(100 * (accuracy - reached[part, "none", seed]))
-    return {arm: values for arm, values in sorted(pairs.items()) if len(values) > 1}
+def differences(found: list[dict[str, Any]]) -> dict[str, dict[str, Paired]]:
+    """What was trained, and for each way of gating it the differences of accuracy, pair by pair."""
+    parts: dict[str, dict[str, Paired]] = {}
+    for part, arm, name, one in Found(found).compared():
+        parts.setdefault(PARTS[part][1] + SETS[name], {})[arm] = one
+    return parts
+
+
+def between(values: Iterable[float]) -> str:
+    """The least and the greatest of them."""
+    return f"{min(known := list(values)):.2f} to {max(known):.2f}"
 
 
 def numbers() -> str:
     """The two numbers of README's first screen, in words."""
-    steps = times(rows("performance.jsonl"))
-    taken = ", ".join(f"{row['ratio']:.2f} on {NETWORKS[model]}" for model, row in steps.items())
-    left = ", ".join(f"{row['bound']:.2f}" for row in steps.values())
+    steps = times(rows("performance.jsonl")).values()
+    taken, left = between(row["ratio"] for row in steps), between(row["bound"] for row in steps)
     with (DOCS / "coverage.csv").open(newline="") as file:
         models = list(csv.DictReader(file))
     gated = sum(int(row["gates"] or 0) > 0 for row in models)
     told = (
-        f"**Dropped branches are not computed.** A training step at a final drop rate of {RATE} (one coin per"
-        f" batch, one CPU thread) takes, of the plain network's time, {taken}, where {left} of the arithmetic"
-        " is left ([how it was measured](docs/performance.md))."
+        f"**Dropped branches are not computed.** With drop rates that rise to {RATE} a"
+        f" training step takes {taken} of the plain network's time, where {left} of the arithmetic is left"
+        " ([how it was measured](docs/performance.md))."
     )
     any_network = (
         f"**Any network.** {gated} of the {len(models)} models of timm and torchvision take gates; of every"
@@ -93,29 +94,40 @@ def draw(place: Path) -> None:
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
-    steps, gains = times(rows("performance.jsonl")), differences(rows("evidence.jsonl"))
-    figure, axes = plt.subplots(1, 2 if gains else 1, figsize=(9 if gains else 6, 3.1), layout="constrained")
-    left = axes[0] if gains else axes
-    for y, (model, row) in enumerate(steps.items()):
+    gains = differences(rows("evidence.jsonl"))
+    height = max(2.9, 0.4 * sum(1 + len(arms) for arms in gains.values()))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, height), layout="constrained")
+    for y, (model, row) in enumerate(times(rows("performance.jsonl")).items()):
         left.barh(y, 1, color="#dddddd", height=0.55)
         left.barh(y, row["ratio"], color="#00897b", height=0.55)
         left.plot([row["bound"]] * 2, [y - 0.38, y + 0.38], color="black")
         left.text(row["ratio"] + 0.02, y, f"{row['ratio']:.2f}", va="center")
         left.text(0.02, y, NETWORKS[model], color="white", va="center")
-    left.set(title="Time of a training step, plain = 1", xlim=(0, 1.02), yticks=[])
-    left.set_xlabel("drop rate 0.5, one coin per batch; line: arithmetic left")
+    left.set(title="Time of a training step, plain network = 1", xlim=(0, 1.02), yticks=[])
+    left.set_xlabel(f"drop rates rise to {RATE}; line: arithmetic left")
     left.invert_yaxis()
-    if gains:
-        right = axes[1]
-        for y, (_, values) in enumerate(gains.items()):
-            right.plot(values, [y] * len(values), "o", color="#00897b", alpha=0.45, markeredgewidth=0)
-            right.plot([mean(values)] * 2, [y - 0.3, y + 0.3], color="black")
-        right.axvline(0, color="#888888", linewidth=0.8)
-        right.set(title="Accuracy with gates minus without, points", yticks=range(len(gains)))
-        right.set_yticklabels(list(gains))
-        right.set_xlabel("one dot: a pair of one seed; line: their mean")
-        right.invert_yaxis()
+
+    labels = []
+    for part, arms in gains.items():
+        where = {"transform": right.get_yaxis_transform(), "va": "center", "fontsize": 9}
+        right.text(-0.19, len(labels), part, backgroundcolor="white", **where).set_in_layout(False)
+        labels.append("")
+        for arm, one in arms.items():
+            points, y = [100 * value for value in one.differences], len(labels)
+            right.plot(points, [y] * len(points), "o", color="#00897b", alpha=0.45, markeredgewidth=0)
+            right.plot([mean(points)] * 2, [y - 0.3, y + 0.3], color="black")
+            labels.append(arm)
+    right.axvline(0, color="#888888", linewidth=0.8, zorder=0)
+    right.set(title="Accuracy with gates minus without, points", yticks=range(len(labels)))
+    right.set_yticklabels(labels)
+    right.tick_params(axis="y", length=0)
+    right.spines["left"].set_visible(False)
+    right.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    right.set_ylim(-0.6, len(labels) - 0.4)
+    right.set_xlabel("dot: two trainings of one seed; line: their mean")
+    right.invert_yaxis()
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(place, dpi=150, facecolor="white")

@@ -17,13 +17,17 @@ def test_the_numbers_of_the_readme_are_those_of_the_rows() -> None:
 
 
 def test_pairs_are_of_one_seed() -> None:
-    def row(arm: str, seed: int, accuracy: float) -> dict[str, object]:
-        return {"kind": "train", "part": "p", "arm": arm, "seed": seed, "test": {"accuracy": accuracy}}
+    def row(arm: str, seed: int, bits: str) -> dict[str, object]:
+        test = {"accuracy": bits.count("1") / 8, "nll": 0.5, "right": f"{int(bits, 2):02x}", "of": 8}
+        return {"kind": "train", "part": "fashion", "arm": arm, "seed": seed, "test": test}
 
-    rows = [row("none", 0, 0.5), row("none", 1, 0.7), row("a", 0, 0.6), row("a", 1, 0.6), row("b", 0, 0.9)]
-    found = front.differences([*rows, row("a", 2, 0.1), {"kind": "control"}])
-    assert list(found) == ["p, a"]
-    assert found["p, a"] == pytest.approx([10, -10])
+    none = [row("none", 0, "11110000"), row("none", 1, "11111100")]
+    arms = [row("linear 0.1", 0, "11111000"), row("linear 0.1", 1, "11110000"), row("linear 0.2", 0, "1")]
+    found = front.differences([*none, *arms, row("linear 0.1", 2, "1")])
+    (part,) = found
+    assert "300 images" in part
+    assert list(found[part]) == ["linear 0.1"]  # one pair is no mean
+    assert found[part]["linear 0.1"].differences == (1 / 8, -2 / 8)
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
