@@ -114,6 +114,13 @@ def test_links_of_pages_lead_somewhere() -> None:
     assert wrong == []
 
 
+def test_the_site_asks_no_server() -> None:
+    """Its search from a folder, too: the plugin for that would name a script of others."""
+    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    (script,) = re.findall(r"polyfills: \[(.*iframe-worker.*)\]", settings)
+    assert (ROOT / "docs" / script).is_file() and "http" not in settings
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
