@@ -1,6 +1,7 @@
 """Reads the settings of `finetune.py` from YAML and from the command line, and lists what can be set."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,8 +29,10 @@ def load_config(config: str, overrides: list[str]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        problems = dict.fromkeys(_explain(problem) for problem in error.errors())
-        raise UsageError(f"{path.name}: {'; '.join(problems)}") from error
+        problems: dict[tuple[str, ...], str] = {}  # of each key the first
+        for problem in error.errors():
+            problems.setdefault(tuple(_place(problem["loc"])), _explain(problem))
+        raise UsageError(f"{path.name}: {'; '.join(problems.values())}") from error
 
 
 def dump_config(config: Config) -> str:
@@ -157,7 +160,10 @@ def _explain(problem: Any) -> str:
             return f"{where}: missing; give it in the file or as {where}=VALUE"
         case "value_error":
             return f"{where}: {problem['ctx']['error']}" if where else str(problem["ctx"]["error"])
-    return f"{where}: {problem['msg'][:1].lower()}{problem['msg'][1:]}, not {problem['input']!r}"
+    known = re.findall("'(.+?)'", problem["msg"]) if problem["type"] == "literal_error" else []
+    close = difflib.get_close_matches(str(problem["input"]), known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"{where}: {problem['msg'][:1].lower()}{problem['msg'][1:]}, not {problem['input']!r}{hint}"
 
 
 def _place(loc: tuple[Any, ...]) -> list[str]:

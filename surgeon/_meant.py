@@ -14,6 +14,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _EMPTY = inspect.Parameter.empty
+_OF_TORCHVISION = {"p": "drop_rate", "mode": "unit"}  # the arguments of its StochasticDepth
 
 
 def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
@@ -82,9 +83,12 @@ def right_call(
     front = [p.name for p in parameters.values() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     behind = [p.name for p in parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     known = [*front, *behind]
+    free = [name for name in known[len(args) :] if name not in kwargs]
     named: dict[str, Any] = {}
     for key, value in kwargs.items():
-        meant = key if key in known else next(iter(nearest(key, known)), "")
+        other = _OF_TORCHVISION.get(key, "")
+        near = [other] if other in free else nearest(key, free)
+        meant = key if key in known else next(iter(near), "")
         if not meant:
             return f"surgeon.{function.__name__}: {problem}; its arguments are {', '.join(known)}"
         named[meant] = value

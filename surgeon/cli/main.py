@@ -4,6 +4,7 @@ import importlib
 
 import click
 
+from surgeon._meant import did_you_mean, nearest
 from surgeon._version import __version__
 from surgeon.cli import _complete  # noqa: F401 - its bash is asked for by name
 from surgeon.cli._run import EXIT_CODES, SETTINGS, example_block
@@ -35,6 +36,15 @@ class _Commands(click.Group):
             return None
         found: click.Command = importlib.import_module(f"surgeon.cli.{cmd_name}").command
         return found
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            told = f"{error.message} {did_you_mean(nearest(args[0], _COMMANDS))}"
+            raise click.UsageError(told.rstrip(), ctx) from None
 
 
 @click.group(

@@ -441,3 +441,10 @@ def test_finetune_that_fails(monkeypatch):
     done = surge("finetune", "digits", "train.epoch=2")
     assert done.exit_code == 1
     assert done.stderr == "surgeon: train.epoch is no setting; did you mean train.epochs?\n"
+
+
+def test_a_command_that_is_none_is_answered_with_the_nearest():
+    assert "'inspekt'. Did you mean inspect?" in CliRunner().invoke(main, ["inspekt"]).stderr
+    told = CliRunner().invoke(main, ["zzz"])
+    assert told.exit_code == 2
+    assert "Did you mean" not in told.stderr

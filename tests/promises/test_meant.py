@@ -28,6 +28,11 @@ def model():
             lambda m: surgeon.apply(m, "uniform", drop_path=0.2, unit="batch"),
             "surgeon.apply(model, 'uniform', drop_rate=0.2, unit='batch')",
         ),
+        (
+            lambda m: surgeon.apply(m, p=0.2, mode="batch"),
+            "surgeon.apply(model, drop_rate=0.2, unit='batch')",
+        ),
+        (lambda m: surgeon.apply(m, modell=0), "its arguments are model, schedule, drop_rate, unit"),
         (lambda m: surgeon.apply(m, 0.2), "write drop_rate=0.2"),
         (lambda m: surgeon.apply(m, survival=0.8), "its arguments are model, schedule, drop_rate, unit"),
         (lambda m: surgeon.set_drop_rate(m, drop_rate=0.2), "surgeon.set_drop_rate(model, rate=0.2)"),
