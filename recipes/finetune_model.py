@@ -54,8 +54,8 @@ def load_network(
             raise
         raise SurgeonError(
             f"the pretrained weights of {config.name} could not be fetched from {_origin(config.name)} "
-            f"({reason}). Check the network; or give a file that you have: model.pretrained=false "
-            "model.checkpoint=FILE."
+            f"({reason}). Check the network; or give a file that you have, model.pretrained=false "
+            "model.checkpoint=FILE; model.pretrained=false alone starts from random weights."
         ) from error
     return model
 
