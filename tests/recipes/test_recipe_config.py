@@ -231,7 +231,8 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(_recipes, "locate", lambda: tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(
-        SurgeonError, match=r"needs package_that_is_not_there.*pip install 'depth-surgeon\[recipes\]'"
+        SurgeonError,
+        match=r"cannot start .*package_that_is_not_there.*pip install 'depth-surgeon\[recipes\]'",
     ):
         _recipes.load("recipe_of_the_test")
 
