@@ -5,6 +5,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks._step_compiled import RATE as COMPILED_RATE
+from benchmarks._step_compiled import table as compiled_table
 from benchmarks._step_measure import DRAWS
 from benchmarks._step_models import COUNTED, NETS, VARIANTS
 from benchmarks._step_small import table as small_table
@@ -47,6 +49,7 @@ def page(rows: list[Row]) -> str:
     steps = [r for r in rows if r["kind"] == "step"]
     still = [r for r in rows if r["kind"] == "still"]
     small = [r for r in rows if r["kind"] == "small"]
+    compiled = [r for r in rows if r["kind"] == "compiled"]
     devices = sorted({f"{r['device']}, {r['threads']} thread(s), torch {r['torch']}" for r in rows})
     loads = [r["load"] for r in steps] or [0.0]
     return f"""# Time and memory of a training step
@@ -84,7 +87,7 @@ operator and takes them anew page by page.
 Dots are the fastest steps, lines go from the lower to the upper quartile.
 
 {_against_bound(steps)}{_summary(steps)}
-{_small(small)}## Nothing dropped
+{_small(small)}{_compiled(compiled)}## Nothing dropped
 
 Time over that of the untouched model: evaluation, and a training step at drop rate 0. Median and quartiles of
 runs in pairs, and the ratio of the fastest.
@@ -94,6 +97,23 @@ runs in pairs, and the ratio of the fastest.
 ## All steps
 
 {table(steps)}
+"""
+
+
+def _compiled(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    anew = sum({r["model"]: r["anew"] for r in rows}.values())
+    return f"""## Compiled
+
+Steps under `torch.compile` over the compiled plain network of the same round, linear to r = {COMPILED_RATE},
+median of {rows[0]["rounds"]} rounds (`benchmarks/_step_compiled.py`); load average {rows[0]["load"]:.1f}.
+*Bound* is the share of the FLOPs that the graph runs, `p B` rows rounded up for each gate; with unit
+`"batch"` that of the mean draw, where eager rows are rounded either way. *Memory* is what a forward saves
+for its backward. Graphs compiled anew during all of these steps: {anew}.
+
+{compiled_table(rows)}
+
 """
 
 

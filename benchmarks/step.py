@@ -2,6 +2,7 @@
 
     python -m benchmarks.step --models resnet50,vit_small --rates 0.5 --batch 16
     python -m benchmarks.step --small 150
+    python -m benchmarks.step --compiled 7
     python -m benchmarks.step --page-only
     python -m benchmarks.step --device cuda --quick
 
@@ -14,7 +15,8 @@ that the arithmetic sets (`surgeon.status(model).expected_flops`) and the share 
 
 Rows are appended as they come to ``docs/performance.jsonl``; what is there already is not measured again.
 From them ``docs/performance.md`` and ``docs/performance.png`` are written. With ``--device cuda`` it runs on
-that. ``--small`` measures the network of small kernels (`benchmarks/_step_small.py`) and nothing else;
+that. ``--small`` measures the network of small kernels (`benchmarks/_step_small.py`) and nothing else,
+``--compiled`` three networks under `torch.compile` (`benchmarks/_step_compiled.py`), some ten minutes;
 ``--quick`` takes a look at it and at two other networks, prints and keeps nothing.
 """
 
@@ -29,7 +31,7 @@ from typing import Any
 import click
 import torch
 
-from benchmarks import _step_small
+from benchmarks import _step_compiled, _step_small
 from benchmarks._step_measure import Bench, bound, row
 from benchmarks._step_models import HAND, NETS, VARIANTS, Net
 from benchmarks._step_page import page, plot, table
@@ -60,6 +62,7 @@ def keep_memory(module: str) -> None:
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--still", default=0, show_default=True, help="Rounds of evaluation and of rate 0; 0: none.")
 @click.option("--small", default=0, show_default=True, help="Rounds of the network of small kernels, alone.")
+@click.option("--compiled", default=0, show_default=True, help="Rounds of compiled steps, alone.")
 @click.option("--quick", is_flag=True, help="A first look, in minutes: prints, and keeps nothing.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--rows", "log", default="docs/performance.jsonl", type=click.Path(path_type=Path))
@@ -75,6 +78,7 @@ def main(  # noqa: PLR0913 - a command line
     rounds: int,
     still: int,
     small: int,
+    compiled: int,
     quick: bool,
     device: str,
     log: Path,
@@ -93,6 +97,8 @@ def main(  # noqa: PLR0913 - a command line
     about = {"threads": threads, "device": _device(device), "torch": torch.__version__}
     if small and not page_only:
         _small(log, about, device, small)
+    elif compiled and not page_only:
+        _compiled(log, about, device, compiled, int(batches.split(",", maxsplit=1)[0]))
     elif not page_only:
         for batch, name in itertools.product(map(int, batches.split(",")), models.split(",")):
             bench = Bench(NETS[name], batch, torch.device(device), threads)
@@ -137,6 +143,16 @@ def _small(log: Path, about: dict[str, Any], device: str, rounds: int) -> None:
             ]
             _append(log, found)
             click.echo(_step_small.table(found))
+
+
+def _compiled(log: Path, about: dict[str, Any], device: str, rounds: int, batch: int) -> None:
+    for name in _step_compiled.MODELS:
+        cell = {"kind": "compiled", "model": name, "batch": batch, **about}
+        if not _known(log, cell):
+            found = _step_compiled.rows(name, batch, rounds, torch.device(device), about["threads"])
+            more = {"rounds": rounds, "load": os.getloadavg()[0]}
+            _append(log, [cell | more | row for row in found])
+            click.echo(_step_compiled.table([cell | row for row in found]))
 
 
 def _possible(net: Net, which: str) -> bool:
