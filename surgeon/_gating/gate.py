@@ -171,10 +171,10 @@ class Gate:
 
         Draws as timm's ``DropPath`` does, from PyTorch's generator of the branch's device.
         """
-        shape, rate, ranks = [1] * branch.ndim, self.drop_rate, self.decided.ranks
+        shape, rate = [1] * branch.ndim, self.drop_rate
         if self.decided.unit == "sample":
             shape[self.branch.dim] = branch.shape[self.branch.dim]
-        if ranks is not None and not coins.stopped:
+        if (ranks := self.decided.ranks) is not None and not coins.stopped:
             mask = (ranks.numbers(self, math.prod(shape)) < 1 - rate).view(shape).to(branch)
         elif is_compiling():
             return self._mask_in_graph(branch, shape)
@@ -182,9 +182,7 @@ class Gate:
             mask = branch.new_empty(shape).bernoulli_(1 - rate)
         if self.tally is not None:
             self._note(mask.detach().float().mean())
-        if self.scale == 1.0:
-            return mask.div_(1 - rate)
-        return mask.mul_(self.correction())
+        return mask.div_(1 - rate) if self.scale == 1.0 else mask.mul_(self.correction())
 
     def _mask_in_graph(self, branch: Tensor, shape: list[int]) -> Tensor:
         keep = self.keep.to(branch.device)
@@ -195,8 +193,7 @@ class Gate:
         """Tosses the coin for the whole mini-batch, on the CPU generator: no device is waited for."""
         if coins.stopped:
             return True
-        ranks = self.decided.ranks
-        if ranks is not None and ranks.sync == "depth":
+        if (ranks := self.decided.ranks) is not None and ranks.sync == "depth":
             kept = ranks.runs(self)
         else:
             kept = self._tosses(1)[0] < 1 - self.drop_rate
