@@ -1,15 +1,16 @@
 """What a training step takes with gates: predicted from the arithmetic, and beside it as it is.
 
-Three kinds of steps are timed that need no drop rate: of the plain network, with every branch masked, and
-with every branch dropped. What lies between the last and the first is the branches' own time, which they
+Steps are timed of the plain network, with every branch masked, with every branch dropped, and with half of
+the rows dropped everywhere. What lies between the first and the third is the branches' own time, which they
 share as they share the FLOPs. So a step at survival probabilities ``p_l`` takes
 
-    masked - (plain - empty) * sum_l w_l (1 - p_l) + rows,    w_l = f_l / sum f,
+    masked - (plain - empty) * sum_l w_l (1 - p_l) + extra * sum_l w_l q_l,    w_l = f_l / sum f,
 
-with ``f_l`` the FLOPs of branch l, and ``rows`` what it takes to gather and put back rows
-(`surgeon._gating.cost`); a coin for the whole batch multiplies no mask and gathers nothing. The step is then
-taken, too. The saving grows with the rate as ``sum w_l (1 - p_l)`` does and ``rows`` does not, so there is
-one rate from which skipping takes less than a mask.
+with ``f_l`` the FLOPs of branch l, and ``q_l`` the chance that some of its rows run and others do not. These
+are gathered and put back, and a few rows take more time each than many: that is ``extra``, by which the step
+with half of the rows is longer than the rest of the sum says. A coin for the whole batch multiplies no mask
+and gathers nothing. The step is then taken, too. As the rate falls, so does the saving, and some rows run
+without others more seldom: the break-even is the rate from which on skipping is reckoned to take less.
 
 Each way takes one step per round, in an order drawn anew, and counts against the plain network's step of the
 same round. On one thread of a CPU the clock counts processor time, so that a wait is not counted.
@@ -27,7 +28,6 @@ import torch
 from torch import Tensor, nn
 
 from surgeon._copy import copied
-from surgeon._gating.cost import measured
 from surgeon._gating.gate import Gate
 from surgeon._gating.gated import first_weight, gates_of
 from surgeon._plan import Settings
@@ -38,7 +38,7 @@ from surgeon._tracing.example import inputs
 from surgeon._tracing.nests import tensors
 from surgeon.errors import NoResidualsError, UsageError
 
-_DRAWS, _SEEDS, _NEVER = 3, 300, 1 - 1e-9
+_DRAWS, _SEEDS, _STEPS, _NEVER = 3, 300, 1000, 1 - 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,16 +127,19 @@ def _measured(model: nn.Module, settings: Settings, batch: int, rounds: int) -> 
         asked = replace(settings, **changed)
         return apply(copied(model), **{f.name: getattr(asked, f.name) for f in fields(Settings)})
 
-    always = {"schedule": "uniform", "drop_rate": _NEVER, "overrides": None, "rounding": "random"}
+    never = {"schedule": "uniform", "drop_rate": _NEVER, "overrides": None, "rounding": "random"}
     models = {
         "plain": copied(model),
         "masked": gated(skip=False, rounding="random"),
         "skipped": gated(skip=True),
-        "empty": gated(skip=True, unit="batch", sync="none", **always),
+        "empty": gated(skip=True, unit="batch", sync="none", **never),
     }
     gates = gates_of(models["skipped"])
     if not gates:
         raise NoResidualsError(f"{type(model).__name__} has no residual add, so there is nothing to measure")
+    apart = _apart(gates, batch, [0.5] * len(gates))
+    if apart:
+        models["half"] = gated(skip=True, schedule="uniform", drop_rate=0.5, overrides=None)
     device = next((t.device for t in tensors((args, kwargs))), torch.device("cpu"))
     steps = {name: _step(one.train(), args, kwargs) for name, one in models.items()}
     taken = _in_turns(steps, rounds, device, _typical(gates, settings.unit, batch))
@@ -144,24 +147,28 @@ def _measured(model: nn.Module, settings: Settings, batch: int, rounds: int) -> 
         name: [a / b for a, b in zip(seconds, taken["plain"], strict=True)] for name, seconds in taken.items()
     }
     middle = {name: statistics.median(values) for name, values in ratios.items()}
-    plain = statistics.median(taken["plain"])
-    saved, rows = _saved(gates, 1 - middle["empty"]), _rows(gates, settings.unit, batch, device.type) / plain
-    base = middle["masked"] if settings.unit == "sample" else 1.0
+    base, branches = middle["masked"] if settings.unit == "sample" else 1.0, 1 - middle["empty"]
+    extra = (middle["half"] - base + branches / 2) / apart if apart else 0.0
+
+    def saved(share: float) -> float:
+        """What skipping saves where all drop rates are multiplied by ``share``."""
+        rates = [gate.drop_rate * share for gate in gates]
+        return branches * _mean(gates, rates) - extra * _apart(gates, batch, rates)
+
     quartiles = statistics.quantiles(ratios["skipped"], n=4) if rounds > 1 else ratios["skipped"] * 3
-    highest = max(gate.drop_rate for gate in gates)
     return Measured(
         batch,
         status(models["skipped"]).gates[-1].drop_rate,
         settings.unit,
         device.type,
         torch.get_num_threads(),
-        1e3 * plain,
+        1e3 * statistics.median(taken["plain"]),
         middle["masked"],
         middle["empty"],
-        base - saved + rows,
+        base - saved(1.0),
         middle["skipped"],
         (quartiles[0], quartiles[2]),
-        highest * rows / saved if saved > 0 else math.inf,
+        _break_even(saved, max(gate.drop_rate for gate in gates)),
     )
 
 
@@ -215,9 +222,7 @@ def _in_turns(
 
 
 def _typical(gates: Sequence[Gate], unit: str, batch: int) -> list[int]:
-    """Seeds under which coins for a batch, or for a row or two, drop nearly what they do in the mean."""
-    if unit != "batch" and batch > 2:
-        return list(range(_DRAWS))
+    """Seeds under which the coins drop nearly what they do in the mean."""
     expected, away = sum(g.branch.flops_share * g.survival for g in gates), dict[int, float]()
     for seed in range(_SEEDS):
         torch.manual_seed(seed)
@@ -239,20 +244,39 @@ def _kept(gate: Gate, unit: str, batch: int) -> float:
     return kept / batch
 
 
-def _saved(gates: Sequence[Gate], branches: float) -> float:
-    """What skipping saves of the branches' time, as they share it by their FLOPs."""
-    skipping = [gate for gate in gates if gate.branch.skips]
-    whole = sum(gate.branch.flops_share for gate in skipping)
-    dropped = sum(gate.branch.flops_share * gate.drop_rate for gate in skipping)
-    return branches * dropped / whole if whole else 0.0
+def _mean(gates: Sequence[Gate], values: Sequence[float]) -> float:
+    """The mean of a number for each gate, over those that skip, by the FLOPs of their branches."""
+    skipping = [
+        (g.branch.flops_share, value) for g, value in zip(gates, values, strict=True) if g.branch.skips
+    ]
+    whole = sum(share for share, _ in skipping)
+    return sum(share * value for share, value in skipping) / whole if whole else 0.0
 
 
-def _rows(gates: Sequence[Gate], unit: str, batch: int, device: str) -> float:
-    """Seconds in which a step handles rows, beyond what masks take; one row is gathered from no others."""
-    if unit == "batch" or batch == 1:
+def _apart(gates: Sequence[Gate], batch: int, rates: Sequence[float]) -> float:
+    """The chance that some rows of a branch run and others do not, at these drop rates: such a mean."""
+    return _mean(gates, [_partly(gate, batch, rate) for gate, rate in zip(gates, rates, strict=True)])
+
+
+def _partly(gate: Gate, batch: int, rate: float) -> float:
+    """The same of one gate; `Gate.survivors` says how many rows there are."""
+    if gate.decided.unit == "batch" or not 0 < rate < _NEVER:
         return 0.0
-    cost = measured(device)
-    partly = [g.branch for g in gates if g.branch.skips and 0 < g.drop_rate < _NEVER]
-    if batch == 2:
-        partly = [branch for branch in partly if not branch.statistics]
-    return sum(cost.per_byte * branch.moved * batch + cost.per_call for branch in partly)
+    rows, more = divmod((1 - rate) * batch, 1)
+    if gate.decided.rounding == "fixed":
+        rows, more = max(1.0 + gate.branch.statistics, round(rows + more)), 0.0
+
+    def chance(kept: float) -> float:
+        lonely = gate.branch.statistics and kept == 1  # then two rows run, or none
+        return (0.5 if batch > 2 else 0.0) if lonely else float(0 < kept < batch)
+
+    return (1 - more) * chance(rows) + more * chance(rows + 1)
+
+
+def _break_even(saved: Callable[[float], float], highest: float) -> float:
+    """The drop rate of the highest gate from which on something is saved; 0: at any, infinity: at none."""
+    steps = range(1, _STEPS)
+    losing = [step for step in steps if saved(step / _STEPS / highest) <= 0] if highest else steps
+    if not losing:
+        return 0.0
+    return math.inf if losing[-1] == steps[-1] else (losing[-1] + 1) / _STEPS

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon import _measure
-from surgeon._gating.cost import Cost
 from surgeon._gating.gated import gates_of
 from surgeon._measure import measure
 from surgeon._plan import Settings
@@ -18,9 +17,9 @@ X = torch.zeros(2, 6)
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, *first: nn.Module) -> None:
         super().__init__()
-        self.f = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6))
+        self.f = nn.Sequential(*first, nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.f(x)
@@ -30,12 +29,12 @@ def net() -> nn.Module:
     return nn.Sequential(Block(), Block(), nn.Linear(6, 3))
 
 
-TIMES = {"plain": 2.0, "masked": 2.2, "skipped": 1.6, "empty": 0.4}
+TIMES = {"plain": 2.0, "masked": 2.2, "skipped": 1.6, "empty": 0.4, "half": 1.5}
 
 
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of known times, and a cost of rows of a hundredth of a second per gate."""
+    """Steps of known times."""
 
     def taken(steps: dict[str, Callable[[], None]], rounds: int, *_: object) -> dict[str, list[float]]:
         for step in steps.values():
@@ -43,16 +42,50 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
         return {name: [TIMES[name]] * rounds for name in steps}
 
     monkeypatch.setattr(_measure, "_in_turns", taken)
-    monkeypatch.setattr(_measure, "measured", lambda _: Cost(0.01, 0.0, 1e-12))
 
 
 def test_a_step_is_reckoned_from_steps_that_need_no_rate(known: None) -> None:
     found = measure(net(), Settings(drop_rate=0.5, example=X), batch=8)
     dropped = (0.25 + 0.5) / 2  # linear, two branches alike
-    assert found.predicted == pytest.approx((2.2 - (2.0 - 0.4) * dropped + 2 * 0.01) / 2.0)
+    extra = 1.5 - (2.2 - (2.0 - 0.4) / 2)  # of half of the rows everywhere; six rows and four are some, too
+    assert found.predicted == pytest.approx((2.2 - (2.0 - 0.4) * dropped + extra) / 2.0)
     assert (found.masked, found.empty, found.skipped) == (1.1, 0.2, 0.8) and found.plain == 2000
-    assert found.break_even == pytest.approx(0.5 * 0.02 / (1.6 * dropped))
-    assert "from drop rate 0.017 on" in str(found) and found.to_dict()["break_even"] == found.break_even
+    assert found.break_even == 0  # below one row of eight there are seldom only some, and then most
+
+
+def test_the_break_even_is_where_the_saving_is_what_rows_take(
+    known: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TIMES, "half", 2.0)  # 0.6 longer than half of the branches say
+    found = measure(net(), Settings(drop_rate=0.3, example=X), batch=8)
+    assert found.break_even == pytest.approx(0.5, abs=0.002)  # 1.6 * (0.25 + 0.5) / 2 is 0.6, too
+    assert "from drop rate 0.5 on" in str(found) and found.to_dict()["break_even"] == found.break_even
+
+
+@pytest.mark.parametrize(
+    ("batch", "rate", "statistics", "rounding", "expected"),
+    [
+        (8, 0.5, False, "random", 1.0),  # four rows
+        (4, 0.05, False, "random", 0.2),  # three in a fifth of the steps, else four
+        (4, 0.95, False, "random", 0.2),
+        (4, 0.75, True, "random", 0.5),  # one row alone is two or none
+        (2, 0.5, True, "random", 0.0),
+        (4, 0.05, False, "fixed", 0.0),
+        (4, 0.3, False, "fixed", 1.0),
+    ],
+)
+def test_how_often_some_rows_run_and_others_do_not(
+    batch: int, rate: float, statistics: bool, rounding: str, expected: float
+) -> None:
+    """By the formula, and by the gate's own draws."""
+    model = net() if not statistics else nn.Sequential(Block(nn.BatchNorm1d(6)), nn.Linear(6, 3))
+    gated = surgeon.apply(model, "uniform", drop_rate=rate, rounding=rounding, skip=True, example=X)
+    gate = gates_of(gated)[0]
+    assert gate.branch.statistics == statistics
+    assert _measure._partly(gate, batch, rate) == pytest.approx(expected)
+    torch.manual_seed(0)
+    drawn = [0 < gate.survivors(batch) < batch for _ in range(2000)]
+    assert sum(drawn) / len(drawn) == pytest.approx(expected, abs=0.06)  # five standard deviations
 
 
 def test_a_coin_for_the_batch_masks_and_gathers_nothing(known: None) -> None:
@@ -64,7 +97,7 @@ def test_a_coin_for_the_batch_masks_and_gathers_nothing(known: None) -> None:
 def test_where_rows_cost_more_than_branches_there_is_no_break_even(
     known: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_measure, "measured", lambda _: Cost(5.0, 0.0, 1e-12))
+    monkeypatch.setitem(TIMES, "half", 300.0)
     found = measure(net(), Settings(drop_rate=0.5, example=X), batch=8)
     assert "a mask takes less than skipping at every drop rate" in str(found)
     assert found.to_dict()["break_even"] is None
