@@ -22,7 +22,7 @@ STAMP := $(VENV)/.surgeon-installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-all test-lowest test-between test-highest test-prerelease versions constraints docs docs-serve build lint types check format install clean help
+.PHONY: demo test test-all test-lowest test-between test-highest test-prerelease versions breakeven constraints docs docs-serve build lint types check format install clean help
 
 demo: $(STAMP)  ## fine-tune a small ResNet on real digits, fold its gates, export and verify it
 	$(BIN)/surgeon finetune digits $(ARGS)
@@ -49,6 +49,9 @@ test-prerelease:  ## the tests on whatever is newest today, pre-releases too
 
 versions: $(STAMP)  ## try eight models on the versions of this environment, and write docs/versions.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.versions
+
+breakeven: $(STAMP)  ## from which drop rate skipping takes less than a mask: docs/breakeven.md (some minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.breakeven $(ARGS)
 
 COMPILE := uv pip compile --quiet --no-header --no-annotate --extra test --extra recipes pyproject.toml
 constraints:  ## resolve the versions in constraints/ anew (with uv)

@@ -29,11 +29,11 @@ Written by `python -m benchmarks.breakeven`, from the rows in `breakeven.jsonl`.
 
 A training step (forward and backward) with gates over that of the plain network, medians over {rounds} rounds
 in which each way takes one step in an order drawn anew. `unit="sample"`, linear schedule to the final drop
-rate r, random images. *Reckoned* is what `surgeon inspect --measure` predicts from other steps (plain, masked,
-all branches dropped, half of the rows everywhere) and the arithmetic; *off* is that over the step as it was.
-*From r* is the final drop rate from which skipping is reckoned to take less than a mask; *takes less* says
-which of the two did at this r. `skip="auto"` decides gate by gate in the same way. On one thread of a CPU the clock
-counts processor time; the machine was shared (load average {load}), as the quartiles of skipping show.
+rate r, random images. *Reckoned* is what `surgeon inspect --measure` predicts from other steps (plain,
+masked, all branches dropped, half of the rows everywhere) and the arithmetic; *off* is that over the step as
+it was. *From r* is the final drop rate from which skipping is reckoned to take less than a mask; *takes less*
+says which of the two did at this r. On one thread of a CPU the clock counts
+processor time; the machine was shared (load average {load}), as the quartiles of skipping show.
 
 """
 
