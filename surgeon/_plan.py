@@ -22,6 +22,7 @@ from surgeon._plain import check_plain
 from surgeon._report import Plan, PlannedGate, gate_status, schedule_text, structure
 from surgeon._torch import pytree
 from surgeon._tracing.example import Example, inputs
+from surgeon._tracing.undisturbed import collected_later
 from surgeon.errors import AlreadyGatedError, UsageError
 
 _TOLD = ("shortcut", "branch", "replaces", "shape", "parameters", "activations", "paths")
@@ -170,6 +171,7 @@ def plan(model: nn.Module, settings: Settings) -> Plan:
     return prepared(model, settings).plan
 
 
+@collected_later()
 def prepared(model: nn.Module, settings: Settings) -> Prepared:
     """Makes a plan, and the gated forwards that it asks for; the model is left as it was.
 

@@ -33,7 +33,7 @@ from surgeon._tracing.record import Call, Recording, record
 from surgeon._tracing.sharing import likeness
 from surgeon._tracing.state import kind
 from surgeon._tracing.trace import trace
-from surgeon._tracing.undisturbed import mode, undisturbed
+from surgeon._tracing.undisturbed import collected_later, mode, undisturbed
 from surgeon.errors import TraceError
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any], OpLog]
@@ -78,6 +78,7 @@ class Analysis:
         return Findings(residuals, self.refused, self.recording.flops)
 
 
+@collected_later()
 def analyse(
     model: nn.Module,
     args: tuple[Any, ...],

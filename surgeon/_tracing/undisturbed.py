@@ -6,6 +6,7 @@ numbers. What it leaves behind on fake tensors must not stay. `undisturbed` take
 was: a forward that changes what it can reach has no graph that could stand for it.
 """
 
+import gc
 import operator
 import random
 import sys
@@ -72,6 +73,18 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextmanager
+def collected_later() -> Iterator[None]:
+    """Keeps the garbage collector still inside: it would walk, again and again, what lives to the end."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 @contextmanager
