@@ -41,7 +41,7 @@ test-between:  ## the tests on versions in between, PyTorch 2.11
 	$(MAKE) test VENV=.venv-between PYTHON=python3.12 WANTED=test,recipes PIP_ARGS="$(PIP_ARGS) -c constraints/between.txt"
 
 test-highest:  ## the tests on the newest versions that they have passed on
-	$(MAKE) test VENV=.venv-highest WANTED=test,recipes PIP_ARGS="$(PIP_ARGS) -c constraints/highest.txt"
+	$(MAKE) test VENV=.venv-highest PYTHON=python3.13 WANTED=test,recipes PIP_ARGS="$(PIP_ARGS) -c constraints/highest.txt"
 
 test-prerelease:  ## the tests on whatever is newest today, pre-releases too
 	rm -rf .venv-prerelease
