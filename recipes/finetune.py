@@ -124,6 +124,7 @@ class Job:
 
         trained, figures = self.train(model, "", self.state, teacher)
         if twin:
+            self.display.line("the same training without gates")
             state = read_state(twin_state) if settings.resume and twin_state.exists() else None
             _, compared = self.train(twin, "ungated", state, teacher)
             figures["ungated"] = compared["after"]
