@@ -105,3 +105,44 @@ def joined(whole: Tensor, part: Tensor, rows: Tensor, factor: float) -> Tensor:
         return whole.index_add(0, rows, part, alpha=factor)
     made: Tensor = Join.apply(whole, part, rows, factor)
     return made
+
+
+# --- in one graph -----------------------------------------------------------------------------------
+
+
+class Taken(torch.autograd.Function):
+    """Some rows of a tensor in a compiled graph: ``(value, rows, places) -> value[rows]``.
+
+    ``places`` has for each row of ``value`` its place in ``rows``, or a number beyond. With it the backward
+    is a gather, too, which a compiler fuses with its neighbours; adding rows up at places it cannot.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, places)
+        return value.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        _, places = ctx.saved_tensors
+        return _laid_out(grad, places), None, None
+
+
+class Spread(torch.autograd.Function):
+    """Rows at their places in a compiled graph, zeros elsewhere; the arguments are those of `Taken`."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, places)
+        return _laid_out(part, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        rows, _ = ctx.saved_tensors
+        return grad.index_select(0, rows), None, None
+
+
+def _laid_out(part: Tensor, places: Tensor) -> Tensor:
+    last = part.shape[0] - 1
+    there = (places <= last).view(-1, *[1] * (part.ndim - 1))
+    return torch.where(there, part.index_select(0, places.clamp(max=last)), 0)

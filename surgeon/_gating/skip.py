@@ -20,7 +20,7 @@ from surgeon._gating.adds import combine, masked_add
 from surgeon._gating.gate import Gate
 from surgeon._gating.idle import with_idle
 from surgeon._gating.lifted import Lifted, autocast, weights_of
-from surgeon._gating.rowops import joined
+from surgeon._gating.rowops import Spread, Taken, joined
 from surgeon._torch import transformed, under_vmap
 from surgeon._tracing.fake import coins
 
@@ -117,12 +117,15 @@ def _compiled_add(
         result = lifted.run(block, *inputs)
         weights = None if fixed else gate.weights(count, count, device)[order]
         return combine(shortcut, _weighed(result, gate.scale if weights is None else weights), onto)
-    rows = order[:kept]
-    into, taken = lifted.gathered(shortcut, onto, rows, inputs)
+    rows, places, taken = order[:kept], order.argsort(), list(inputs)
+    for i in lifted.rows:
+        if inputs[i].shape[0] == count:  # else one entry for all
+            taken[i] = Taken.apply(inputs[i], rows, places)
     result = lifted.run(block, *taken)
     weights = None if fixed else gate.weights(count, kept, device)
     result = _weighed(result, factor_of(gate, count, kept, block) if weights is None else weights)
-    return _put_back(into, result, rows, 1.0, onto)
+    result = result.expand(kept, *shortcut.shape[1:])
+    return combine(shortcut, Spread.apply(result, rows, places), onto)
 
 
 def _weighed(result: Tensor, factor: Tensor | float) -> Tensor:
