@@ -41,3 +41,15 @@ def test_both_ways_give_the_same_bits(
     assert own.keys() == others.keys()
     assert all(a is b is None or same(a, b) for a, b in zip(own.values(), others.values(), strict=True))
     assert functions == all_functions > 0  # only the first went by functions
+
+
+@pytest.mark.parametrize("kept", [1, 3, 5])
+def test_a_graph_takes_and_spreads_rows_as_indexing_does(kept: int) -> None:
+    order = torch.randperm(5)
+    rows, places = order[:kept], order.argsort()
+    x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    part = torch.randn(kept, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert same(rowops.Taken.apply(x, rows, places), x[rows])
+    assert same(rowops.Spread.apply(part, rows, places), torch.zeros_like(x).index_add(0, rows, part))
+    assert torch.autograd.gradcheck(lambda t: rowops.Taken.apply(t, rows, places), x)
+    assert torch.autograd.gradcheck(lambda t: rowops.Spread.apply(t, rows, places), part)
