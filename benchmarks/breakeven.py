@@ -21,6 +21,7 @@ from timm.models import get_pretrained_cfg
 import surgeon
 from benchmarks.step import _append, _device, _known, _read, keep_memory
 from surgeon._measure import measure
+from surgeon._text import count
 
 ROWS, PAGE = Path("docs/breakeven.jsonl"), Path("docs/breakeven.md")
 _HEAD = """# Mask or skip: where they break even
@@ -32,8 +33,8 @@ in which each way takes one step in an order drawn anew. `unit="sample"`, linear
 rate r, random images. *Reckoned* is what `surgeon inspect --measure` predicts from other steps (plain,
 masked, all branches dropped, half of the rows everywhere) and the arithmetic; *off* is that over the step as
 it was. *From r* is the final drop rate from which skipping is reckoned to take less than a mask; *takes less*
-says which of the two did at this r. On one thread of a CPU the clock counts
-processor time; the machine was shared (load average {load}), as the quartiles of skipping show.
+says which of the two did at this r. On one thread of a CPU the clock counts processor time; the machine was
+shared (load average {load}), as the quartiles of skipping show.
 
 """
 
@@ -96,7 +97,7 @@ def _lines(rows: list[dict[str, Any]]) -> Iterator[str]:
         least = "never" if even is None else "any" if even <= 0 else f"{even:.2g}"
         cells = (
             *(row["model"], row["size"], row["batch"], row["rate"]),
-            f"{row['device']}, {row['threads']} thread(s)",
+            f"{row['device']}, {count(row['threads'], 'thread')}",
             *(f"{row['plain']:.4g}", f"{row['masked']:.3f}", f"{row['skipped']:.3f}"),
             f"{low:.3f} to {high:.3f}",
             *(f"{row['predicted']:.3f}", f"{row['predicted'] / row['skipped'] - 1:+.1%}", least),
