@@ -98,7 +98,8 @@ class Deleter:
         """The block's trace in one mode, on the example or on a larger batch, without these branches."""
         flow = block.flow if training and not larger else self._flow(block, training, larger=larger)
         chosen = [i for i, r in enumerate(block.residuals) if r.name in names]
-        wanted = [located(block.flow)[1][block.found[i].ordinal] for i in chosen]
+        known = {traits.ordinal: traits for traits in located(block.flow)[1]}
+        wanted = [known[block.found[i].ordinal] for i in chosen]
         there = again(flow, wanted, all_gated=len(chosen) == len(block.found))
         found = [_meant(flow, a, block.found[i]) for i, a in zip(chosen, there, strict=True)]
         for i, addition in zip(chosen, found, strict=True):

@@ -81,7 +81,7 @@ def _together(axes: Any, found: Lesions) -> None:
         [max(values) - mean for mean, values in zip(means, draws, strict=True)],
     ]
     axes.errorbar(
-        counts, means, whiskers, fmt="^--", color=_RANDOM, capsize=3, label="at random (mean, worst to best)"
+        counts, means, whiskers, fmt="^--", color=_RANDOM, capsize=3, label="at random (worst to best)"
     )
     axes.set_xlabel(f"branches deleted, of {len(found)}", color=_INK)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)

@@ -121,6 +121,30 @@ def test_either_branch_of_two_goes_with_its_weights(drop: list[str]) -> None:
     assert {n for n, _ in pruned.block.named_children()} == kept
 
 
+class Pulled(nn.Module):
+    """Steps towards what each branch gives: the differences are additions as well, in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g, self.h = (nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for branch in (self.f, self.g, self.h):
+            x = x + 0.3 * (branch(x) - x)
+        return x
+
+
+@pytest.mark.parametrize("drop", [["0.add"], ["0.add_1"], ["0.add_2"], ["0.add", "0.add_2"]])
+def test_the_branch_that_is_named_goes_where_other_additions_stand_between(drop: list[str]) -> None:
+    model = nn.Sequential(randomise(Pulled()))
+    assert [residual.name for residual in surgeon.find(model, X)] == ["0.add", "0.add_1", "0.add_2"]
+    pruned = surgeon.prune(model, drop, example=X)
+    torch.testing.assert_close(pruned(X), without(model, drop, X))
+    assert len(surgeon.find(pruned, X)) == 3 - len(drop)
+    gone = {"fgh"[["0.add", "0.add_1", "0.add_2"].index(name)] for name in drop}
+    assert {name for name, _ in pruned[0].named_children()} == set("fgh") - gone
+
+
 class Parallel(nn.Module):
     """Two branches that read one norm, and a scale per channel of each, as in parallel transformers."""
 
