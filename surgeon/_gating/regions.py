@@ -28,6 +28,7 @@ class Compiler:
         block: nn.Module,
         shortcut: Tensor,
         factor: Tensor,
+        onto: str,
         given: Any,
     ) -> Tensor:
         """``shortcut + factor * run(block, *given)``, compiled.
@@ -41,13 +42,14 @@ class Compiler:
             block: Its block.
             shortcut: What it is added to.
             factor: What it is multiplied by, a scalar.
+            onto: ``"branch"`` where the sum is of the branch's type, else ``""``.
             given: What it reads.
         """
         makes = tuple(map(_make, (shortcut, *given, *own)))
         key = (run, makes, torch.is_grad_enabled(), torch.is_autocast_enabled(shortcut.device.type))
         if key not in self.made:
             self.made[key] = torch.compile(_copy(run), **self.options)
-        return self.made[key](block, shortcut, factor, *given)
+        return self.made[key](block, shortcut, factor, onto, *given)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Compiler":
         return self  # what it has compiled serves a copy of the model as well
@@ -59,9 +61,10 @@ class Compiler:
 def _copy(run: Branch) -> Branch:
     """A branch and its sum as a function with code of its own."""
 
-    def add(block: nn.Module, shortcut: Tensor, factor: Tensor, *given: Any) -> Tensor:
+    def add(block: nn.Module, shortcut: Tensor, factor: Tensor, onto: str, *given: Any) -> Tensor:
         result: Tensor = own(block, *given)
-        return shortcut + result * factor.to(result.dtype)
+        total = shortcut + result * factor.to(result.dtype)
+        return total.to(result.dtype) if onto else total
 
     code = run.__code__
     own = types.FunctionType(code.replace(), run.__globals__, code.co_name)

@@ -46,9 +46,10 @@ def batch_add(
             return masked_add(gate, shortcut, lifted.run(block, *inputs), onto)
         if not gate.survives():
             return _dropped(lifted, gate, shortcut, onto, fresh, block, inputs)
-    if gate.compiler is not None and not (onto or lifted.gates or is_compiling() or transformed()):
+    compiler = gate.compiler if onto != "shortcut" and not lifted.gates else None
+    if compiler is not None and not (is_compiling() or transformed()):
         own = weights_of(block, lifted.owns)
-        return gate.compiler.add(lifted.run, own, block, shortcut, gate.scale / gate.keep, inputs)
+        return compiler.add(lifted.run, own, block, shortcut, gate.scale / gate.keep, onto, inputs)
     return _whole(lifted, gate, shortcut, onto, block, inputs, gate.correction())
 
 
