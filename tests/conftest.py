@@ -2,14 +2,12 @@
 
 import functools
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-from surgeon._torch import NEWEST, check_exporter
+from surgeon import _torch
 from surgeon.errors import UnsupportedTorchError
 
 
@@ -37,33 +35,18 @@ def one_registry() -> Iterator[None]:
 os.environ.setdefault("SURGEON_COST", "cpu:5.4e-4,1.1e-10,1.8e-11")
 
 
+def _can_export(what: str, check: Callable[[str], None] = _torch.check_exporter) -> None:
+    """A test that comes to an export is skipped where PyTorch cannot, with what surgeon says of it."""
+    try:
+        check(what)
+    except UnsupportedTorchError as error:
+        pytest.skip(str(error))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors on the newest PyTorch; what other versions warn of is no fault of surgeon's."""
     torch.set_num_threads(1)
-    if torch.__version__.startswith(f"{NEWEST}."):
+    if torch.__version__.startswith(f"{_torch.NEWEST}."):
         config.addinivalue_line("filterwarnings", "error")
-
-
-@contextmanager
-def _exported() -> Iterator[None]:
-    """A test that comes to an export is skipped where PyTorch cannot, with what surgeon says of it."""
-    try:
-        yield
-    except UnsupportedTorchError as error:
-        try:
-            check_exporter("an export")
-        except UnsupportedTorchError:
-            pytest.skip(str(error))
-        raise
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup() -> Iterator[Any]:
-    with _exported():
-        return (yield)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call() -> Iterator[Any]:
-    with _exported():
-        return (yield)
+    if torch.__version__.startswith("2.6."):
+        _torch.check_exporter = _can_export
