@@ -5,6 +5,7 @@ missing must not look like a model in which nothing was found. Names that change
 docs/versions.md tells of have their older form here, so that no other room knows of versions.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,16 +18,19 @@ from surgeon.errors import UnsupportedTorchError
 
 __all__ = [
     "CHECK",
-    "CHECKPOINTS",
+    "CHECKPOINT",
     "COMPILED",
     "EXPORT_LOGS",
     "FAKE_LOG",
     "MODULE_GETATTR",
     "NUMBERS_ASKED",
+    "UNWRAPPED",
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
     "check_exporter",
+    "checkpoint_call",
+    "checkpoint_itself",
     "fake_of",
     "from_functional",
     "functionalizing",
@@ -61,6 +65,9 @@ try:
     # Keeps the compiler out of a function without importing it before the function is first called, as
     # `torch.compiler.disable` would.
     from torch._compile import _disable_dynamo as without_compiler
+
+    # What autograd functions do with tensors, and only with them, before their forward; below.
+    from torch._functorch import utils as _functorch_utils
 
     # Runs a forward without arithmetic and without touching a weight.
     # What a fake tensor raises where code asks for its numbers.
@@ -116,16 +123,20 @@ try:
 
     # Where every gradient checkpoint goes through, however `checkpoint` was imported.
     _checkpoint: Any = torch.utils.checkpoint
-    CHECKPOINTS: tuple[tuple[Any, str], ...] = (
-        ((_checkpoint, "_checkpoint_impl"),)
-        if hasattr(_checkpoint, "_checkpoint_impl")  # since 2.14
-        else (
-            (_checkpoint.CheckpointFunction, "apply"),
-            (_checkpoint, "_checkpoint_without_reentrant_generator"),
-        )
+    CHECKPOINT: tuple[Any, str]
+    if hasattr(_checkpoint, "_checkpoint_impl"):  # since 2.14
+        checkpoint_itself: Any = _checkpoint._checkpoint_impl
+        CHECKPOINT = _checkpoint, "_checkpoint_impl"
+    else:  # what keeps the compiler out of `checkpoint` is asked for by this name in each call
+        checkpoint_itself = _checkpoint.checkpoint.__wrapped__
+        CHECKPOINT = checkpoint_itself, "__dynamo_disable"
+        if CHECKPOINT[1] not in _checkpoint.checkpoint.__code__.co_consts:
+            raise AttributeError(CHECKPOINT[1])  # noqa: TRY301 - missed as the others are
+
+    # Not in 2.15, where an autograd function takes a proxy for a tensor as it is.
+    UNWRAPPED: tuple[tuple[Any, str], ...] = tuple(
+        (_functorch_utils, name) for name in ("unwrap_dead_wrappers",) if hasattr(_functorch_utils, name)
     )
-    for _owner, _name in CHECKPOINTS:
-        getattr(_owner, _name)
 except (ImportError, AttributeError) as error:
     raise UnsupportedTorchError(
         f"surgeon needs a part of PyTorch that {torch.__version__} does not have ({error}); {_CURE}"
@@ -164,6 +175,17 @@ def fake_of(mode: FakeTensorMode, meta: Tensor, device: torch.device, *, require
     The constructor takes thousands of weights in the time in which the mode's converter takes a hundred.
     """
     return FakeTensor(mode, meta.requires_grad_(requires_grad), device)
+
+
+def checkpoint_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """Function, arguments and options of a call of what `CHECKPOINT` names."""
+    if CHECKPOINT[1] == "_checkpoint_impl":
+        function, given, named = args
+        return function, given, named, kwargs
+    own = inspect.signature(checkpoint_itself).parameters.values()
+    names = {one.name for one in own if one.kind is one.KEYWORD_ONLY} | {"preserve_rng_state"}
+    options = {name: value for name, value in kwargs.items() if name in names}
+    return args[0], args[1:], {name: kwargs[name] for name in kwargs.keys() - names}, options
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from surgeon._torch import CHECK, CHECKPOINTS, pytree
+from surgeon._torch import CHECK, CHECKPOINT, UNWRAPPED, checkpoint_call, checkpoint_itself, pytree
 from surgeon._tracing.leaves import applying
 from surgeon._tracing.nests import tensors
 from surgeon._tracing.outside import cached_functions
@@ -84,15 +84,12 @@ def guarded(tracer: Listener, block: nn.Module) -> Iterator[None]:
         (nn.Module, "__init__", _making(tracer)),
         *((Tensor, name, _unbound(tracer, name)) for name in _UNBOUND),
         (torch.jit.ScriptFunction, "__call__", _scripted(tracer)),
+        (*CHECKPOINT, _checkpointing(tracer)),
+        *((owner, name, _answering(tracer, getattr(owner, name), tuple)) for owner, name in UNWRAPPED),
     ]
     for region, what in _REGIONS:
         refused = _refusing(tracer, region.__enter__, f"part of its forward runs under its own {what}")
         changes.append((region, "__enter__", refused))
-    for owner, name in CHECKPOINTS:
-        original, why = getattr(owner, name), "its forward calls torch.utils.checkpoint"
-        seen = name == "_checkpoint_impl"
-        guard = _checkpointing(tracer, original) if seen else _refusing(tracer, original, why)
-        changes.append((owner, name, guard))
     with replaced(*changes), ExitStack() as stack:
         for function, put in cached_functions(block):
             put(_cached(tracer, function))
@@ -130,11 +127,11 @@ def _factory(tracer: Listener, factory: Callable[..., Any]) -> Any:
     return _answering(tracer, factory, answer)
 
 
-def _checkpointing(tracer: Listener, checkpoint: Callable[..., Any]) -> Any:
-    def answer(function: Any, args: Any, kwargs: Any, **options: Any) -> Any:
-        return tracer.checkpointed(function, args, kwargs, options)
+def _checkpointing(tracer: Listener) -> Any:
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        return tracer.checkpointed(*checkpoint_call(args, kwargs))
 
-    return _answering(tracer, checkpoint, answer)
+    return _answering(tracer, checkpoint_itself, answer)
 
 
 def _scripted(tracer: Listener) -> Any:

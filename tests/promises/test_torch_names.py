@@ -5,7 +5,6 @@ import logging
 import re
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
@@ -15,6 +14,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from surgeon import _torch as private
+from surgeon._tracing.undisturbed import replaced
 
 ROOT = Path(__file__).resolve().parents[2]
 PRIVATE = re.compile(r"torch(\.\w+)*\._[a-z]\w*")
@@ -149,18 +149,24 @@ def test_the_hooks_on_top_are_those_of_who_asked_last() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_every_checkpoint_goes_through_the_named_places(reentrant: bool) -> None:
+def test_every_checkpoint_goes_through_the_named_place(reentrant: bool) -> None:
     class Seen(Exception):
         pass
 
-    def stop(*_: object, **__: object) -> None:
-        raise Seen
+    def stop(*args: object, **kwargs: object) -> None:
+        raise Seen(args, kwargs)
 
-    with ExitStack() as stack:
-        for owner, name in private.CHECKPOINTS:
-            stack.enter_context(mock.patch.object(owner, name, stop))
-        with pytest.raises(Seen):
-            torch.utils.checkpoint.checkpoint(torch.sin, torch.ones(1), use_reentrant=reentrant)
+    def call() -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(torch.add, x, alpha=2, other=x, use_reentrant=reentrant)
+
+    x = torch.ones(1)
+    with replaced((*private.CHECKPOINT, stop)), pytest.raises(Seen) as caught:
+        call()
+    function, args, kwargs, options = private.checkpoint_call(*caught.value.args)
+    assert (function, args, kwargs) == (torch.add, (x,), {"alpha": 2, "other": x})
+    assert options["use_reentrant"] is reentrant
+    with replaced((*private.CHECKPOINT, private.checkpoint_itself)):
+        assert reentrant or call() == 3
 
 
 def test_every_check_goes_through_the_named_place() -> None:
@@ -210,8 +216,8 @@ BREAKS = {
         """
 import torch.utils.checkpoint as m
 vars(m).pop("_checkpoint_impl", None)
-del m._checkpoint_without_reentrant_generator""",
-        "_checkpoint_without_reentrant_generator",
+m.checkpoint = lambda: None""",
+        "__wrapped__",
     ),
     "no functionalization": ("del torch._to_functional_tensor", "_to_functional_tensor"),
 }
