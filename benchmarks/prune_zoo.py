@@ -42,13 +42,13 @@ Every fourth branch is deleted. A model has *passed* if without them it gives wh
 these branches multiplied by zero, has as many residual adds fewer, holds none but weights of the full one,
 and its ONNX file agrees with it in ONNX Runtime. Weights are random, images small.
 
-Models: {results}.
+Models so far, the smallest of each family first: {results}.
 """
 _NUMBERS = """
 Of the {branches} branches of the {count} that passed {deleted} were deleted, and {weights:.1%} of the weights
-are left on average. {same} hold as many as before, as the last layers of their branches also make what stays
-(ReXNet: channels beside those of the sum). The largest difference to the network with zeros is
-{difference:.1e} of the largest output; that of ONNX Runtime to PyTorch {onnx:.1e}.
+are left on average; as many as before in {same}, where the layers of the branch also make what stays (ReXNet:
+channels beside those of the sum). The largest difference to the network with zeros is {difference:.1e} of the
+largest output; that of ONNX Runtime to PyTorch {onnx:.1e}.
 """
 
 
