@@ -41,7 +41,10 @@ def dump_config(config: Config) -> str:
 
 
 def rehearsal(config: Config, folder: Path, processes: int = 1) -> Config:
-    """The same settings for two steps on made-up images: nothing is fetched; `folder` takes the output."""
+    """The same settings for two steps on made-up images: nothing is fetched; `folder` takes the output.
+
+    A head that is kept is of weights and classes that are not there, so the rehearsal makes a new one.
+    """
     train, classes = config.train, max(config.data.classes, config.pretrain.classes if config.pretrain else 2)
     samples = 2 * train.batch_size * train.accumulate * processes
     log = config.log.model_copy(update={"every": 1, "trackers": ()})
@@ -49,7 +52,9 @@ def rehearsal(config: Config, folder: Path, processes: int = 1) -> Config:
         "output": folder,
         "resume": False,
         "overwrite": False,
-        "model": config.model.model_copy(update={"pretrained": False, "checkpoint": None}),
+        "model": config.model.model_copy(
+            update={"pretrained": False, "checkpoint": None, "keep_head": False}
+        ),
         "data": config.data.model_copy(update={"kind": "fake", "samples": samples, "classes": classes}),
         "train": train.model_copy(update={"epochs": 1}),
         "log": log,

@@ -37,7 +37,6 @@ SMALLER = {
     "digits": ["deliver.onnx=true"],
     "resnet50": RESNET,
     "vit_small": ["model.kwargs={depth: 2, embed_dim: 32, num_heads: 2}"],
-    "imagenet": [*CONVNEXT, "model.keep_head=false"],
     "paper/resnet152_imagenet": RESNET,
 }
 
