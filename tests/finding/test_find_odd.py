@@ -221,6 +221,9 @@ def test_a_list_of_terms_handed_in() -> None:
     terms = [torch.randn(2, 4), torch.randn(2, 4)]
     model = Listed().eval()
     findings = surgeon.find(model, (terms,))
+    if torch.__version__.startswith("2.6."):  # whose `torch.stack` takes no stand-in for the list
+        assert {r.code for r in findings.refused} == {"untraceable"}
+        return
     assert [r.branch for r in findings] == ["f"]
     assert [r.code for r in findings.refused] == ["linear"]
     expected = model(terms)

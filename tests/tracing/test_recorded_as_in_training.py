@@ -168,7 +168,6 @@ def test_a_nested_tensor_is_named(layout: torch.layout) -> None:
 @pytest.mark.parametrize(
     ("place", "name"),
     [
-        (torch.utils.checkpoint, "_checkpoint_impl"),
         (_symbolic_trace, "_orig_module_getattr"),
         (torch, "is_autocast_enabled"),
         (recording, "storage"),
