@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgeon._torch import CHECK, CHECKPOINT, UNWRAPPED, checkpoint_call, checkpoint_itself, pytree
-from surgeon._tracing.leaves import applying
+from surgeon._tracing.leaves import Mode, applying
 from surgeon._tracing.nests import tensors
 from surgeon._tracing.outside import cached_functions
 from surgeon._tracing.state import PLAIN
@@ -32,11 +32,14 @@ class Listener(Protocol):
 
     listening: bool
     ambient: bool
-    grad_modes: list[bool]
+    regions: list[tuple[tuple[Mode, ...], tuple[bool, ...]]]
     made: list[nn.Module]
 
     @property
-    def grad_mode(self) -> bool: ...
+    def modes(self) -> tuple[Mode, ...]: ...
+
+    @property
+    def state(self) -> tuple[bool, ...]: ...
 
     def stealthy(self) -> bool: ...
 
@@ -47,11 +50,8 @@ class Listener(Protocol):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any: ...
 
 
-_REGIONS = (
-    (torch.amp.autocast_mode.autocast, "autocast"),
-    (torch.inference_mode, "inference mode"),
-)
-_GRAD_REGIONS = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled)
+_REGIONS = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.amp.autocast_mode.autocast)
+_INFERENCE = "part of its forward runs under its own inference mode"
 _UNBOUND = ("add", "add_", "sub", "sub_")  # torch.Tensor.add(a, b) takes no proxy
 # Their C parsers refuse a proxy as a size before any override of theirs is asked.
 _FACTORIES = (
@@ -74,8 +74,9 @@ def guarded(tracer: Listener, block: nn.Module) -> Iterator[None]:
     """
     asks = "its forward asks for the inference mode"  # no trace runs in it
     changes: list[tuple[Any, str, Any]] = [
-        *((cls, "__enter__", _entering(tracer, cls.__enter__)) for cls in _GRAD_REGIONS),
-        *((cls, "__exit__", _leaving(tracer, cls.__exit__)) for cls in _GRAD_REGIONS),
+        *((cls, "__enter__", _entering(tracer, cls.__enter__)) for cls in _REGIONS),
+        *((cls, "__exit__", _leaving(tracer, cls.__exit__)) for cls in _REGIONS),
+        (torch.inference_mode, "__enter__", _refusing(tracer, torch.inference_mode.__enter__, _INFERENCE)),
         *((torch, name, _noting(tracer, getattr(torch, name))) for name in _QUESTIONS),
         (torch, "is_inference_mode_enabled", _refusing(tracer, torch.is_inference_mode_enabled, asks)),
         *((torch, name, _factory(tracer, getattr(torch, name))) for name in _FACTORIES),
@@ -87,9 +88,6 @@ def guarded(tracer: Listener, block: nn.Module) -> Iterator[None]:
         (*CHECKPOINT, _checkpointing(tracer)),
         *((owner, name, _answering(tracer, getattr(owner, name), tuple)) for owner, name in UNWRAPPED),
     ]
-    for region, what in _REGIONS:
-        refused = _refusing(tracer, region.__enter__, f"part of its forward runs under its own {what}")
-        changes.append((region, "__enter__", refused))
     with replaced(*changes), ExitStack() as stack:
         for function, put in cached_functions(block):
             put(_cached(tracer, function))
@@ -147,20 +145,40 @@ def _scripted(tracer: Listener) -> Any:
 
 def _entering(tracer: Listener, enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def guard(region: Any) -> Any:
-        if tracer.listening:
-            tracer.grad_modes.append({torch.no_grad: False, torch.enable_grad: True}.get(type(region), False))
-            if isinstance(region, torch.set_grad_enabled):
-                tracer.grad_modes[-1] = bool(region.mode)
+        if tracer.listening and (device := getattr(region, "device", "cpu")) not in _usable():
+            # What is off here may be on where the model trains.
+            raise TraceError(f"part of its forward runs under its own autocast for {device}{line()}")
         with tracer.deaf():
-            return enter(region)
+            entered = enter(region)
+        if tracer.listening:
+            with tracer.deaf():
+                tracer.regions.append((_inside(tracer.modes, region), global_state()))
+        return entered
 
     return guard
 
 
+def _usable() -> tuple[str, ...]:
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def _inside(modes: tuple[Mode, ...], region: Any) -> tuple[Mode, ...]:
+    """The modes in a region that was entered just now, from the outside in."""
+    if isinstance(region, torch.amp.autocast_mode.autocast):
+        device = region.device
+        return *modes, (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+    return *(mode for mode in modes if not isinstance(mode, bool)), torch.is_grad_enabled()
+
+
+def global_state() -> tuple[bool, ...]:
+    """Whether gradients are on, and autocast."""
+    return (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+
+
 def _leaving(tracer: Listener, leave: Callable[..., Any]) -> Callable[..., Any]:
     def guard(region: Any, *error: Any) -> Any:
-        if tracer.listening and tracer.grad_modes:
-            tracer.grad_modes.pop()
+        if tracer.listening and tracer.regions:
+            tracer.regions.pop()
         with tracer.deaf():
             return leave(region, *error)
 
@@ -200,7 +218,7 @@ def _looking_up(tracer: Listener) -> Callable[[Any, str], Any]:
             given = args[1:] if args and isinstance(args[0], cls._backward_cls) else args
             if not tracer.listening or not any(isinstance(a, fx.Proxy) for a in given):
                 return found(*args)
-            with tracer.deaf(), torch.set_grad_enabled(tracer.grad_mode):
+            with tracer.deaf(), torch.set_grad_enabled(tracer.state[0]):
                 return tracer.create_proxy("call_function", applying(cls), given, {})
 
         return forward

@@ -40,12 +40,14 @@ class Mentions:
         variables: Where other plain values and functions lie.
         beside: Nests, objects and closures that it may change, by name.
         classes: Whether it may ask for the class of a child.
+        foreign: Names of variables in files of other packages than the block's.
     """
 
     attributes: tuple[str, ...] = ()
     variables: tuple[Variable, ...] = ()
     beside: dict[str, Any] = field(default_factory=dict)
     classes: bool = False
+    foreign: set[str] = field(default_factory=set)
 
 
 def mentions(block: nn.Module, forward: Any) -> Mentions:
@@ -59,8 +61,11 @@ def mentions(block: nn.Module, forward: Any) -> Mentions:
     held = {name: _static(type(block), name) for name in names}
     attributes = {".".join(path) for path, value in _reached(held, names) if _is_plain(value)}
     found = Mentions(tuple(sorted(attributes)), classes=not names.isdisjoint(_CLASS))
+    own = type(block).__module__.partition(".")[0]
     for function in functions:
         _look_around(function, found)
+        if function.__module__.partition(".")[0] != own:
+            found.foreign |= function.__globals__.keys() & _names(function.__code__)
     return found
 
 

@@ -1,7 +1,8 @@
 """Traces one block's own ``forward`` into an fx graph, and refuses what a graph cannot hold."""
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,20 +56,21 @@ def trace(
         )
     _check_class(type(block))
     forward, below = forward or plain_forward(block), below or Below()
-    reads, left = Reads(), list[str]()
     with ONE_AT_A_TIME:
         found = _mentioned(block, forward, below)
-        around = _around(block, found)
-        tracer = BlockTracer(block, log, args, kwargs, replays or {}, reads, below)
-        with undisturbed(block, beside=found.beside, left=left) as changed:
-            with guarded(tracer, block), Capture(tracer):
-                try:
-                    graph = tracer.trace_forward(block, forward)
-                except TraceError as error:
-                    raise TraceError(f"{error}{_hooked(block) if error.__cause__ else ''}") from error
-            tracer.made.clear()
-            moved = [name for name, value in _around(block, found).items() if [value] != [around[name]]]
-    _check_steady(found, tracer, changed, left, moved)
+
+        def run(*, again: bool = False) -> _Ran:
+            def tracer() -> BlockTracer:
+                return BlockTracer(block, log, args, kwargs, replays or {}, Reads(), below)
+
+            return _run(block, forward, found, [tracer() for _ in range(1 + again)])
+
+        ran = run()
+        if ran.fills(found) and ran.alike(settled := run(again=True)) and not settled.changes:
+            ran.changed.clear()
+            ran.moved.clear()
+    tracer, graph, reads = ran.tracer, ran.graph, ran.tracer.reads
+    _check_steady(found, tracer, ran.changed, ran.left, ran.moved)
     parents = [f"{name}._modules" for name, module in reads.fetched.items() if module._modules]
     for name in (*found.attributes, *((*reads.fetched, *parents) if found.classes else ())):
         reads.note(name, attribute(block, name), own=True)
@@ -80,6 +82,49 @@ def trace(
     attributes = tuple(sorted(reads.own - {"training"}))
     key = Key(tracer.exact, tracer.ambient, attributes, tracer.given.read, found.variables)
     return Trace(graph, tracer.facts, key, reads, Below(below.opened, tracer.runner.stood))
+
+
+@dataclass(slots=True)
+class _Ran:
+    """A forward that was traced, with the names of what it changed, kept and moved on."""
+
+    tracer: BlockTracer
+    graph: fx.Graph
+    changed: list[str]
+    left: list[str]
+    moved: list[str]
+
+    @property
+    def changes(self) -> bool:
+        return bool(self.changed or self.left or self.moved)
+
+    def fills(self, found: Mentions) -> bool:
+        """Whether all that it changed is another package's, which may note there what it has found out."""
+        names = {*self.changed, *(name.partition(" ")[0] for name in self.moved)}
+        return bool(names) and not self.left and names <= found.foreign
+
+    def alike(self, other: "_Ran") -> bool:
+        """Whether both run the same code."""
+        codes = [ran.graph.python_code("self") for ran in (self, other)]
+        return codes[0].src == codes[1].src and codes[0].globals == codes[1].globals
+
+
+def _run(block: nn.Module, forward: Any, found: Mentions, tracers: Sequence[BlockTracer]) -> _Ran:
+    """Traces a forward by each tracer in turn; what the last one finds."""
+    left = list[str]()
+    with ExitStack() as stack:
+        for tracer in tracers:
+            changed = stack.enter_context(undisturbed(block, beside=found.beside, left=left))
+            around = _around(block, found)
+            with guarded(tracer, block), Capture(tracer):
+                try:
+                    graph = tracer.trace_forward(block, forward)
+                except TraceError as error:
+                    raise TraceError(f"{error}{_hooked(block) if error.__cause__ else ''}") from error
+            tracer.made.clear()
+            now = _around(block, found)
+        moved = [name for name, value in now.items() if [value] != [around[name]]]
+    return _Ran(tracer, graph, changed, left, moved)
 
 
 def plain_forward(block: nn.Module) -> Any:

@@ -27,8 +27,8 @@ from surgeon._tracing.canonical import canonical
 from surgeon._tracing.children import Below
 from surgeon._tracing.facts import Fact, numbers_asked
 from surgeon._tracing.given import Given, argument_names
-from surgeon._tracing.guards import line
-from surgeon._tracing.leaves import checkpointed, under
+from surgeon._tracing.guards import global_state, line
+from surgeon._tracing.leaves import Mode, checkpointed, inside, run
 from surgeon._tracing.nests import alike, parts, tensors
 from surgeon._tracing.oplog import OpLog
 from surgeon._tracing.proxy import ValueProxy, isinstance_, sees
@@ -64,8 +64,8 @@ class BlockTracer(fx.Tracer):
         self.given = Given(self.facts)
         self.proxies: dict[fx.Node, ValueProxy] = {}
         self._listening, self._thread = False, threading.get_ident()
-        self._state = _global_state()
-        self.grad_modes: list[bool] = []  # of the grad regions that the forward is in
+        self._around = global_state()
+        self.regions: list[tuple[tuple[Mode, ...], tuple[bool, ...]]] = []  # that the forward is in
         self.made: list[nn.Module] = []  # by the forward
 
     @property
@@ -148,7 +148,7 @@ class BlockTracer(fx.Tracer):
         return self.proxies[node]
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Node:
-        if _global_state() != (self.grad_mode, *self._state[1:]):
+        if global_state() != self.state:
             raise TraceError(f"part of its forward runs under its own autocast or grad mode{line()}")
         return super().create_node(kind, target, args, kwargs, *rest, **more)
 
@@ -186,7 +186,7 @@ class BlockTracer(fx.Tracer):
             return self._emit(kind, target, args, kwargs)
 
     def _emit(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
-        kind, target = self._in_grad_mode(kind, target, args)
+        kind, target = self._in_regions(kind, target, args)
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
         try:
             value = self.runner.run(node)
@@ -206,21 +206,23 @@ class BlockTracer(fx.Tracer):
     def stealthy(self) -> bool:
         """Whether gradients are off that the forward has not turned off itself."""
         with self.deaf():
-            return not torch.is_grad_enabled() and (self.grad_mode or not self._state[0])
+            return not torch.is_grad_enabled() and (self.state[0] or not self._around[0])
 
     @property
-    def grad_mode(self) -> bool:
-        """Whether gradients are on where the forward is."""
-        return self.grad_modes[-1] if self.grad_modes else self._state[0]
+    def modes(self) -> tuple[Mode, ...]:
+        """What the forward has turned on and off around it."""
+        return self.regions[-1][0] if self.regions else ()
 
-    def _in_grad_mode(self, kind: str, target: Any, args: Any) -> tuple[str, Any]:
-        """What is to be called in the grad region that the forward is in, if any."""
+    @property
+    def state(self) -> tuple[bool, ...]:
+        """What of that is on there: gradients, autocast."""
+        return self.regions[-1][1] if self.regions else self._around
+
+    def _in_regions(self, kind: str, target: Any, args: Any) -> tuple[str, Any]:
+        """What is to be called in the grad and autocast regions that the forward is in, if any."""
         picks = target is getattr or (target is operator.getitem and not _is_tensor(args[0]))
-        if picks or kind == "get_attr" or not self.grad_modes:
-            return kind, target
-        if kind == "call_module":
-            raise TraceError(f"its forward calls {target} under its own grad mode{line()}")
-        return "call_function", under(target, self.grad_modes[-1])
+        placed = target if picks or kind == "get_attr" else inside(target, self.modes)
+        return (kind, target) if placed is target else ("call_function", placed)
 
     def checkpointed(self, function: Any, args: Any, kwargs: Any, options: Any) -> Any:
         """A checkpointed child of the block, or a method of its or a child's, as a leaf."""
@@ -235,10 +237,15 @@ class BlockTracer(fx.Tracer):
         given = {key: value for key, value in options.items() if isinstance(value, PLAIN)}
         if options.get("context_fn", noop_context_fn) is not noop_context_fn:
             raise TraceError(f"its forward gives torch.utils.checkpoint contexts of its own{line()}")
+        held = self._held(".".join(filter(None, (path, name))))
         with self.deaf():
-            held = self.create_node("get_attr", ".".join(filter(None, (path, name))), (), {})
-            self._wrap(held, self.runner.run(held))
-            return self._emit("call_function", checkpointed, (self.proxy_of(held), given, *args), kwargs)
+            return self._emit("call_function", checkpointed, (held, given, *args), kwargs)
+
+    def _held(self, path: str) -> ValueProxy:
+        """A child, or a method of one, as a value."""
+        with self.deaf():
+            node = self.create_node("get_attr", path, (), {})
+            return self._wrap(node, self.runner.run(node))
 
     def requires_grad(self, proxy: ValueProxy) -> bool:
         """Whether a tensor that was there before the forward requires a gradient; noted."""
@@ -277,6 +284,8 @@ class BlockTracer(fx.Tracer):
             ) from None
         if path in self._below.opened:
             return forward(*args, **kwargs)
+        if self.modes:
+            return self.create_proxy("call_function", run, (self._held(path), *args), kwargs)
         return self.create_proxy("call_module", path, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -288,7 +297,3 @@ class BlockTracer(fx.Tracer):
 
 def _is_tensor(given: Any) -> bool:
     return isinstance(given.__dict__["value"] if type(given) is ValueProxy else given, Tensor)
-
-
-def _global_state() -> tuple[bool, ...]:
-    return (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -75,6 +76,23 @@ def remembered(mean: Tensor, x: Tensor) -> Tensor:
     return mean.copy_(x.mean(0)).clone()
 
 
+def teacher(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        target = m.g(x)
+    return x + m.f(x) * target
+
+
+def cast(m: Any, x: Tensor, on: bool) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+        y = m.f(x) @ m.w
+    return x + y.to(x.dtype)
+
+
+@torch.autocast("cpu", dtype=torch.bfloat16)
+def all_cast(m: Any, x: Tensor) -> Tensor:
+    return x + m.f(x) * 2
+
+
 def slices(m: Any, x: Tensor) -> Tensor:
     x = x * 1
     x[:, :4] += m.f(x * 1)
@@ -130,6 +148,10 @@ FOUND: dict[str, tuple[Callable[..., Any], dict[str, Any], int, tuple[Tensor, ..
         1,
         (X,),
     ),
+    "a child without gradients": (teacher, {"f": mlp(), "g": mlp()}, 1, (X,)),
+    "autocast, off": (partial(cast, on=False), {"f": mlp(), "w": torch.randn(8, 8)}, 1, (X,)),
+    "autocast, on": (partial(cast, on=True), {"f": mlp(), "w": torch.randn(8, 8)}, 1, (X,)),
+    "all under autocast": (all_cast, {"f": mlp()}, 1, (X,)),
     "a module made there": (lambda m, x: nn.ReLU()(x + m.f(x)), {"f": mlp()}, 1, (X,)),
     "a pool made there": (lambda m, x: nn.AvgPool1d(3, 2)(x) + m.f(x), {"f": shrinking(2)}, 1, (S,)),
     "a difference": (lambda m, x: x - m.f(x), {"f": mlp()}, 1, (X,)),

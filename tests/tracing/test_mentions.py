@@ -277,6 +277,38 @@ def test_a_forward_that_changes_them_is_refused(block: type[nn.Module], what: st
     assert re.search(f"its forward changes {what}, which is not its own", findings.refused[0].reason)
 
 
+ELSEWHERE = """
+KINDS = {}
+def kind(x):
+    if type(x) not in KINDS:
+        KINDS[type(x)] = object()
+    return KINDS[type(x)]
+COUNT = 0
+def count():
+    global COUNT
+    COUNT += 1
+    return COUNT
+"""
+
+
+@pytest.mark.parametrize(("what", "gates"), [("kind", 1), ("count", 0)])
+@pytest.mark.parametrize("package", ["of_somebody_else", __name__])
+def test_what_another_package_notes_for_itself_is_no_hindrance(what: str, gates: int, package: str) -> None:
+    """Such as which kinds of tensors there are. A count is no such note, nor is what is one's own."""
+    there: dict[str, Any] = {"__name__": package}
+    exec(ELSEWHERE, there)  # noqa: S102 - a file of another package
+
+    function = there[what]
+
+    class Uses(Branch):
+        def forward(self, x: Tensor) -> Tensor:
+            factor = (function(x) and 2.0) if what == "kind" else function()
+            return x + self.f(x) * factor
+
+    found = surgeon.find(Uses(), X)
+    assert len(found) == (gates if package != __name__ else 0)
+
+
 class Odd(dict):  # type: ignore[type-arg]
     def values(self) -> Any:
         raise RuntimeError("not now")
