@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from surgeon._finding.addition import Addition
+from surgeon._finding.flow import Flow
+from surgeon._finding.paths import writes_to
 from surgeon._gating.decided import BranchFacts, Decision
 from surgeon._gating.gate import Gate
 from surgeon._mark import mark
@@ -52,3 +55,24 @@ def combine(shortcut: Tensor, branch: Tensor, onto: str, factor: float = 1.0) ->
     if factor == 1.0:
         return shortcut.add_(branch) if onto else shortcut + branch
     return shortcut.add_(branch, alpha=factor) if onto else torch.add(shortcut, branch, alpha=factor)
+
+
+def memory_order(flow: Flow, addition: Addition) -> tuple[int, ...]:
+    """In which order of its dimensions a sum lies in memory; nothing where its shortcut lies alike.
+
+    What reads the sum may ask for that: a view, a draw of as many numbers.
+    """
+    total, shortcut = (flow.fact(node).value for node in (addition.node, addition.shortcut))
+    if writes_to(addition.node) is addition.shortcut or total.layout != torch.strided:
+        return ()
+    if all(a == b for a, b, n in zip(total.stride(), shortcut.stride(), total.shape, strict=True) if n > 1):
+        return ()
+    return tuple(sorted(range(total.ndim), key=lambda d: (-total.stride(d), d)))
+
+
+def laid_out(value: Tensor, order: tuple[int, ...]) -> Tensor:
+    """The same numbers, so that they lie one after another in memory in some order of the dimensions."""
+    inner = value.permute(order)
+    if inner.is_contiguous():
+        return value
+    return inner.contiguous().permute(sorted(range(len(order)), key=order.__getitem__))

@@ -13,6 +13,7 @@ from surgeon._finding.drops import row_mask
 from surgeon._finding.flow import Flow
 from surgeon._finding.joins import Join
 from surgeon._finding.paths import writes_to
+from surgeon._gating.adds import laid_out, memory_order
 from surgeon._gating.joins import masked_mean
 from surgeon._gating.lifted import Lifted
 from surgeon._gating.rowwise import nested
@@ -32,11 +33,13 @@ class _Gated:
         reads: The nodes whose values it takes.
         gates: Its gate, and those of the sums inside its branch, by place.
         emit: ``emit(graph, value of, gate of)`` puts it into a graph.
+        order: How the numbers of the sum lie in memory, where those of the shortcut lie otherwise.
     """
 
     reads: tuple[fx.Node, ...]
     gates: tuple[int, ...]
     emit: Callable[[fx.Graph, Callable[[fx.Node], fx.Node], Callable[[int], fx.Node]], fx.Node]
+    order: tuple[int, ...] = ()
 
 
 class Writer:
@@ -58,7 +61,7 @@ class Writer:
         def emit(graph: fx.Graph, value: Callable[..., fx.Node], gate: Callable[..., fx.Node]) -> fx.Node:
             return graph.call_function(form, (gate(index), *map(value, sides), onto))
 
-        self.replaced[addition.node] = _Gated(sides, (index,), emit)
+        self.replaced[addition.node] = _Gated(sides, (index,), emit, memory_order(self.flow, addition))
 
     def value(self, index: int, addition: Addition, form: Callable[..., Tensor]) -> None:
         """Replaces new features by ``form(gate, features)``."""
@@ -96,7 +99,10 @@ class Writer:
                 _bound(form, lifted), (*head, *map(value, reads), *map(gate, lifted.gates))
             )
 
-        self.replaced[addition.node] = _Gated((addition.shortcut, *reads), (index, *lifted.gates), emit)
+        order = memory_order(self.flow, addition)
+        self.replaced[addition.node] = _Gated(
+            (addition.shortcut, *reads), (index, *lifted.gates), emit, order
+        )
 
     def lifted(self, addition: Addition) -> tuple[Lifted, list[fx.Node]]:
         """The branch as a function of its own, and the nodes whose values it reads."""
@@ -147,6 +153,8 @@ class Writer:
         for node in nodes:
             if node in self.replaced:
                 env[node] = self.replaced[node].emit(graph, env.__getitem__, gate)
+                if order := self.replaced[node].order:
+                    env[node] = graph.call_function(laid_out, (env[node], order))
                 if writes_to(node) is not None:  # the name that was added to in place now means the sum
                     env[node.args[0]] = env[node]  # type: ignore[index]
             elif node in self.passed:

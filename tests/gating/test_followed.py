@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from blocks import Branch, Of, X
+from blocks import Branch, Of, X, coins
 from torch import Tensor, nn
 
 import surgeon
@@ -199,3 +199,27 @@ def test_a_nest_that_cannot_be_made_anew_is_refused() -> None:
 
     [refused] = surgeon.find(Of(forward, f=branch()), X).refused
     assert "hands on a Kept" in refused.reason
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(("unit", "skip"), [("batch", True), ("sample", True), ("sample", False)])
+@pytest.mark.parametrize("onto", [False, True])
+def test_a_sum_lies_in_memory_as_it_did(unit: Any, skip: bool, kept: bool, onto: bool) -> None:
+    """A shortcut may lie otherwise: a view of the sum, which is fine without gates, must not fail then."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = x.transpose(1, 2)
+        y = m.f(x.contiguous())
+        if onto:
+            y += x
+        else:
+            y = y + x
+        return y.view(len(x), -1)
+
+    model, x = Of(forward, f=branch()), torch.randn(3, 4, 5)
+    surgeon.apply(model, "uniform", drop_rate=0.5, unit=unit, skip=skip, scaling="paper", example=x)
+    turned = x.transpose(1, 2)
+    for factor in (float(kept), 0.5):
+        with coins(kept):
+            torch.testing.assert_close(model(x), (factor * model.f(turned) + turned).reshape(3, -1))
+        model.eval()
