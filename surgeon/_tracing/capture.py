@@ -26,13 +26,14 @@ class Capture(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if not self.tracer.listening or name in ("__get__", "__set__"):
+        if not self.tracer.listening or name in _SETS:
             return func(*args, **kwargs)
         if (isinstance(func, _METHODS) or hasattr(func, "is_method")) and not name.startswith("__"):
             return self.tracer.create_proxy("call_method", name, args, kwargs)
         return self.tracer.create_proxy("call_function", _operator(func, name), args, kwargs)
 
 
+_SETS = ("__get__", "__set__", "_set_grad_enabled")  # no call that a graph could repeat in its place
 _METHODS = (type(Tensor.add), type(Tensor.__add__))
 
 

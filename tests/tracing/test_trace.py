@@ -291,10 +291,11 @@ def assigns(self: Any, x: Tensor) -> Tensor:
     return x + self.f(x)
 
 
-@refuses("own inference mode")
-def own_inference_mode(self: Any, x: Tensor) -> Tensor:
-    with torch.inference_mode():
-        y = self.f(x)
+@refuses("own autocast or grad mode")
+def own_grad_mode(self: Any, x: Tensor) -> Tensor:
+    torch.set_grad_enabled(False)
+    y = self.f(x)
+    torch.set_grad_enabled(True)
     return x + y
 
 
