@@ -310,7 +310,7 @@ MODELS: dict[str, Model] = {
         reduction=4,
     ),
     "SCUNet": finer(
-        "SCUNet", 7, "7 blocks, each around the sums of its two halves", 1, side=64, config=[1] * 7, dim=64
+        "SCUNet", 7, "7 blocks, each around the sums of its two halves", 7, side=64, config=[1] * 7, dim=64
     ),
     "DRUNet": finer("DRUNet", 7, "3 down, 1 at the bottom, 3 up", in_nc=3, nc=[8, 8, 16, 16], nb=1),
     "RRDBNet": finer(
@@ -378,7 +378,6 @@ MODELS: dict[str, Model] = {
         table,
         4,
         "2 blocks of 2",
-        3,
         n_cont_features=3,
         **CARDS,
         d_out=1,
@@ -397,7 +396,7 @@ MODELS: dict[str, Model] = {
         lambda: (torch.randn(8, 4),),
         12,
         "4 transformers of 1 shared and 2 own GLU layers with a sum",
-        0,
+        2,
         input_dim=4,
         output_dim=2,
         group_attention_matrix=torch.eye(4),
@@ -527,7 +526,7 @@ MODELS: dict[str, Model] = {
     # Images and language once more.
     "pytorchcv resnet10": of("pytorchcv.models.resnet", "resnet10", image(3, 224), 4, "4 stages of 1"),
     "pytorchcv preresnet10": of(
-        "pytorchcv.models.preresnet", "preresnet10", image(3, 224), 4, "4 stages of 1", 1
+        "pytorchcv.models.preresnet", "preresnet10", image(3, 224), 4, "4 stages of 1"
     ),
     "pytorchcv seresnet10": of("pytorchcv.models.seresnet", "seresnet10", image(3, 224), 4, "4 stages of 1"),
     "pytorchcv mobilenetv2_wd4": of(
@@ -633,15 +632,13 @@ MODELS: dict[str, Model] = {
 MISSES = {
     "monai UNet": "an identity beside one convolution without an activation: a reparametrisation",
     "monai VNet": "the repeated input beside one convolution with its norm: likewise",
-    "SCUNet": "its blocks make a module in their forward and have no trace; a sum around them all is gated",
+    "SCUNet": "of the 7 one is the sum around the bottom block, which is gated in that block's place",
     "PyG GPSConv": "what it spreads over a dense batch has a size that values decide, so it has no trace",
     "PyG SchNet": "the model's own forward reads how many graphs there are from a tensor, so it has no trace",
     "PyG GraphSAGE": "a mean over neighbours divides by their number, which depends on an input",
-    "rtdl FTTransformer": "the last attention gives one token, which the sum spreads over all",
-    "TabNet": "its blocks make a constant by torch.FloatTensor in their forward, so they have no trace",
+    "TabNet": "its blocks call torch.FloatTensor and have no trace; two sums of its steps' results are gated",
     "TabTransformer": "as iTransformer",
     "iTransformer": "its attention gives a tuple, which its caller flattens as a pytree: no trace",
-    "pytorchcv preresnet10": "a child hands out both sides of the sum, of which one is the preactivation",
 }
 
 
