@@ -152,7 +152,10 @@ def test_the_page_in_docs_is_that_of_its_rows():
 
 @pytest.mark.skipif(not (DOCS / "evidence.jsonl").exists(), reason="nothing has run yet")
 def test_what_is_recommended_agrees_with_the_rows():
-    compared = Found(table.read(DOCS / "evidence.jsonl")).compared()
+    compared = list(Found(table.read(DOCS / "evidence.jsonl")).compared())
     gain = any(one.verdict() == "helps" for part, _, _, one in compared if part != "deep")  # fine-tuning
     said = str(recommend("tf_efficientnet_lite0", 4.65, images=300, epochs=5))
     assert ("(docs/evidence.md) saw no gain in accuracy" in said) is not gain
+    loss = any(one.verdict() == "harms" for part, _, _, one in compared if part == "deep")
+    said = str(recommend("resnet18", 11.7, images=600, epochs=10, scratch=True))
+    assert ("(docs/evidence.md) lost accuracy" in said) is loss
