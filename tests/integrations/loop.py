@@ -12,7 +12,8 @@ from torchvision.models import resnet
 import surgeon
 from surgeon.integrations.accelerate import GateTraining
 
-X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+# At 16 pixels PyTorch's bfloat16 convolutions on the CPU leave garbage in the last weights' gradients.
+X = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 RAMP = {"drop_rate": 0.5, "steps": 8}
 
 
@@ -44,7 +45,7 @@ def train(
 ) -> tuple[GateTraining, list[dict[str, float]]]:
     """That many optimizer steps, a state saved after the fourth; the gates, and what was logged at each."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate, mixed_precision=precision)
-    images = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     loader = DataLoader(TensorDataset(images, torch.arange(16) % 3), 4)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
