@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from blocks import Plain, randomise
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -303,6 +303,7 @@ def is_the_identity(scaling: str, data: st.DataObject) -> None:
     """Into a stock twin, one with gates of another schedule, and the very model, from both file formats."""
     gated = surgeon.apply(randomise(Net()).double(), drop_rate=0.6, example=X, **SCALINGS[scaling])
     model = moved(gated, data)
+    assume(placed_gates(model))  # a plain block may be all that is left
     expected = model(X)
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("pt", "safetensors"):
