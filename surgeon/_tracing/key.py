@@ -111,8 +111,11 @@ class Key:
 
 def _missing(block: nn.Module) -> tuple[str, ...]:
     """The children, weights and buffers of a block that are None, which code asks for first."""
-    held = (block._modules, block._parameters, block._buffers)
-    return tuple([name for one in held for name, value in one.items() if value is None])
+    children, weights, buffers = block._modules, block._parameters, block._buffers
+    missing = [name for name, value in children.items() if value is None]
+    if weights or buffers:  # most blocks have none of their own
+        missing += [name for one in (weights, buffers) for name, value in one.items() if value is None]
+    return tuple(missing)
 
 
 class _Absent(Enum):

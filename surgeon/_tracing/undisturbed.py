@@ -177,7 +177,7 @@ def untouched(
             changed += [name for one in before for name in one.moved()]
             moved = {id(holder.thing): holder.name for holder in reached if holder.changed()}
             changed += moved.values()  # by each name that it has
-            changed += [name for name, value in roots.items() if id(thing(value)) in moved]
+            changed += [name for name, value in roots.items() if moved and id(thing(value)) in moved]
             changed += [name for name, value in empty.items() if value]
         for one in held:
             one.put_back()
