@@ -34,8 +34,8 @@ def undisturbed(
 ) -> Iterator[list[str]]:
     """Inside, ``model`` may run on fake tensors; afterwards it is as it was, and so is what it can reach.
 
-    Every gate stays open, inference mode is left, autocast remembers no cast, and the random number
-    generators of PyTorch, Python and NumPy are put back.
+    Every gate stays open, inference mode is left, autocast remembers no cast; the random number generators
+    of PyTorch, Python and NumPy, and whether gradients are on, are put back.
 
     Args:
         model: A model or a block.
@@ -50,6 +50,7 @@ def undisturbed(
     changed: list[str] = []
     with ExitStack() as stack:
         stack.enter_context(no_inference_mode())
+        stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))  # a forward may turn them off
         stack.enter_context(coins_stopped())
         stack.enter_context(generators_kept())
         stack.enter_context(_no_autocast_cache())

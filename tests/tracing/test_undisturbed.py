@@ -52,3 +52,15 @@ def test_the_collector_runs_again_only_where_it_did(running: bool) -> None:
     finally:
         gc.enable()
     assert not any(seen)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_gradients_are_on_afterwards_where_they_were(on: bool) -> None:
+    class TurnsOff(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch.set_grad_enabled(not on)
+            return x + x.relu()
+
+    with torch.set_grad_enabled(on):
+        surgeon.find(nn.Sequential(TurnsOff(), nn.Linear(2, 2)), torch.zeros(2, 2))
+        assert torch.is_grad_enabled() is on
